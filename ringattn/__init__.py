@@ -1,0 +1,24 @@
+"""ringattn: exact attention over one sequence that is cut over many ranks.
+
+plan = ringattn.Plan(seq_len, cp_size, layout="zigzag", causal=True)
+q = ringattn.shard(q, plan, rank)                       # likewise k and v
+out = ringattn.ring_attention(q, k, v, plan, group=group)
+out = ringattn.unshard(out.detach(), plan, group)
+"""
+
+from ringattn.attention import ring_attention
+from ringattn.errors import PeerError, RingAttnError, TopologyError
+from ringattn.layout import shard, unshard
+from ringattn.plan import Plan
+from ringattn.transport import make_transport
+
+__all__ = [
+    "PeerError",
+    "Plan",
+    "RingAttnError",
+    "TopologyError",
+    "make_transport",
+    "ring_attention",
+    "shard",
+    "unshard",
+]

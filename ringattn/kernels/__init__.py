@@ -1,0 +1,85 @@
+"""One block of attention: the kernels, and the table that picks one.
+
+A kernel computes a FULL, CAUSAL or masked block with its log-sum-exp, and its gradients from a log-sum-exp that may
+belong to more keys than the block's own. A kernel that ignores masks or returns no lse has no place here.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels import cpu, cudnn, flash, reference
+
+
+class Kernel(Protocol):
+    """What the ring needs of a block kernel. Tensors are [B, n, H, D] (queries) and [B, m, G, D] (keys, values).
+
+    `causal` blocks are square with the diagonal visible; `mask` is bool [n, m], True where visible, and never given
+    together with `causal`. Blocks are never empty (n, m >= 1).
+    """
+
+    name: str
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
+        """Why this kernel cannot do such a block, or None if it can."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised output [B, n, H, Dv] and lse [B, H, n] (fp32; fp64 for fp64); 0 and -inf where nothing is seen."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of the block, given the `out` and `lse` of the whole row (all blocks merged)."""
+
+
+# In order of preference under kernel="auto"; the reference comes last because it can do everything.
+KERNELS: dict[str, Kernel] = {
+    "cudnn": cudnn.CudnnKernel(),
+    "flash": flash.FlashKernel(),
+    "cpu": cpu.CpuFlashKernel(),
+    "reference": reference.ReferenceKernel(),
+}
+
+
+def pick_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Kernel:
+    """The kernel for a block of such tensors.
+
+    Args:
+        name: a name of `KERNELS`, or "auto" for the first that supports the block. A named kernel that cannot do
+            masked blocks leaves those, and only those, to the first that can.
+
+    Raises:
+        ValueError: for an unknown name, or a named kernel that cannot do such blocks, with the reason.
+    """
+    if name != "auto":
+        if name not in KERNELS:
+            raise ValueError(f"kernel: expected auto or one of {', '.join(KERNELS)}, got {name!r}")
+        reason = KERNELS[name].unsupported(q, k, v, masked=False)
+        if reason is not None:
+            raise ValueError(f"kernel: {name!r} cannot do this: {reason}; use kernel='auto' or 'reference'")
+        if KERNELS[name].unsupported(q, k, v, masked) is None:
+            return KERNELS[name]
+    for kernel in KERNELS.values():
+        if kernel.unsupported(q, k, v, masked) is None:
+            return kernel
+    raise AssertionError("the reference kernel supports everything")
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of lse and of every sum that outlives a block: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

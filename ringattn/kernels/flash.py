@@ -1,0 +1,67 @@
+"""Torch's built-in flash attention 2 on CUDA: for GPUs before Hopper, and shapes that cuDNN does not take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FlashKernel:
+    """`aten._flash_attention_forward`: bf16 and fp16, compute capability 8.0 and later, no masks, grouped heads."""
+
+    name = "flash"
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
+        if q.device.type != "cuda":
+            return f"it runs on CUDA, the tensors are on {q.device.type}"
+        if q.dtype not in (torch.bfloat16, torch.float16):
+            return f"it has no {q.dtype}, only bf16 and fp16"
+        if torch.cuda.get_device_capability(q.device)[0] < 8:
+            return "it needs compute capability 8.0 or later"
+        if q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 or q.shape[-1] > 256:
+            return f"it needs one head width, a multiple of 8 up to 256, got {q.shape[-1]} and {v.shape[-1]}"
+        if masked:
+            return "it knows no general mask"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        assert mask is None
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert mask is None
+        no_seed = torch.empty(0, dtype=torch.uint64, device=q.device)  # there is no dropout
+        return torch.ops.aten._flash_attention_backward(
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            out.contiguous(),
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            causal,
+            no_seed,
+            no_seed,
+            scale=scale,
+        )

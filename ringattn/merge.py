@@ -1,0 +1,27 @@
+"""Merging partial attention results of one set of queries over disjoint sets of keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merge a block's result into the running one, in place.
+
+    Both results are normalised: `out = sum softmax(scores) v` with `lse = logsumexp(scores)` over the keys seen so
+    far. A row that has seen no key has lse -inf and its `out` must be finite (it is weighted by 0).
+
+    Args:
+        out: running output [B, n, H, Dv], fp32 (fp64 for fp64 inputs); usually a view of a larger one.
+        lse: running log-sum-exp [B, H, n], of the same dtype.
+        block_out: the block's output [B, n, H, Dv], any float dtype.
+        block_lse: the block's log-sum-exp [B, H, n].
+    """
+    merged = torch.logaddexp(lse, block_lse)
+    # Where neither side has seen a key, -inf - -inf would be NaN; such a row keeps weight 0.
+    reference = torch.where(merged == -torch.inf, torch.zeros_like(merged), merged)
+    old_weight = torch.exp(lse - reference).transpose(1, 2).unsqueeze(-1)
+    new_weight = torch.exp(block_lse - reference).transpose(1, 2).unsqueeze(-1)
+    out.mul_(old_weight).add_(block_out.to(out.dtype) * new_weight)
+    lse.copy_(merged)

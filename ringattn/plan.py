@@ -1,0 +1,153 @@
+"""The Plan: which positions each rank holds, and which block meets which at which hop.
+
+Plain Python over integers: a plan of a thousand ranks can be built and examined on a laptop, without any process.
+At hop h, rank r attends to the payload of source rank (r - h) mod cp_size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ringattn.layout import LAYOUTS, chunks_of
+from ringattn.mask import Block, Mask, Relation, chunk_blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one sequence is cut over the ring, and the attention work that follows.
+
+    Args:
+        seq_len: tokens T of the whole sequence, any T >= 1.
+        cp_size: number of ranks in the ring.
+        layout: "contiguous", "zigzag" or "striped".
+        causal: a query sees keys at its own and earlier positions only; False: all keys.
+        window: with causal, query i sees keys i - window + 1 .. i only.
+        sinks: with a window, the first `sinks` keys of the query's document stay visible too.
+        documents: cumulative document starts, ints or an int tensor, first 0, last seq_len; no document sees another.
+            None is one document.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
+    """
+
+    seq_len: int
+    cp_size: int
+    layout: str = "zigzag"
+    causal: bool = True
+    window: int | None = None
+    sinks: int = 0
+    documents: tuple[int, ...] | None = None
+    # What follows from the fields above, filled when first asked for.
+    _blocks: dict[tuple[int, int], tuple[Block, ...]] = field(default_factory=dict, repr=False, compare=False)
+    # The shapes and dtypes that the ranks agreed on (see attention.py); shared by plans that differ in documents only.
+    _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "cp_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Plan: {name}: expected at least 1, got {getattr(self, name)}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"Plan: layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"Plan: window: expected at least 1 (a query sees itself), got {self.window}")
+        if self.window is not None and not self.causal:
+            raise ValueError("Plan: window: needs causal=True (query i sees keys i - window + 1 .. i)")
+        if self.sinks < 0 or (self.sinks and self.window is None):
+            raise ValueError(
+                f"Plan: sinks: expected 0 or more, and a window (without one every key is visible anyway), "
+                f"got sinks={self.sinks}, window={self.window}"
+            )
+        object.__setattr__(self, "documents", _document_tuple(self.documents, self.seq_len))
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(causal=self.causal, window=self.window, sinks=self.sinks, documents=self.documents)
+
+    def with_documents(self, documents: Sequence[int] | Tensor | None) -> Plan:
+        """The same plan for another row: other documents, the same shapes (already agreed between ranks or not)."""
+        return replace(self, documents=documents, _blocks={})  # type: ignore[arg-type]
+
+    def chunks(self, rank: int) -> tuple[range, ...]:
+        """Chunks of global positions that `rank` holds, in storage order."""
+        if not 0 <= rank < self.cp_size:
+            raise ValueError(f"Plan: rank: expected 0 <= rank < cp_size = {self.cp_size}, got {rank}")
+        return chunks_of(self.layout, self.seq_len, self.cp_size, rank)
+
+    def shard_len(self, rank: int) -> int:
+        """Tokens S that `rank` holds."""
+        return sum(len(chunk) for chunk in self.chunks(rank))
+
+    def positions(self, rank: int) -> Tensor:
+        """LongTensor [S]: the global positions of the rank's tokens, in storage order."""
+        runs = [torch.arange(chunk.start, chunk.stop, chunk.step) for chunk in self.chunks(rank)]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.long)
+
+    def source(self, rank: int, hop: int) -> int:
+        """The rank whose payload `rank` attends to at `hop`."""
+        return (rank - hop) % self.cp_size
+
+    def blocks(self, rank: int, source: int) -> tuple[Block, ...]:
+        """Blocks of `rank`'s queries against `source`'s keys; empty if nothing is visible."""
+        key = (rank, source)
+        if key not in self._blocks:
+            found: list[Block] = []
+            q_offset = 0
+            for q_chunk in self.chunks(rank):
+                k_offset = 0
+                for k_chunk in self.chunks(source):
+                    pieces = chunk_blocks(q_chunk, k_chunk, self.mask)
+                    found += [block.shifted(q_offset, k_offset) for block in pieces]
+                    k_offset += len(k_chunk)
+                q_offset += len(q_chunk)
+            self._blocks[key] = tuple(found)
+        return self._blocks[key]
+
+    @property
+    def num_hops(self) -> int:
+        """Hops the ring makes, the local hop 0 included: later hops would bring payloads that no query needs."""
+        if self.window is None and self.documents is None:
+            return self.cp_size  # some rank sees the first chunk from everywhere
+        needed = 1
+        for hop in range(self.cp_size - 1, 0, -1):
+            if any(self.blocks(rank, self.source(rank, hop)) for rank in range(self.cp_size)):
+                needed = hop + 1
+                break
+        return needed
+
+    def visible_pairs(self, rank: int, source: int) -> int:
+        """Number of (query, key) pairs of `rank` against `source`; 4 * H * D FLOPs each, forward."""
+        total = 0
+        for block in self.blocks(rank, source):
+            n, m = block.q_stop - block.q_start, block.k_stop - block.k_start
+            if block.relation is Relation.FULL:
+                total += n * m
+            elif block.relation is Relation.CAUSAL:
+                total += n * (n + 1) // 2
+            else:
+                q = self.positions(rank)[block.q_start : block.q_stop]
+                k = self.positions(source)[block.k_start : block.k_stop]
+                total += int(self.mask.visible(q, k).sum())
+        return total
+
+    def fingerprint(self) -> int:
+        """63-bit hash of the fields that must be equal on all ranks (documents, which change by row, left out)."""
+        fields = (self.seq_len, self.cp_size, self.layout, self.causal, self.window, self.sinks)
+        return int.from_bytes(hashlib.sha256(repr(fields).encode()).digest()[:8], "big") >> 1
+
+
+def _document_tuple(documents: Sequence[int] | Tensor | None, seq_len: int) -> tuple[int, ...] | None:
+    if documents is None:
+        return None
+    starts = tuple(int(start) for start in (documents.tolist() if isinstance(documents, Tensor) else documents))
+    if len(starts) < 2 or starts[0] != 0 or starts[-1] != seq_len or any(a >= b for a, b in pairwise(starts)):
+        shown = f"{starts[:4]} ... {starts[-3:]}" if len(starts) > 8 else str(starts)
+        raise ValueError(
+            f"Plan: documents: expected increasing cumulative starts from 0 to seq_len = {seq_len}, got {shown}"
+        )
+    return None if len(starts) == 2 else starts

@@ -1,0 +1,40 @@
+"""What a transport counts: hops, bytes, and the time that communication was not hidden behind compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingTotals:
+    """Counts of one rank since the last `take`: exchanges, bytes sent, seconds in which compute stood waiting."""
+
+    hops: int
+    bytes_sent: int
+    exposed_seconds: float
+
+
+@dataclass
+class RingStats:
+    """Running counts of a transport. On CUDA the waiting is measured by events on the compute stream."""
+
+    hops: int = 0
+    bytes_sent: int = 0
+    waited_seconds: float = 0.0
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def add_events(self, before: torch.cuda.Event, after: torch.cuda.Event) -> None:
+        self._events.append((before, after))
+
+    def take(self) -> RingTotals:
+        """The totals since the last call, which are then zero again. Waits for the device if there are events."""
+        exposed = self.waited_seconds
+        if self._events:
+            self._events[-1][1].synchronize()
+            exposed += sum(before.elapsed_time(after) for before, after in self._events) / 1000.0
+        totals = RingTotals(hops=self.hops, bytes_sent=self.bytes_sent, exposed_seconds=exposed)
+        self.hops, self.bytes_sent, self.waited_seconds = 0, 0, 0.0
+        self._events.clear()
+        return totals
