@@ -104,30 +104,37 @@ def chunk_blocks(q_chunk: range, k_chunk: range, mask: Mask) -> list[Block]:
     q_segments = _document_segments(q_chunk, mask.documents)
     k_segments = _document_segments(k_chunk, mask.documents)
     blocks: list[Block] = []
-    short: tuple[int, int, int, int] | None = None  # a growing run of neighbouring short documents
-
-    def flush() -> None:
-        nonlocal short
-        if short is not None:
-            blocks.append(Block(*short, Relation.PARTIAL))
-            short = None
-
-    for document in sorted(q_segments.keys() & k_segments.keys()):
-        (q0, q1), (k0, k1) = q_segments[document], k_segments[document]
-        if mask.documents is not None and max(q1 - q0, k1 - k0) < _SHORT_DOCUMENT:
-            if short is None:
-                short = (q0, q1, k0, k1)
-            else:
-                short = (short[0], q1, short[2], k1)
-            if short[1] - short[0] >= _PARTIAL_ROWS:
-                flush()
+    for run in _document_runs(q_segments, k_segments):
+        q0, k0 = q_segments[run[0]][0], k_segments[run[0]][0]
+        q1, k1 = q_segments[run[-1]][1], k_segments[run[-1]][1]
+        if len(run) > 1:
+            blocks.append(Block(q0, q1, k0, k1, Relation.PARTIAL))
             continue
-        flush()
-        first = 0 if mask.documents is None else mask.documents[document]
+        first = 0 if mask.documents is None else mask.documents[run[0]]
         pieces = _segment_blocks(q_chunk[q0:q1], k_chunk[k0:k1], first, mask)
         blocks += [piece.shifted(q0, k0) for piece in pieces]
-    flush()
     return blocks
+
+
+def _document_runs(
+    q_segments: dict[int, tuple[int, int]], k_segments: dict[int, tuple[int, int]]
+) -> Iterator[list[int]]:
+    """The documents present on both sides, one by one, but runs of neighbouring short ones together."""
+    run: list[int] = []
+    for document in sorted(q_segments.keys() & k_segments.keys()):
+        (q0, q1), (k0, k1) = q_segments[document], k_segments[document]
+        if max(q1 - q0, k1 - k0) >= _SHORT_DOCUMENT:
+            if run:
+                yield run
+            yield [document]
+            run = []
+            continue
+        run.append(document)
+        if q1 - q_segments[run[0]][0] >= _PARTIAL_ROWS:
+            yield run
+            run = []
+    if run:
+        yield run
 
 
 def _segment_blocks(q: range, k: range, first: int, mask: Mask) -> Iterator[Block]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -51,9 +52,14 @@ def _rank_main(
     except BaseException as caught:
         error, trace = caught, traceback.format_exc()
     try:
-        pipe.send((value, error, trace))
+        # Plain pickle: multiprocessing's own would pass tensors as file descriptors of a process that is about to end.
+        pipe.send_bytes(pickle.dumps((value, error, trace)))
     except Exception as unpicklable:
-        pipe.send((None, RuntimeError(f"rank {rank}: result cannot be sent: {unpicklable!r}; error {error!r}"), trace))
+        pipe.send_bytes(
+            pickle.dumps(
+                (None, RuntimeError(f"rank {rank}: result cannot be sent: {unpicklable!r}; error {error!r}"), trace)
+            )
+        )
     pipe.close()
     if error is None and dist.is_initialized():
         dist.destroy_process_group()
@@ -101,7 +107,7 @@ def _collect(started: list[tuple[Any, Any]], timeout: float) -> list[Outcome]:
             for receive in ready:
                 rank = waiting[receive]  # type: ignore[index]
                 try:
-                    results[rank] = receive.recv()  # type: ignore[union-attr]
+                    results[rank] = pickle.loads(receive.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     results[rank] = (None, ChildProcessError(f"rank {rank} died without a word"), "")
         for process, _ in started:

@@ -53,6 +53,8 @@ class CpuFlashKernel:
         mask: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if mask is not None:
+            lse = lse.masked_fill(lse == -torch.inf, 0.0)  # with -inf such a row's weights would be NaN, not 0
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout.transpose(1, 2),
             q.transpose(1, 2),

@@ -1,0 +1,120 @@
+"""Bad arguments are refused before anything is sent, ranks that disagree all say so, and a dead peer is named."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringattn
+from tests.processes import run_ranks
+
+
+def qkv(tokens, heads=4, groups=2, width=8, dtype=torch.float32, batch=1):
+    return [torch.randn(batch, tokens, h, width, dtype=dtype, requires_grad=True) for h in (heads, groups, groups)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[0], k, v), r"expected q \[B, S, H, D\]"),
+        (lambda q, k, v: (q, k, v[:, :7]), "must share B and S"),
+        (
+            lambda q, k, v: (q[:, :7], k[:, :7], v[:, :7]),
+            "holds 8 of 8 tokens under this plan, q has 7.*cut the sequence",
+        ),
+        (lambda q, k, v: (q[:, :, :3], k, v), "multiple of key/value heads, got 3 and 2"),
+        (lambda q, k, v: (q, k.double(), v), "one dtype of fp64, fp32, bf16, fp16; got torch.float32, torch.float64"),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), "one dtype"),
+    ],
+)
+def test_bad_tensors(change, message):
+    with pytest.raises(ValueError, match=message):
+        ringattn.ring_attention(*change(*qkv(8)), ringattn.Plan(8, 1))
+
+
+def test_bad_group_kernel_and_transport():
+    with pytest.raises(ValueError, match=r"cp_size 2, the group has 1 rank \(group=None is a single process\)"):
+        ringattn.ring_attention(*qkv(8), ringattn.Plan(16, 2))
+    with pytest.raises(ValueError, match="kernel: expected auto or one of"):
+        ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), kernel="fast")
+    with pytest.raises(ValueError, match="transport: expected auto or one of p2p, got 'tcp'"):
+        ringattn.make_transport("tcp", None)
+
+
+def disagree_worker(rank, world_size, kind):
+    plan = ringattn.Plan(24, world_size, causal=not (kind == "plan" and rank == 1))
+    tokens = plan.shard_len(rank)
+    tensors = qkv(tokens)
+    if rank == 1 and kind == "dtype":
+        tensors = qkv(tokens, dtype=torch.bfloat16)
+    if rank == 1 and kind == "batch":
+        tensors = qkv(tokens, batch=2)
+    if rank == 1 and kind == "length":
+        tensors = qkv(tokens + 1)
+    try:
+        ringattn.ring_attention(*tensors, plan, dist.group.WORLD)
+    except ringattn.TopologyError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("dtype", "rank 1: .*bfloat16"), ("batch", "rank 1: .*batch 2"), ("plan", "rank 1: plan"), ("length", "rank 1")],
+)
+def test_ranks_that_disagree_all_raise(kind, expected):
+    for message in run_ranks(disagree_worker, 3, kind):
+        assert re.search(expected, message), message
+
+
+def changed_worker(rank, world_size):
+    plan = ringattn.Plan(24, world_size)
+    ringattn.ring_attention(*qkv(plan.shard_len(rank)), plan, dist.group.WORLD)
+    try:
+        ringattn.ring_attention(*qkv(plan.shard_len(rank), dtype=torch.float64), plan, dist.group.WORLD)
+    except ringattn.TopologyError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_shape_that_changes_under_an_agreed_plan_is_refused_without_a_collective():
+    for message in run_ranks(changed_worker, 2):
+        assert "have changed: agreed" in message
+        assert "float32; now" in message
+        assert "Build another Plan" in message
+
+
+def killed_worker(rank, world_size, phase):
+    plan = ringattn.Plan(64, world_size)
+    transport = ringattn.make_transport("p2p", dist.group.WORLD)
+    exchange = transport.exchange
+
+    def fault(send, send_to, receive, receive_from, where):
+        if rank == 1 and where.startswith(f"{phase} hop 2"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return exchange(send, send_to, receive, receive_from, where)
+
+    transport.exchange = fault
+    started = time.monotonic()
+    try:
+        ringattn.ring_attention(
+            *qkv(plan.shard_len(rank)), plan, dist.group.WORLD, transport=transport
+        ).sum().backward()
+    except ringattn.PeerError as error:
+        return time.monotonic() - started, str(error)
+    return None
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_killed_rank_is_reported_by_its_neighbours_within_two_seconds(phase):
+    outcomes = run_ranks(killed_worker, 3, phase, check=False)
+    assert outcomes[1].exitcode == -signal.SIGKILL
+    for rank in (0, 2):
+        seconds, message = outcomes[rank].value
+        assert seconds < 2.0
+        assert f"ring rank {rank}, {phase} hop" in message
+        assert "a neighbour died or did not answer" in message

@@ -1,0 +1,103 @@
+"""Each CPU kernel against the dense oracle: outputs, lse, gradients from a foreign lse, and its guarded traps."""
+
+import pytest
+import torch
+
+from ringattn.kernels import KERNELS, pick_kernel
+from ringattn.testing import within_twice
+
+CPU_KERNELS = ["reference", "cpu"]
+
+
+def tensors(dtype=torch.float64, n=7, m=9, heads=4, groups=2, width=8):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, n, heads, width), (2, m, groups, width), (2, m, groups, width), (2, n, heads, width)]
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def dense(q, k, v, visible, scale):
+    repeats = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
+    scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num()  # a row without keys
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("name", CPU_KERNELS)
+@pytest.mark.parametrize("case", ["full", "causal", "masked"])
+def test_forward_and_backward(name, case):
+    q, k, v, dout = tensors(n=7, m=7 if case == "causal" else 9)
+    mask, visible = None, torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+    if case == "causal":
+        visible = visible.tril()
+    if case == "masked":
+        visible = torch.rand(7, 9, generator=torch.Generator().manual_seed(5)) > 0.4
+        visible[2] = False
+        mask = visible
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = dense(*leaves, visible, 0.3)
+    expected.backward(dout)
+    kernel = KERNELS[name]
+    arguments = {"causal": case == "causal", "mask": mask, "scale": 0.3}
+    out, lse = kernel.forward(q, k, v, **arguments)
+    torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse.detach(), rtol=0, atol=1e-12)  # -inf where a row sees nothing
+    gradients = kernel.backward(dout, q, k, v, out, lse, **arguments)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_gradients_with_the_lse_of_more_keys_than_the_block_has(name):
+    q, k, v, dout = tensors(m=10)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = dense(*leaves, torch.ones(7, 10, dtype=torch.bool), 0.3)
+    out.backward(dout)
+    whole = (out.detach(), lse.detach())
+    parts = [
+        KERNELS[name].backward(dout, q, k[:, c], v[:, c], *whole, causal=False, mask=None, scale=0.3)
+        for c in (slice(0, 4), slice(4, 10))
+    ]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], leaves[0].grad, rtol=0, atol=1e-12)
+    for index in (1, 2):
+        joined = torch.cat([part[index] for part in parts], dim=1)
+        torch.testing.assert_close(joined, leaves[index].grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_two_kernels_agree_in_low_precision(dtype):
+    exact = tensors(n=64, m=64)
+    low = [x.to(dtype) for x in exact]
+    exact = [x.double() for x in low]
+    arguments = {"causal": True, "mask": None, "scale": 0.3}
+    truth = KERNELS["reference"].forward(*exact[:3], **arguments)[0]
+    outs = [KERNELS[name].forward(*low[:3], **arguments) for name in CPU_KERNELS]
+    assert all(lse.dtype == torch.float32 for _, lse in outs)
+    assert within_twice(outs[0][0], outs[1][0], truth)
+
+
+def test_reference_tiles_rows_without_changing_the_result(monkeypatch):
+    q, k, v, dout = tensors(n=9, m=9)
+    arguments = {"causal": True, "mask": None, "scale": 0.3}
+    whole = KERNELS["reference"].forward(q, k, v, **arguments)
+    gradients = KERNELS["reference"].backward(dout, q, k, v, *whole, **arguments)
+    monkeypatch.setattr("ringattn.kernels.reference._MAX_SCORES", 2 * 4 * 9 * 2)  # two rows at a time
+    tiled = KERNELS["reference"].forward(q, k, v, **arguments)
+    for a, b in zip(whole, tiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    for a, b in zip(gradients, KERNELS["reference"].backward(dout, q, k, v, *tiled, **arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def test_the_table():
+    q, k, v, _ = tensors(torch.float32)
+    assert pick_kernel("auto", q, k, v, masked=False).name == "cpu"
+    assert pick_kernel("auto", q, k, v[..., :4], masked=False).name == "reference"
+    assert pick_kernel("reference", q, k, v, masked=True).name == "reference"
+    with pytest.raises(ValueError, match="expected auto or one of cudnn, flash, cpu, reference, got 'fa9'"):
+        pick_kernel("fa9", q, k, v, masked=False)
+    with pytest.raises(ValueError, match="'cudnn' cannot do this: it runs on CUDA, the tensors are on cpu"):
+        pick_kernel("cudnn", q, k, v, masked=False)
+    with pytest.raises(ValueError, match="one head width for q, k and v, got 8 and 4"):
+        pick_kernel("cpu", q, k, v[..., :4], masked=False)

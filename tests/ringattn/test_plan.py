@@ -1,0 +1,138 @@
+"""Plans: every visible pair is in exactly one block, blocks are what they claim, and needless hops are left out."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import ringattn
+from ringattn.mask import Relation
+from ringattn.testing import visibility
+
+MASKS = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 5},
+    "wide window": {"window": 40},
+    "window and sinks": {"window": 3, "sinks": 2},
+    "documents": {"documents": (0, 1, 9, 10, 33, 61)},
+    "full documents": {"causal": False, "documents": (0, 20, 61)},
+    "everything": {"window": 6, "sinks": 1, "documents": (0, 2, 30, 31, 61)},
+}
+
+
+def coverage(plan):
+    """Count, for every global pair, how many blocks cover it as visible; plus the pairs a FULL block wrongly shows."""
+    count = torch.zeros(plan.seq_len, plan.seq_len, dtype=torch.int)
+    for rank, source in itertools.product(range(plan.cp_size), repeat=2):
+        q, k = plan.positions(rank), plan.positions(source)
+        for block in plan.blocks(rank, source):
+            rows, columns = q[block.q_start : block.q_stop], k[block.k_start : block.k_stop]
+            assert min(len(rows), len(columns)) > 0, "an empty block would end the CPU kernel's process"
+            if block.relation is Relation.CAUSAL:
+                assert len(rows) == len(columns)
+                seen = torch.ones(len(rows), len(rows)).tril().int()
+            elif block.relation is Relation.FULL:
+                seen = torch.ones(len(rows), len(columns), dtype=torch.int)
+            else:
+                seen = plan.mask.visible(rows, columns).int()
+            count[rows[:, None], columns[None, :]] += seen
+    return count
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 8])
+def test_blocks_cover_what_is_visible_once(layout, mask, cp_size):
+    plan = ringattn.Plan(61, cp_size, layout=layout, **mask)
+    assert torch.equal(coverage(plan), visibility(61, **mask).int())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_documents_windows_and_lengths(seed):
+    draw = random.Random(seed)
+    seq_len, cp_size = draw.randint(1, 700), draw.randint(1, 5)
+    cuts = sorted(draw.sample(range(1, seq_len), min(seq_len - 1, draw.choice([0, 1, 5, 60]))))
+    window = draw.choice([None, None, 1, 7, 300])
+    mask = {
+        "documents": (0, *cuts, seq_len),
+        "window": window,
+        "sinks": draw.choice([0, 2]) if window else 0,
+        "causal": bool(window) or draw.random() < 0.7,
+    }
+    plan = ringattn.Plan(seq_len, cp_size, layout=draw.choice(["contiguous", "zigzag", "striped"]), **mask)
+    expected = torch.zeros(seq_len, seq_len, dtype=torch.int)  # the definition again, vectorised for speed
+    i, j = torch.arange(seq_len)[:, None], torch.arange(seq_len)[None, :]
+    document = torch.searchsorted(torch.tensor(plan.documents or (0, seq_len)), torch.arange(seq_len), right=True)
+    start = torch.tensor(plan.documents or (0, seq_len))[document - 1][:, None]
+    seen = document[:, None] == document[None, :]
+    if mask["causal"]:
+        seen &= j <= i
+    if window:
+        seen &= (i - j < window) | (j - start < mask["sinks"])
+    expected += seen.int()
+    assert torch.equal(coverage(plan), expected)
+    total = sum(plan.visible_pairs(r, s) for r, s in itertools.product(range(cp_size), repeat=2))
+    assert total == int(seen.sum())
+
+
+def test_documents_and_causal_pairs_need_no_mask():
+    plan = ringattn.Plan(8192, 4, layout="zigzag", documents=(0, 1000, 5000, 8192))
+    relations = {b.relation for r in range(4) for s in range(4) for b in plan.blocks(r, s)}
+    assert relations == {Relation.FULL, Relation.CAUSAL}
+
+
+def test_zigzag_and_striped_balance_the_causal_mask():
+    for layout, tolerance in (("zigzag", 1.001), ("striped", 1.01), ("contiguous", 2.0)):
+        plan = ringattn.Plan(1024, 4, layout=layout)
+        work = [sum(plan.visible_pairs(rank, source) for source in range(4)) for rank in range(4)]
+        assert (max(work) * 4 / sum(work) <= tolerance) == (layout != "contiguous" or tolerance >= 1.75), work
+
+
+def test_hops_that_no_query_needs_are_left_out():
+    assert ringattn.Plan(64, 8, layout="contiguous").num_hops == 8
+    assert ringattn.Plan(64, 8, layout="contiguous", window=8).num_hops == 2
+    assert ringattn.Plan(64, 8, layout="contiguous", window=10).num_hops == 3
+    assert ringattn.Plan(64, 8, layout="contiguous", window=8, sinks=1).num_hops == 8
+    assert ringattn.Plan(64, 8, layout="contiguous", documents=tuple(range(0, 65, 8))).num_hops == 1
+    assert ringattn.Plan(64, 8, layout="zigzag", documents=(0, 32, 64)).num_hops > 1
+
+
+def test_with_documents_keeps_everything_else():
+    plan = ringattn.Plan(10, 2, layout="striped", window=3, sinks=1)
+    other = plan.with_documents(torch.tensor([0, 4, 10], dtype=torch.int32))
+    assert other == ringattn.Plan(10, 2, layout="striped", window=3, sinks=1, documents=(0, 4, 10))
+    assert plan.documents is None
+    assert plan.blocks(0, 0) != other.blocks(0, 0)
+    assert other.with_documents([0, 10]) == plan  # one document is no documents
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seq_len": 0}, "seq_len: expected at least 1, got 0"),
+        ({"cp_size": 0}, "cp_size: expected at least 1, got 0"),
+        ({"layout": "zig"}, "layout: expected one of contiguous, zigzag, striped, got 'zig'"),
+        ({"window": 0}, "window: expected at least 1"),
+        ({"window": 2, "causal": False}, "window: needs causal=True"),
+        ({"sinks": 1}, "sinks: expected 0 or more, and a window"),
+        (
+            {"documents": (0, 3)},
+            r"documents: expected increasing cumulative starts from 0 to seq_len = 8, got \(0, 3\)",
+        ),
+        ({"documents": (0, 3, 3, 8)}, "documents: expected increasing"),
+        ({"documents": (1, 8)}, "documents: expected increasing"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ringattn.Plan(**{"seq_len": 8, "cp_size": 2, **arguments})
+
+
+def test_a_thousand_ranks_on_a_laptop():
+    plan = ringattn.Plan(1 << 20, 1024, layout="zigzag")
+    assert plan.shard_len(1023) == 1024
+    assert sum(plan.visible_pairs(5, source) for source in range(1024)) == sum(
+        plan.visible_pairs(900, source) for source in range(1024)
+    )
