@@ -1,0 +1,148 @@
+"""The decoder: embedding, layers, final norm and a head that returns the summed loss of this shard."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import ModelConfig
+from model.layers import AttentionFn, DecoderLayer, RMSNorm
+from model.loss import IGNORED_LABEL, tiled_cross_entropy
+from model.rope import rotation
+
+_INIT_STD = 0.02  # GPT-2
+_RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight")
+
+
+class LossHead(nn.Module):
+    """Output projection and cross-entropy in one module, so that an engine gathers the weight around its use.
+
+    With a tied head it owns no parameter: the decoder hands it the embedding matrix as an argument.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        shape = (config.vocab_size, config.dim)
+        self.weight: nn.Parameter | None
+        self.register_parameter("weight", None if config.tied_head else nn.Parameter(torch.empty(shape)))
+
+    def forward(self, hidden: Tensor, labels: Tensor, tile: int, tied_weight: Tensor | None = None) -> Tensor:
+        """Loss sum (fp32 scalar) of hidden [B, S, E] and labels [B, S]; `tied_weight` [V, E] exactly if tied."""
+        weight = self.weight if self.weight is not None else tied_weight
+        assert weight is not None, "a tied head is called with the embedding matrix"
+        return tiled_cross_entropy(hidden, weight, labels, tile)
+
+
+class Decoder(nn.Module):
+    """A pre-norm decoder over one shard of tokens at given global positions.
+
+    It knows no process: whatever sees other shards is inside the attention callable. Parameters are fp32 until someone
+    casts them; fp32, fp64, bf16 and autocast all work, with norms, RoPE and loss in at least fp32.
+
+    Args:
+        config: The shape.
+        recompute: Keep only each layer's input for the backward and run the layer (its attention too) again there. All
+            ranks of a ring must agree on it, as the second run communicates as well.
+    """
+
+    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = recompute
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = LossHead(config)
+        # noted now: an engine may shard or empty the parameters before their first values are asked for
+        self._full_shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, attention: AttentionFn, loss_tile: int
+    ) -> Tensor:
+        """Sum of the negative log-likelihoods of this shard's valid labels.
+
+        Args:
+            tokens: [B, S] long; S may be 0, which gives 0.0 and zero gradients for every parameter.
+            labels: [B, S] long, the token to predict at each position, -100 where there is none.
+            positions: [S] long, global positions in the row, in any order.
+            attention: (q [B, S, H, D], k and v [B, S, G, D]) -> [B, S, H, D] in q's dtype.
+            loss_tile: Tokens whose logits exist at a time.
+
+        Returns:
+            Scalar, fp32 (fp64 for an fp64 model).
+
+        Raises:
+            ValueError: If shapes or dtypes do not fit, or (on CPU) a token or label is outside the vocabulary.
+        """
+        self._check(tokens, labels, positions)
+        hidden = self.embed(tokens)  # [B, S, E]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        turn = rotation(self.config, positions, wide)
+        for layer in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                # no dropout anywhere: random states need not be kept, which saves a device synchronisation per layer
+                hidden = checkpoint(layer, hidden, turn, attention, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, turn, attention)
+        tied_weight = self.embed.weight if self.config.tied_head else None
+        return self.head(self.norm(hidden), labels, loss_tile, tied_weight)
+
+    def _check(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> None:
+        if tokens.ndim != 2 or labels.shape != tokens.shape or positions.shape != tokens.shape[1:]:
+            raise ValueError(
+                "decoder: expected tokens [B, S], labels [B, S] and positions [S], got "
+                f"{list(tokens.shape)}, {list(labels.shape)} and {list(positions.shape)}; "
+                "cut all three by the same plan"
+            )
+        for name, values, low in (("tokens", tokens, 0), ("labels", labels, IGNORED_LABEL)):
+            if values.dtype != torch.long:
+                raise ValueError(f"decoder: expected {name} as int64, got {values.dtype}")
+            # reading values of a GPU tensor would wait for the GPU; there the kernels' own assertions stand guard
+            if values.device.type == "cpu" and values.numel():
+                least, most = int(values.min()), int(values.max())
+                if least < low or most >= self.config.vocab_size:
+                    raise ValueError(
+                        f"decoder: {name} range from {least} to {most}, but the vocabulary has "
+                        f"{self.config.vocab_size} entries; make model.vocab_size at least the tokenizer's"
+                    )
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """First values of all parameters, one full fp32 CPU tensor at a time.
+
+        Each parameter has its own generator, seeded by (seed, its name): values depend neither on order nor on how an
+        engine shards, and a rank may skip what it does not hold. Matrices are normal with std 0.02; those that write
+        to the residual stream have 0.02 / sqrt(2 layers) (GPT-2, section 2.3); norms are ones.
+
+        Yields:
+            (name as in named_parameters() of the bare module, values).
+        """
+        for name, shape in self._full_shapes.items():
+            yield name, initial_value(name, shape, seed=seed, layers=self.config.layers)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Write `initial_values(seed)` into the parameters, which must be whole (not yet sharded by an engine)."""
+        parameters = dict(self.named_parameters())
+        for name, values in self.initial_values(seed):
+            if parameters[name].shape != values.shape:
+                raise ValueError(
+                    f"init_weights: {name} has shape {list(parameters[name].shape)} instead of {list(values.shape)}; "
+                    "call it before the engine shards the module, or distribute initial_values(seed)"
+                )
+            parameters[name].copy_(values)
+
+
+def initial_value(name: str, shape: tuple[int, ...], *, seed: int, layers: int) -> Tensor:
+    """First value of one parameter (fp32, CPU): ones for a norm, else normal from a generator of its own."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = _INIT_STD / math.sqrt(2 * layers) if name.endswith(_RESIDUAL_WRITERS) else _INIT_STD
+    # hash() of a string differs between processes; a digest does not
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

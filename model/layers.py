@@ -1,0 +1,91 @@
+"""The parts of a decoder layer: RMSNorm, SwiGLU, attention around a given callable, and the layer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import ModelConfig
+from model.rope import Rotation
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B, S, H, D], k [B, S, G, D], v [B, S, G, D]) -> [B, S, H, D], with a scale of 1/sqrt(D); the ring lives in it."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467, eq. 4).
+
+    The mean square is accumulated in fp32 (fp64 for fp64) whatever the dtype of x; the result has x's dtype.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # F.rms_norm sums in fp32 and keeps only x for its backward. Under autocast x may be bf16 beside an fp32 weight:
+        # go by the wider of the two instead of rounding the weight.
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        normed = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        return normed.to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases (arXiv:2002.05202, section 2)."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, ffn_dim, bias=False)
+        self.up_proj = nn.Linear(dim, ffn_dim, bias=False)
+        self.down_proj = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: projections, optional q/k norm and RoPE here; the scores in the callable."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn) -> Tensor:
+        q, k, v = (
+            rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotation.apply(self.q_norm(q)), rotation.apply(self.k_norm(k))
+        out = attention(q, k, v)
+        if out.shape != q.shape or out.dtype != q.dtype:
+            raise ValueError(
+                f"attention callable: expected {q.dtype} of shape {list(q.shape)} as q, got {out.dtype} of shape "
+                f"{list(out.shape)}; it must return [B, S, H, D] in q's dtype"
+            )
+        return self.o_proj(rearrange(out, "b s h d -> b s (h d)"))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the unit that engines shard and that recompute drops."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.ffn_dim)
+
+    def forward(self, hidden: Tensor, rotation: Rotation, attention: AttentionFn) -> Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attention)  # [B, S, E]
+        return hidden + self.mlp(self.mlp_norm(hidden))
