@@ -1,0 +1,166 @@
+"""`--plan`: what a run would do, from its configuration alone: mesh, tokens, hops, messages, memory and FLOPs.
+
+Everything is computed from the Plan and the model's shape; nothing is measured, no process is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import ringattn
+from launch.config import Config
+from launch.progress import format_bytes
+from model.config import ModelConfig, preset
+from model.flops import (
+    activation_bytes_per_token,
+    count_parameters,
+    flops_per_token,
+    key_value_bytes_per_token,
+    loss_bytes,
+)
+
+_FP32 = 4
+
+
+def render(config: Config, num_processes: int) -> str:
+    """The plan of a run on `num_processes` processes, as text.
+
+    Raises:
+        ConfigError: the processes do not fit the mesh.
+        DataError: the tokenizer folder, which decides the vocabulary, cannot be loaded.
+    """
+    dp, cp = config.mesh(num_processes)
+    model = model_of(config)
+    plan = ringattn.Plan(
+        config.data.seq_len,
+        cp,
+        layout=config.parallel.layout,
+        window=config.parallel.window,
+        sinks=config.parallel.sinks,
+    )
+    sections = (
+        ("topology", _topology_lines(config, dp, cp)),
+        ("tokens", _token_lines(config, plan)),
+        ("ring", _ring_lines(config, model, plan)),
+        ("memory per process (estimate)", _memory_lines(config, model, plan, num_processes)),
+        ("compute", _compute_lines(config, model, num_processes)),
+    )
+    lines: list[str] = []
+    for title, rows in sections:
+        lines += ["", title, *(f"  {name:<34}{value}" for name, value in rows)]
+    return "\n".join(lines[1:])
+
+
+def model_of(config: Config) -> ModelConfig:
+    """The model's shape, its vocabulary from the tokenizer where the configuration leaves that open."""
+    overrides = config.model.overrides()
+    if "vocab_size" not in overrides:
+        overrides["vocab_size"] = _vocabulary(config)
+    return preset(config.model.preset, **overrides)
+
+
+def _vocabulary(config: Config) -> int:
+    name = config.data.tokenizer
+    if name == "bytes":
+        return 257
+    if name == "bpe":
+        return config.data.bpe_vocab + 1  # at most: a small corpus may not have so many merges
+    from launch.data.tokenizer import FolderTokenizer
+
+    return FolderTokenizer(Path(name)).vocab_size
+
+
+def _topology_lines(config: Config, dp: int, cp: int) -> Iterator[tuple[str, str]]:
+    engine = f"{config.engine.name}{f' stage {config.engine.zero_stage}' if config.engine.name == 'zero' else ''}"
+    yield "processes", f"{dp * cp} = dp {dp} x cp {cp}; the ranks of one ring are consecutive"
+    yield "engine, precision", f"{engine}, {config.engine.precision}"
+    yield "device", config.run.device
+
+
+def _token_lines(config: Config, plan: ringattn.Plan) -> Iterator[tuple[str, str]]:
+    sizes = [plan.shard_len(rank) for rank in range(plan.cp_size)]
+    spread = f"{max(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+    rows, steps = config.optim.rows_per_step, config.optim.steps
+    yield "row length T", f"{config.data.seq_len:,} tokens, {config.parallel.layout}, {spread} per rank"
+    yield "per step", f"{rows:,} rows, {rows * config.data.seq_len:,} tokens"
+    yield "whole run", f"{steps:,} steps, {steps * rows * config.data.seq_len:,} tokens"
+
+
+def _ring_lines(config: Config, model: ModelConfig, plan: ringattn.Plan) -> Iterator[tuple[str, str]]:
+    if plan.cp_size == 1:
+        yield "hops", "none: one process holds the whole row"
+        return
+    tokens = max(plan.shard_len(rank) for rank in range(plan.cp_size))
+    payload = tokens * key_value_bytes_per_token(model, element_bytes(config))
+    sums = tokens * key_value_bytes_per_token(model, _FP32)
+    hops = plan.num_hops - 1
+    yield "hops per layer", f"{hops} forward, {hops} backward and one home (fewer where documents end in a shard)"
+    yield "message of a hop, forward", f"{format_bytes(payload)} (k and v of one rank, one message)"
+    yield "message of a hop, backward", f"at most {format_bytes(payload + sums)} (k, v and fp32 gradient sums)"
+    per_row = model.layers * (2 * hops * payload + (hops + 1) * sums)
+    yield "sent per rank and row", f"{format_bytes(per_row)} over {model.layers} layers"
+    if plan.cp_size <= 64:  # the table of all pairs; beyond, the simulator's business
+        work = [sum(plan.visible_pairs(r, s) for s in range(plan.cp_size)) for r in range(plan.cp_size)]
+        yield (
+            "balance",
+            f"the busiest rank has {max(work) * plan.cp_size / sum(work):.3f} times the mean attention work",
+        )
+
+
+def _memory_lines(
+    config: Config, model: ModelConfig, plan: ringattn.Plan, num_processes: int
+) -> Iterator[tuple[str, str]]:
+    parameters = count_parameters(model).total
+    weights, gradients, moments = (_FP32 * parameters * share for share in _shares(config, num_processes))
+    tokens = max(plan.shard_len(rank) for rank in range(plan.cp_size))
+    size = element_bytes(config)
+    activations = tokens * activation_bytes_per_token(model, size, recompute=config.engine.recompute)
+    tile = loss_bytes(model, min(config.optim.loss_tile, tokens), size)
+    ring = 2 * tokens * (key_value_bytes_per_token(model, size) + key_value_bytes_per_token(model, _FP32))
+    if plan.cp_size == 1:
+        ring = 0
+    total = weights + gradients + 2 * moments + activations + tile + ring
+    yield "parameters", f"{parameters:,} in all"
+    yield "weights, gradients, AdamW", " + ".join(format_bytes(part) for part in (weights, gradients, 2 * moments))
+    yield "activations", f"{format_bytes(activations)}{' with recompute' if config.engine.recompute else ''}"
+    yield "loss tile", f"{format_bytes(tile)} ({config.optim.loss_tile:,} positions at a time)"
+    yield "messages of a hop", f"{format_bytes(ring)} (one held, one arriving)"
+    yield "sum", f"{format_bytes(total)}, without libraries and fragmentation"
+
+
+def _shares(config: Config, num_processes: int) -> tuple[float, float, float]:
+    """Part of the weights, gradients and moments that one process holds between steps."""
+    part = 1.0 / num_processes
+    if config.engine.name == "ddp":
+        return 1.0, 1.0, 1.0
+    if config.engine.name == "fsdp":
+        return part, part, part
+    stage = config.engine.zero_stage
+    return (part if stage >= 3 else 1.0, part if stage >= 2 else 1.0, part if stage >= 1 else 1.0)
+
+
+def _compute_lines(config: Config, model: ModelConfig, num_processes: int) -> Iterator[tuple[str, str]]:
+    flops = flops_per_token(model, config.data.seq_len)
+    tokens = config.optim.rows_per_step * config.data.seq_len
+    yield "FLOPs per token", f"{_si(flops.causal)}FLOP causal, {_si(flops.full)}FLOP full (forward and backward)"
+    yield "FLOPs per step and process", f"{_si(flops.causal * tokens / num_processes)}FLOP causal"
+    yield "in attention", f"{_attention_share(model, config.data.seq_len):.0%} of them (causal)"
+
+
+def _attention_share(model: ModelConfig, seq_len: int) -> float:
+    products = 6.0 * count_parameters(model).products
+    return 1.0 - products / flops_per_token(model, seq_len).causal
+
+
+def element_bytes(config: Config) -> int:
+    """Bytes of one element of q, k and v on their way through the ring."""
+    return 2 if config.engine.precision == "bf16" else 4
+
+
+def _si(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} E"

@@ -1,0 +1,226 @@
+"""One optimizer step and one evaluation: rows are cut by the plan, run through the engine, and summed over the world.
+
+The loss of a step is a sum over tokens divided by their global number, so it does not depend on how rows and shards lie
+on the processes. No step with a non-finite loss or gradient anywhere is applied anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ringattn
+from launch.config import Config
+from launch.data import IGNORED, Corpus, Row
+from launch.engine import Engine
+from launch.errors import DataError
+from launch.topology import Topology
+from ringattn.transport import Transport
+
+_NATS_PER_BIT = math.log(2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a training step did.
+
+    Attributes:
+        loss: Nats per valid token, over the whole step; not finite if anything was not.
+        num_valid: Valid tokens (labels) of the step, all ranks together.
+        gradient_norm: Before clipping.
+        applied: Whether the weights were updated; False if loss or gradient is not finite on any rank.
+        blame: What was not finite and on which ranks, in words; empty if applied.
+        data_seconds: Time this rank spent on reading and cutting rows.
+    """
+
+    loss: float
+    num_valid: int
+    gradient_norm: float
+    applied: bool
+    blame: str
+    data_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """This rank's rows of one step, and what the ranks told each other about theirs.
+
+    Attributes:
+        rows: Whole rows; each rank of a ring holds the same ones.
+        num_valid: Valid tokens of the step over all rings.
+        stop: Whether any rank was asked to stop.
+        data_seconds: Time spent on reading.
+    """
+
+    rows: tuple[Row, ...]
+    num_valid: int
+    stop: bool
+    data_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out loss: nats per token and bits per byte of text."""
+
+    nats_per_token: float
+    bits_per_byte: float
+
+
+class StepRunner:
+    """Runs steps of one model. Every method is called by all ranks in the same order."""
+
+    def __init__(
+        self, config: Config, topology: Topology, engine: Engine, corpus: Corpus, transport: Transport | None
+    ) -> None:
+        self._config = config
+        self._topology = topology
+        self._engine = engine
+        self._corpus = corpus
+        self._transport = transport
+        parallel = config.parallel
+        self._plan = ringattn.Plan(
+            config.data.seq_len,
+            topology.cp,
+            layout=parallel.layout,
+            window=parallel.window,
+            sinks=parallel.sinks,
+        )
+        self._positions = self._plan.positions(topology.cp_rank).to(topology.device)
+        self.doing = "starting"  # for messages about lost peers: what this rank was at
+
+    def read(self, first_row: int, *, stop: bool) -> Batch:
+        """Read this ring's rows of the step that begins at `first_row`, and agree on the step's size.
+
+        Raises:
+            DataError: on all ranks, if the ranks of a ring read different rows.
+        """
+        self.doing = "reading data"
+        started = time.perf_counter()
+        topology = self._topology
+        count = self._config.optim.rows_per_step // topology.dp
+        indices = range(first_row + topology.dp_rank * count, first_row + (topology.dp_rank + 1) * count)
+        rows = tuple(self._corpus.row(index) for index in indices)
+        valid = sum(int((row.labels != IGNORED).sum()) for row in rows)
+        digest = functools.reduce(lambda crc, row: _checksum(row, crc), rows, 0)
+        seconds = time.perf_counter() - started
+        self.doing = "agreeing on the step's rows"
+        told = self._exchange([valid, digest, int(stop)])
+        rings = [told[start : start + topology.cp] for start in range(0, topology.world_size, topology.cp)]
+        for number, ring in enumerate(rings):
+            if any(values[:2] != ring[0][:2] for values in ring):
+                raise DataError(
+                    f"data: the ranks of ring {number} read different rows for the step at row {first_row} (valid "
+                    f"tokens, checksum by cp rank: {[tuple(values[:2]) for values in ring]}); the data must be the "
+                    "same on every host, and must not change while a run reads it"
+                )
+        num_valid = sum(ring[0][0] for ring in rings)
+        return Batch(rows=rows, num_valid=num_valid, stop=any(values[2] for values in told), data_seconds=seconds)
+
+    def train(self, batch: Batch, learning_rate: float) -> StepResult:
+        """Forward, backward and, if everything is finite on every rank, update."""
+        local_loss = torch.zeros((), dtype=torch.float64, device=self._topology.device)
+        for number, row in enumerate(batch.rows):
+            self.doing = f"forward of row {row.index}"
+            loss_sum = self._forward(row, row.labels)
+            local_loss += loss_sum.detach()
+            self.doing = f"backward of row {row.index}"
+            self._engine.backward(loss_sum, batch.num_valid, last=number + 1 == len(batch.rows))
+        self.doing = "summing the loss"
+        own_loss = float(local_loss)
+        loss = self._topology.sum_of(own_loss) / max(batch.num_valid, 1)
+        self.doing = "taking the gradient norm"
+        norm = self._engine.gradient_norm()
+        applied = math.isfinite(loss) and math.isfinite(norm)
+        blame = ""
+        if applied:
+            self.doing = "updating"
+            self._engine.update(learning_rate)
+        else:
+            self.doing = "looking for what is not finite"
+            blame = self._blame(own_loss, norm)
+            self._engine.discard()
+        return StepResult(
+            loss=loss,
+            num_valid=batch.num_valid,
+            gradient_norm=norm,
+            applied=applied,
+            blame=blame,
+            data_seconds=batch.data_seconds,
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation | None:
+        """Loss on the held-out rows; None if there are none."""
+        topology, num_rows = self._topology, self._corpus.num_held_out_rows
+        if num_rows == 0:
+            return None
+        loss = torch.zeros((), dtype=torch.float64, device=topology.device)
+        num_valid, num_bytes = 0, 0
+        # Engines that gather weights need every rank in every forward: a ring without a row of its own repeats one
+        # with all labels ignored.
+        for start in range(0, num_rows, topology.dp):
+            index = start + topology.dp_rank
+            row = self._corpus.held_out_row(min(index, num_rows - 1))
+            labels = row.labels if index < num_rows else torch.full_like(row.labels, IGNORED)
+            self.doing = f"evaluating held-out row {index}"
+            loss += self._forward(row, labels)
+            if index < num_rows and topology.cp_rank == 0:
+                num_valid += int((labels != IGNORED).sum())
+                num_bytes += row.target_bytes
+        total, tokens, text = (topology.sum_of(value) for value in (float(loss), float(num_valid), float(num_bytes)))
+        return Evaluation(nats_per_token=total / max(tokens, 1.0), bits_per_byte=total / _NATS_PER_BIT / max(text, 1.0))
+
+    def _forward(self, row: Row, labels: Tensor) -> Tensor:
+        """Loss sum of this rank's part of a row."""
+        topology, parallel = self._topology, self._config.parallel
+        plan = self._plan.with_documents(row.documents)
+        attention = functools.partial(
+            ringattn.ring_attention,
+            plan=plan,
+            group=topology.cp_group if topology.cp > 1 else None,
+            kernel=parallel.kernel,
+            transport=self._transport or "auto",
+        )
+        tokens, labels = (
+            ringattn.shard(x[None], plan, topology.cp_rank).to(topology.device) for x in (row.tokens, labels)
+        )
+        return self._engine.forward(
+            tokens=tokens,
+            labels=labels,
+            positions=self._positions,
+            attention=attention,
+            loss_tile=self._config.optim.loss_tile,
+        )
+
+    def _exchange(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's `values`, in rank order."""
+        mine = torch.tensor(values, dtype=torch.long)
+        everyone = [torch.empty_like(mine) for _ in range(self._topology.world_size)]
+        dist.all_gather(everyone, mine, group=self._topology.cpu_group)
+        return [row.tolist() for row in everyone]
+
+    def _blame(self, own_loss: float, norm: float) -> str:
+        told = self._topology.gather_objects((math.isfinite(own_loss), self._engine.bad_gradients()))
+        losses = [str(rank) for rank, (finite, _) in enumerate(told) if not finite]
+        if losses:
+            return f"the loss of rank{'s' if len(losses) > 1 else ''} {', '.join(losses)} is not finite"
+        names = sorted({name for _, bad in told for name in bad})
+        ranks = [str(rank) for rank, (_, bad) in enumerate(told) if bad]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return (
+            f"the loss is finite on every rank, the gradient is not (norm {norm}): {', '.join(names[:5])}{more}, "
+            f"seen on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+        )
+
+
+def _checksum(row: Row, start: int) -> int:
+    crc = zlib.crc32(row.tokens.numpy().tobytes(), start)
+    return zlib.crc32(row.documents.numpy().tobytes(), crc)

@@ -1,0 +1,74 @@
+"""One configuration, every way of spreading it over processes: the same losses."""
+
+import itertools
+
+import pytest
+
+from launch.errors import EXIT_DONE
+from tests.launch.runs import losses, settings, train_worker, write_corpus
+from tests.processes import run_ranks
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+ENGINES = ({"name": "ddp"}, {"name": "fsdp"}, *({"name": "zero", "zero_stage": stage} for stage in range(4)))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """Losses of 20 steps in one process: reference kernel, one document per row visible to itself only."""
+    folder = tmp_path_factory.mktemp("alone")
+    run = settings(corpus, folder, parallel__kernel="reference")
+    assert run_ranks(train_worker, 1, [run]) == [[EXIT_DONE]]
+    found = losses(folder)
+    assert len(found) == 20
+    assert found[-1] < found[0] - 0.5  # it learns, so the comparison means something
+    return found
+
+
+def compare(corpus, tmp_path, alone, world_size, variants):
+    runs = [
+        settings(corpus, tmp_path / str(number), parallel__layout=layout, parallel__dp=dp, **extra)
+        | {"engine": dict(engine)}
+        for number, (layout, engine, dp, extra) in enumerate(variants)
+    ]
+    for statuses in run_ranks(train_worker, world_size, runs, timeout=300):
+        assert statuses == [EXIT_DONE] * len(runs)
+    for number, variant in enumerate(variants):
+        found = losses(tmp_path / str(number))
+        worst = max(abs(a - b) / abs(b) for a, b in zip(found, alone, strict=True))
+        assert worst <= 1e-5, (world_size, variant, worst)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+def test_every_layout_gives_the_losses_of_one_process(corpus, tmp_path, alone, cp_size):
+    compare(corpus, tmp_path, alone, cp_size, [(layout, ENGINES[0], 1, {}) for layout in LAYOUTS])
+
+
+@pytest.mark.parametrize("cp_size", [2, 3])
+def test_every_engine_gives_the_losses_of_one_process(corpus, tmp_path, alone, cp_size):
+    compare(corpus, tmp_path, alone, cp_size, [("zigzag", engine, 1, {}) for engine in ENGINES[1:]])
+
+
+def test_dp_times_cp_and_recompute(corpus, tmp_path, alone):
+    variants = [
+        ("zigzag", ENGINES[0], 2, {}),
+        ("striped", ENGINES[1], 2, {}),
+        ("zigzag", {"name": "fsdp", "recompute": True}, 4, {}),
+    ]
+    compare(corpus, tmp_path, alone, 4, variants)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_whole_table(corpus, tmp_path, alone, world_size):
+    compare(corpus, tmp_path, alone, world_size, [(*pair, 1, {}) for pair in itertools.product(LAYOUTS, ENGINES)])
+
+
+def test_the_comparison_can_fail(corpus, tmp_path, alone):
+    """A learning rate that is off by a third of a percent is seen."""
+    with pytest.raises(AssertionError):
+        compare(corpus, tmp_path, alone, 2, [("zigzag", ENGINES[0], 1, {"optim__lr": 3.01e-3})])

@@ -1,0 +1,288 @@
+"""What breaks a run, done to real processes: kills in a hop, signals, NaN, full disks, damaged checkpoints.
+
+Faults are planted by replacing methods inside the worker processes; the product has no switch for them. The numbers in
+the names are the rows of the fault matrix in docs/failures.md.
+"""
+
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from launch.errors import (
+    EXIT_CHECKPOINT,
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_NUMERICS,
+    EXIT_PEER,
+    EXIT_PREEMPTED,
+    EXIT_WRITE,
+)
+from launch.runlock import RunLock
+from launch.status import read_status
+from tests.launch.runs import losses, settings, train_worker, weights, write_corpus
+from tests.processes import run_ranks
+
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def short_run(corpus, run_dir, **changes):
+    defaults = {
+        "optim__steps": STEPS,
+        "optim__rows_per_step": 2,
+        "checkpoint__every_steps": 3,
+        "checkpoint__keep": 3,
+        "checkpoint__save_last": True,
+        "data__held_out_rows": 1,
+    }
+    return settings(corpus, run_dir, **{**defaults, **changes})
+
+
+@pytest.fixture(scope="module")
+def clean(corpus, tmp_path_factory):
+    """An uninterrupted run of two processes: its folder."""
+    folder = tmp_path_factory.mktemp("clean")
+    assert run_ranks(train_worker, 2, [short_run(corpus, folder)]) == [[EXIT_DONE]] * 2
+    return folder
+
+
+def assert_same_bits(run_dir, clean):
+    ours, theirs = weights(run_dir, STEPS), weights(clean, STEPS)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert losses(run_dir) == losses(clean)
+
+
+def faulty_worker(rank, world_size, nested, fault, *arguments):
+    """Plant `fault(rank, *arguments)` in this process, then train. Returns (exit status, seconds since the fault)."""
+    planted = fault(rank, *arguments)
+    status = train_worker(rank, world_size, [nested])[0]
+    return status, None if planted is None else time.monotonic() - planted.get("at", time.monotonic())
+
+
+def kill_in_hop(rank, victim, step, where):
+    """SIGKILL `victim` in the ring's exchange called `where`, at the given step."""
+    from launch.steps import StepRunner
+    from ringattn.transport.p2p import P2PTransport
+
+    seen = {"step": 0}
+    train, exchange = StepRunner.train, P2PTransport.exchange
+
+    def counting_train(self, *arguments):
+        seen["step"] += 1
+        return train(self, *arguments)
+
+    def deadly_exchange(self, send, send_to, receive, receive_from, label):
+        if seen["step"] == step and label.startswith(where):
+            seen["at"] = time.monotonic()
+            if rank == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return exchange(self, send, send_to, receive, receive_from, label)
+
+    StepRunner.train, P2PTransport.exchange = counting_train, deadly_exchange
+    return seen
+
+
+@pytest.mark.parametrize("where", ["forward hop 1", "backward hop 2"])
+def test_row_1_kill_in_a_hop_then_the_same_command_gives_the_same_bits(corpus, tmp_path, clean, where):
+    run = short_run(corpus, tmp_path)
+    step = random.Random(where).randint(4, STEPS)  # after the first checkpoint
+    outcomes = run_ranks(faulty_worker, 2, run, kill_in_hop, 1, step, where, check=False)
+    assert outcomes[1].exitcode == -signal.SIGKILL
+    status, seconds = outcomes[0].value
+    assert status == EXIT_PEER
+    assert seconds < 2.0
+    told = read_status(tmp_path)
+    assert told.exit_status == EXIT_PEER
+    assert f"rank 0 of 2 lost a peer in step {step}" in told.message
+    assert "hop" in told.message
+    assert run_ranks(train_worker, 2, [run]) == [[EXIT_DONE]] * 2
+    assert_same_bits(tmp_path, clean)
+
+
+def signal_at_step(rank, victim, step, number):
+    from launch.steps import StepRunner
+
+    train, seen = StepRunner.train, {"step": 0}
+
+    def signalled_train(self, *arguments):
+        seen["step"] += 1
+        if seen["step"] == step and rank == victim:
+            os.kill(os.getpid(), number)
+        return train(self, *arguments)
+
+    StepRunner.train = signalled_train
+
+
+def test_row_26_sigterm_to_one_rank_finishes_the_step_saves_and_resumes_to_the_same_bits(corpus, tmp_path, clean):
+    run = short_run(corpus, tmp_path, checkpoint__every_steps=0)
+    outcomes = run_ranks(faulty_worker, 2, run, signal_at_step, 1, 5, signal.SIGTERM)
+    assert [status for status, _ in outcomes] == [EXIT_PREEMPTED] * 2
+    told = read_status(tmp_path)
+    assert (told.outcome, told.exit_status, told.step) == ("preempted", EXIT_PREEMPTED, 5)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
+    assert run_ranks(train_worker, 2, [run]) == [[EXIT_DONE]] * 2
+    assert_same_bits(tmp_path, clean)
+
+
+def preempted_run(corpus, folder):
+    run = short_run(corpus, folder)
+    outcomes = run_ranks(faulty_worker, 2, run, signal_at_step, 0, 5, signal.SIGTERM)
+    assert [status for status, _ in outcomes] == [EXIT_PREEMPTED] * 2
+    return run
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (3, {"parallel__layout": "contiguous"}),
+        (4, {"parallel__dp": 2, "engine__name": "fsdp"}),
+        pytest.param(1, {"engine__name": "zero", "engine__zero_stage": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"engine__name": "zero", "engine__zero_stage": 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_rows_12_and_13_resume_under_another_cp_dp_layout_and_engine(corpus, tmp_path, clean, world_size, changes):
+    preempted_run(corpus, tmp_path)
+    run = short_run(corpus, tmp_path, **changes)
+    assert run_ranks(train_worker, world_size, [run]) == [[EXIT_DONE]] * world_size
+    for found, expected in zip(losses(tmp_path), losses(clean), strict=True):
+        assert abs(found - expected) <= 1e-5 * abs(expected)
+
+
+def test_row_12_a_world_that_does_not_fit_is_refused_before_the_first_collective(corpus, tmp_path, capfd):
+    run = short_run(corpus, tmp_path, parallel__cp=2, parallel__dp=2)
+    assert run_ranks(train_worker, 3, [run]) == [[EXIT_CONFIG]] * 3
+
+
+def nan_on_one_rank(rank, victim, steps):
+    from launch.steps import StepRunner
+
+    train, forward, seen = StepRunner.train, StepRunner._forward, {"step": 0}
+
+    def counting_train(self, *arguments):
+        seen["step"] += 1
+        return train(self, *arguments)
+
+    def poisoned(self, row, labels):
+        loss = forward(self, row, labels)
+        return loss * float("nan") if rank == victim and seen["step"] in steps and torch.is_grad_enabled() else loss
+
+    StepRunner.train, StepRunner._forward = counting_train, poisoned
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_row_19_nan_on_one_rank_updates_no_rank_and_the_run_goes_on(corpus, tmp_path, engine):
+    run = short_run(corpus, tmp_path, checkpoint__every_steps=1, checkpoint__keep=9, engine__name=engine)
+    outcomes = run_ranks(faulty_worker, 2, run, nan_on_one_rank, 1, {4})
+    assert [status for status, _ in outcomes] == [EXIT_DONE] * 2
+    before, after, later = (weights(tmp_path, step) for step in (3, 4, 5))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], later[name]) for name in after)
+    record = (tmp_path / "bad-step-000004.json").read_text()
+    assert "the loss of rank 1 is not finite" in record
+    assert "[\n  6,\n  7\n ]" in record  # the rows of the fourth step, two per step
+
+
+def test_row_19_too_many_in_a_row_stop_with_the_last_good_state(corpus, tmp_path):
+    run = short_run(corpus, tmp_path, optim__max_bad_steps=2)
+    outcomes = run_ranks(faulty_worker, 2, run, nan_on_one_rank, 0, {4, 6, 7})
+    assert [status for status, _ in outcomes] == [EXIT_NUMERICS] * 2
+    told = read_status(tmp_path)
+    assert told.exit_status == EXIT_NUMERICS
+    assert "step 7 was not applied on any rank: the loss of rank 0 is not finite" in told.message
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 7).values())
+
+
+def full_disk(rank, victim):
+    if rank == victim:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def test_row_22_a_full_disk_keeps_the_old_checkpoint_and_ends_after_the_allowed_failures(corpus, tmp_path):
+    changes = {"engine__name": "fsdp", "checkpoint__every_steps": 2, "checkpoint__max_failed_saves": 1}
+    first = short_run(corpus, tmp_path, **changes)
+    outcomes = run_ranks(faulty_worker, 2, first, signal_at_step, 0, 2, signal.SIGTERM)
+    assert [status for status, _ in outcomes] == [EXIT_PREEMPTED] * 2
+    outcomes = run_ranks(faulty_worker, 2, first, full_disk, 1)
+    assert [status for status, _ in outcomes] == [EXIT_WRITE] * 2
+    told = read_status(tmp_path)
+    assert told.exit_status == EXIT_WRITE
+    assert str(tmp_path) in told.message
+    assert told.step == 6  # the save at step 4 failed and was allowed to, the one at 6 was not
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002"]
+    assert run_ranks(train_worker, 2, [first]) == [[EXIT_DONE]] * 2
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_rows_7_and_9_a_damaged_checkpoint_is_refused_and_the_one_before_used(corpus, tmp_path, clean, capfd):
+    run = preempted_run(corpus, tmp_path)
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000003", "step-000005"]
+    flip_a_bit(next(folders[1].glob("*.distcp")))
+    assert run_ranks(train_worker, 2, [run]) == [[EXIT_DONE]] * 2
+    assert_same_bits(tmp_path, clean)
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        if folder != folders[1]:  # that one is damaged already
+            flip_a_bit(next(folder.glob("*.distcp")))
+    assert run_ranks(train_worker, 2, [run]) == [[EXIT_CHECKPOINT]] * 2
+    assert read_status(tmp_path).exit_status == EXIT_CHECKPOINT
+
+
+def test_row_11_changed_data_is_refused_unless_accepted(corpus, tmp_path):
+    own = write_corpus(tmp_path)
+    run = preempted_run(own, tmp_path / "run")
+    own.write_text(own.read_text() + '{"text": "one more document"}\n')
+    assert run_ranks(train_worker, 2, [run]) == [[EXIT_DATA]] * 2
+    message = read_status(tmp_path / "run").message
+    assert "fingerprint" in message
+    assert "data.accept_changed" in message
+    run["data"]["accept_changed"] = True
+    assert run_ranks(train_worker, 2, [run]) == [[EXIT_DONE]] * 2
+
+
+def test_another_model_is_refused_with_a_table(corpus, tmp_path):
+    preempted_run(corpus, tmp_path)
+    run = short_run(corpus, tmp_path, model__ffn_dim=64)
+    assert run_ranks(train_worker, 2, [run]) == [[EXIT_CHECKPOINT]] * 2
+    assert "ffn_dim: checkpoint 48, now 64" in read_status(tmp_path).message
+
+
+def test_row_25_a_second_run_in_the_folder_is_refused_by_name_of_the_holder(corpus, tmp_path, capfd):
+    with RunLock(tmp_path):
+        assert run_ranks(train_worker, 2, [short_run(corpus, tmp_path)]) == [[EXIT_WRITE]] * 2
+    assert read_status(tmp_path) is None  # the status is the holder's
+
+
+def test_row_33_a_finished_run_says_so_and_touches_nothing(corpus, clean):
+    def listing():
+        return {
+            str(path): path.stat().st_mtime_ns
+            for path in clean.rglob("*")
+            if path.is_file() and path.name not in ("run.lock", "status.json")
+        }
+
+    before = listing()
+    assert run_ranks(train_worker, 2, [short_run(corpus, clean)]) == [[EXIT_DONE]] * 2
+    assert listing() == before
+    told = read_status(clean)
+    assert (told.outcome, told.step) == ("complete", STEPS)
+
+
+def test_row_15_rows_shorter_than_the_ring_are_refused_by_the_configuration(corpus, tmp_path):
+    run = short_run(corpus, tmp_path, data__seq_len=3)
+    assert run_ranks(train_worker, 4, [run]) == [[EXIT_CONFIG]] * 4
