@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from launch.config import Config
 from launch.config_load import load_config, split_worker_args
 from launch.errors import EXIT_BUG, EXIT_DONE, EXIT_PREEMPTED, LaunchError, PeerLost, WriteError, exit_status_of
+from launch.orphans import die_with_parent
 from launch.status import write_status
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
     from launch.topology import Topology
     from launch.trainer import Trainer
+
+_LAST_WORD_S = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +104,6 @@ class _Worker:
                     exit_status=status,
                     step=self._step(),
                     message=str(error) or type(error).__name__,
-                    attempt=_attempt(),
                 )
         return status
 
@@ -115,7 +118,6 @@ class _Worker:
                 exit_status=status,
                 step=self._step(),
                 message=message,
-                attempt=_attempt(),
             )
 
     @contextlib.contextmanager
@@ -235,18 +237,17 @@ def _set_determinism(config: Config, device_type: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _attempt() -> str:
-    """Name of this start: torchrun's run id, if torchrun started it."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
-
-
 def _job() -> str | None:
     """Slurm's job number, for messages."""
     return os.environ.get("SLURM_JOB_ID")
 
 
 if __name__ == "__main__":
+    die_with_parent()  # a killed launcher must not leave workers training
     exit_status = main()
+    if exit_status not in (EXIT_DONE, EXIT_PREEMPTED):
+        # torchrun ends all workers 0.1 s after the first failure: the leader needs longer to write what it saw.
+        time.sleep(_LAST_WORD_S)
     sys.stdout.flush()
     sys.stderr.flush()
     # A process group with a dead peer can hang while the interpreter shuts down; everything is written by now.

@@ -1,0 +1,262 @@
+"""What two settings mean together: conflicts (errors), settings without effect (warnings), and the dp x cp mesh.
+
+A check names every key it looked at, so that a key already reported on its own is not reported twice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One finding: `keys[0]` is where to change it, the other keys are what it was compared with."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+class ConflictingSettings(ValueError):
+    """Raised inside pydantic's validation; carries the problems so that the loader can give each its file line."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("; ".join(f"{problem.keys[0]}: {problem.message}" for problem in problems))
+        self.problems = problems
+
+
+def cross_problems(config: Config) -> list[Problem]:
+    """All the combinations that cannot be honoured, in the order of the sections."""
+    checks = (_model_problems, _vocabulary_problems, _data_problems, _kernel_problems, _mesh_problems, _optim_problems)
+    return [problem for check in checks for problem in check(config)]
+
+
+def min_seq_len(layout: str, cp: int) -> int:
+    """Shortest row (tokens) with which no rank of a ring of `cp` is left empty: zigzag gives each rank two chunks."""
+    return 2 * cp if layout == "zigzag" and cp > 1 else cp
+
+
+def preset_fields(name: str) -> dict[str, Any] | None:
+    """The preset's values, or None in a checkout without `model/`."""
+    if importlib.util.find_spec("model.presets") is None:
+        return None
+    from model.presets import PRESETS  # torch-free by contract; imported late because model/ is above this module
+
+    return dict(PRESETS[name])
+
+
+def _model_problems(config: Config) -> Iterator[Problem]:
+    section = config.model
+    shape = {**(preset_fields(section.preset) or {}), **section.overrides()}
+    heads, kv_heads, head_dim = shape.get("heads"), shape.get("kv_heads"), shape.get("head_dim")
+    origin = f"(null values come from the preset {section.preset})"
+    if heads and kv_heads and heads % kv_heads:
+        valid = [count for count in range(1, heads + 1) if heads % count == 0]
+        key, other = ("kv_heads", "heads") if section.kv_heads is not None else ("heads", "kv_heads")
+        yield Problem(
+            keys=(f"model.{key}", f"model.{other}", "model.preset"),
+            message=f"heads must be a multiple of kv_heads, got heads={heads} and kv_heads={kv_heads} {origin}; "
+            f"for {heads} heads set kv_heads to one of {_listed(valid)}",
+        )
+    if head_dim and head_dim % 2:
+        yield Problem(
+            keys=("model.head_dim", "model.preset"),
+            message=f"head_dim must be even, since rotary positions turn pairs, got {head_dim} {origin}",
+        )
+    if section.rope_scaling == "ntk" and head_dim == 2:
+        yield Problem(
+            keys=("model.head_dim", "model.rope_scaling", "model.preset"),
+            message=f"rope_scaling ntk needs a head_dim of at least 4, got 2 {origin}",
+        )
+    if section.rope_scaling == "yarn" and not shape.get("rope_original_len"):
+        yield Problem(
+            keys=("model.rope_original_len", "model.rope_scaling", "model.preset"),
+            message="rope_scaling yarn needs the length the model was trained at, got null; "
+            "set rope_original_len, for example to 8192",
+        )
+
+
+def _vocabulary_problems(config: Config) -> Iterator[Problem]:
+    needed = {"bytes": 257, "bpe": config.data.bpe_vocab}.get(config.data.tokenizer, 1)
+    given = config.model.vocab_size
+    if given is not None and given < needed:
+        yield Problem(
+            keys=("model.vocab_size", "data.tokenizer", "data.bpe_vocab"),
+            message=f"expected at least the {needed} tokens of the {config.data.tokenizer} tokenizer, got {given}; "
+            "leave it null to take the tokenizer's",
+        )
+
+
+def _data_problems(config: Config) -> Iterator[Problem]:
+    data = config.data
+    if data.source in ("json", "parquet", "text") and not data.paths:
+        yield Problem(
+            keys=("data.paths", "data.source"),
+            message=f"source {data.source} needs at least one file, folder or glob, got none; "
+            f"set for example paths: [corpus/*.{ {'json': 'jsonl', 'text': 'txt'}.get(data.source, data.source) }]",
+        )
+    if data.source == "hub" and data.name is None:
+        yield Problem(
+            keys=("data.name", "data.source"),
+            message="source hub needs the name of a dataset, got null; set for example name: wikitext",
+        )
+    held_out = data.held_out_fraction > 0 and data.held_out_rows > 0
+    if config.evaluate.every_steps and not held_out:
+        yield Problem(
+            keys=("evaluate.every_steps", "data.held_out_fraction", "data.held_out_rows"),
+            message=f"evaluating every {config.evaluate.every_steps} steps needs held-out data, got "
+            f"data.held_out_fraction={data.held_out_fraction} and data.held_out_rows={data.held_out_rows}; "
+            "make both positive, or set evaluate.every_steps=0",
+        )
+
+
+def _kernel_problems(config: Config) -> Iterator[Problem]:
+    kernel, device, precision = config.parallel.kernel, config.run.device, config.engine.precision
+    wanted = {"cudnn": "cuda", "flash": "cuda", "cpu": "cpu"}.get(kernel)
+    if wanted and device not in ("auto", wanted):
+        yield Problem(
+            keys=("parallel.kernel", "run.device"),
+            message=f"kernel {kernel} runs on {wanted} only, got run.device={device}; set kernel: auto, "
+            f"or run.device: {wanted}",
+        )
+    if wanted == "cuda" and precision != "bf16":
+        yield Problem(
+            keys=("parallel.kernel", "engine.precision"),
+            message=f"kernel {kernel} computes in bf16 only, got engine.precision={precision}; set kernel: auto, "
+            "or engine.precision: bf16",
+        )
+
+
+def _mesh_problems(config: Config) -> Iterator[Problem]:
+    """What is wrong whatever the number of processes: judged as far as cp and dp are numbers."""
+    cp, dp = config.parallel.cp, config.parallel.dp
+    if isinstance(cp, int):
+        yield from _sequence_problems(config, cp)
+    if isinstance(dp, int):
+        yield from _batch_problems(config, dp)
+
+
+def _sequence_problems(config: Config, cp: int) -> Iterator[Problem]:
+    layout, seq_len = config.parallel.layout, config.data.seq_len
+    needed = min_seq_len(layout, cp)
+    if seq_len < needed:
+        longest_ring = seq_len // 2 if layout == "zigzag" else seq_len
+        yield Problem(
+            keys=("data.seq_len", "parallel.cp", "parallel.layout"),
+            message=f"layout {layout} over cp={cp} ranks needs at least {needed} tokens per row so that no rank is "
+            f"empty, got {seq_len}; raise seq_len or set parallel.cp to at most {max(1, longest_ring)}",
+        )
+
+
+def _batch_problems(config: Config, dp: int) -> Iterator[Problem]:
+    rows = config.optim.rows_per_step
+    if rows % dp:
+        nearest = max(dp, rows // dp * dp)
+        yield Problem(
+            keys=("optim.rows_per_step", "parallel.dp"),
+            message=f"must be a multiple of dp={dp}, since every ring takes as many rows as the others, got {rows}; "
+            f"set it to {nearest if nearest == rows // dp * dp + dp else f'{nearest} or {rows // dp * dp + dp}'}",
+        )
+
+
+def _optim_problems(config: Config) -> Iterator[Problem]:
+    optim = config.optim
+    if optim.warmup_steps > optim.steps:
+        yield Problem(
+            keys=("optim.warmup_steps", "optim.steps"),
+            message=f"expected at most optim.steps={optim.steps}, got {optim.warmup_steps}: "
+            "the learning rate would never reach its peak",
+        )
+
+
+def resolve_mesh(config: Config, num_processes: int) -> tuple[int, int]:
+    """(dp, cp) for this many processes; see `Config.mesh`."""
+    cp, dp = config.parallel.cp, config.parallel.dp
+    if dp == "auto":
+        dp = num_processes // cp if isinstance(cp, int) else 1
+    if cp == "auto":
+        cp = num_processes // dp
+    if dp * cp != num_processes or not dp or not cp:
+        raise ConfigError(_misfit(config, num_processes))
+    problems = [*_sequence_problems(config, cp), *_batch_problems(config, dp)]
+    if problems:
+        lines = [f"{problem.keys[0]}: {problem.message}" for problem in problems]
+        raise ConfigError("\n".join([f"with {num_processes} processes (dp={dp}, cp={cp}):", *lines]))
+    return dp, cp
+
+
+def _misfit(config: Config, num_processes: int) -> str:
+    cp, dp = config.parallel.cp, config.parallel.dp
+    head = f"the number of processes does not fit the mesh: got {num_processes} processes"
+    if isinstance(cp, int) and isinstance(dp, int):
+        return (
+            f"{head}, expected parallel.dp * parallel.cp = {dp} * {cp} = {dp * cp}; "
+            f"start {dp * cp} processes, or set one of the two to auto"
+        )
+    name, size = ("cp", cp) if isinstance(cp, int) else ("dp", dp)
+    below = num_processes // int(size) * int(size)
+    fitting = f"{below} or {below + int(size)}" if below else f"{size}"
+    return (
+        f"{head}, expected a multiple of parallel.{name}={size}; start {fitting} processes, or change parallel.{name}"
+    )
+
+
+def without_effect(config: Config) -> list[Problem]:
+    """Settings that somebody wrote down but that change nothing, each with the reason."""
+    given = {f"{name}.{key}" for name in type(config).model_fields for key in getattr(config, name).model_fields_set}
+    return [problem for problem in _idle_settings(config) if problem.keys[0] in given]
+
+
+def _idle_settings(config: Config) -> Iterator[Problem]:
+    model, data, parallel, optim = config.model, config.data, config.parallel, config.optim
+
+    def idle(condition: object, key: str, reason: str, *others: str) -> Iterator[Problem]:
+        if condition:
+            yield Problem(keys=(key, *others), message=f"no effect because {reason}")
+
+    engine = config.engine.name
+    yield from idle(engine != "zero", "engine.zero_stage", f"engine.name is {engine}, not zero", "engine.name")
+    unscaled = model.rope_scaling == "none"
+    yield from idle(unscaled, "model.rope_factor", "model.rope_scaling is none", "model.rope_scaling")
+    yield from idle(
+        not unscaled and model.rope_factor == 1, "model.rope_scaling", "model.rope_factor is 1", "model.rope_factor"
+    )
+    yield from idle(
+        model.rope_scaling != "yarn" and model.rope_original_len,
+        "model.rope_original_len",
+        f"model.rope_scaling is {model.rope_scaling}; only yarn uses it",
+    )
+    for key in ("name", "subset", "split", "streaming"):
+        value = getattr(data, key)
+        if value not in (None, False):
+            yield from idle(data.source != "hub", f"data.{key}", f"data.source is {data.source}, not hub")
+    from_files = data.source in ("json", "parquet", "text")
+    yield from idle(not from_files and data.paths, "data.paths", f"data.source is {data.source}")
+    yield from idle(
+        data.source in ("python", "text"), "data.field", f"data.source is {data.source}, which has no columns"
+    )
+    yield from idle(data.tokenizer != "bpe", "data.bpe_vocab", f"data.tokenizer is {data.tokenizer}, not bpe")
+    yield from idle(not data.held_out_fraction, "data.held_out_rows", "data.held_out_fraction is 0")
+    yield from idle(not data.held_out_rows, "data.held_out_fraction", "data.held_out_rows is 0")
+    yield from idle(
+        parallel.window is None and parallel.sinks,
+        "parallel.sinks",
+        "parallel.window is null: all keys are seen anyway",
+    )
+    yield from idle(
+        parallel.window is not None and parallel.window >= data.seq_len,
+        "parallel.window",
+        f"it is not shorter than data.seq_len={data.seq_len}",
+    )
+    yield from idle(optim.schedule == "constant", "optim.min_lr_ratio", "optim.schedule is constant")
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(str(number) for number in numbers)

@@ -1,0 +1,168 @@
+"""Readers of local files: they yield one candidate per record and never raise for a damaged one.
+
+Why not the loaders that come with `datasets` ("json", "parquet", "text"): they do not say in which line a fault is,
+they infer the types of columns nobody asked for, and they report each load of a local file to a server.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launch.data.files import open_binary
+from launch.errors import DataError
+
+# A candidate is a plain dict, since it travels through `datasets`: exactly one of text and problem is not None.
+Candidate = dict[str, Any]
+
+
+def candidate(where: str, text: str | None = None, problem: str | None = None) -> Candidate:
+    """One record: its text, or what is wrong with it; `where` is what a user looks up (file:line)."""
+    return {"text": text, "where": where, "problem": problem}
+
+
+def from_record(record: object, field: str, where: str) -> Candidate:
+    """Take `field` out of a decoded record, or say why that is not possible."""
+    if not isinstance(record, dict):
+        return candidate(where, problem=f"expected an object with a field {field!r}, got {_kind(record)}")
+    if field not in record:
+        present = ", ".join(repr(key) for key in list(record)[:8]) or "none"
+        return candidate(where, problem=f"no field {field!r}; fields present: {present}")
+    if not isinstance(record[field], str):
+        return candidate(where, problem=f"field {field!r} must be a string, got {_kind(record[field])}")
+    return candidate(where, text=record[field])
+
+
+def read_whole_files(paths: list[str]) -> Iterator[Candidate]:
+    """One document per file."""
+    for path in paths:
+        with _reading(path), open_binary(Path(path)) as file:
+            data = file.read()
+        try:
+            yield candidate(path, text=data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield candidate(f"{path}:{data.count(10, 0, error.start) + 1}", problem=_bad_utf8(error, "file"))
+
+
+def read_json(paths: list[str], field: str) -> Iterator[Candidate]:
+    """One document per line (JSON Lines), or per element where a file is one JSON array. Blank lines are no rows."""
+    for path in paths:
+        with _reading(path), open_binary(Path(path)) as file:
+            start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+            file.seek(0)
+            lines_only = any(suffix in (".jsonl", ".ndjson") for suffix in Path(path).suffixes)
+            if start.startswith(b"[") and not lines_only:
+                yield from _array(path, file.read(), field)
+            else:
+                yield from _lines(path, file, field)
+
+
+def read_parquet(paths: list[str], field: str) -> Iterator[Candidate]:
+    """One document per row; only the column `field` is read."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for path in paths:
+        row = 0
+        try:
+            file = parquet.ParquetFile(path)
+            _check_column(path, file.schema_arrow, field)
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for value in _values(batch.column(0)):
+                    row += 1
+                    yield _parquet_value(value, field, f"{path}:row {row}")
+        except (pyarrow.ArrowException, OSError) as error:
+            # The rest of the file cannot be reached: one damaged record as far as counting goes.
+            yield candidate(f"{path}:after row {row}", problem=f"not a readable Parquet file: {_one_line(error)}")
+
+
+def _lines(path: str, file: Any, field: str) -> Iterator[Candidate]:
+    for number, raw in enumerate(file, start=1):
+        line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        if line.strip():
+            yield _json_candidate(f"{path}:{number}", line, field)
+
+
+def _json_candidate(where: str, line: bytes, field: str) -> Candidate:
+    try:
+        return from_record(json.loads(line.decode("utf-8")), field, where)
+    except UnicodeDecodeError as error:
+        return candidate(where, problem=_bad_utf8(error, "line"))
+    except (ValueError, RecursionError) as error:
+        cut = "" if line.endswith(b"\n") else "; the file ends inside this line, it may have been cut"
+        return candidate(where, problem=f"invalid JSON: {_one_line(error)}{cut}")
+
+
+def _array(path: str, data: bytes, field: str) -> Iterator[Candidate]:
+    try:
+        records = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        yield candidate(f"{path}:{data.count(10, 0, error.start) + 1}", problem=_bad_utf8(error, "file"))
+        return
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        yield candidate(f"{path}:{line}", problem=f"invalid JSON array: {_one_line(error)}")
+        return
+    for number, record in enumerate(records, start=1):
+        yield from_record(record, field, f"{path}:element {number}")
+
+
+def _check_column(path: str, schema: Any, field: str) -> None:
+    """A wrong column is a mistake in the configuration, not a damaged record: `on_error` does not apply."""
+    from pyarrow import types
+
+    if field not in schema.names:
+        present = ", ".join(map(repr, schema.names))
+        raise DataError(f"{path}: no column {field!r}, columns present: {present}; set data.field to one of them")
+    kind = schema.field(field).type
+    value_kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(value_kind) or types.is_large_string(value_kind) or str(value_kind) == "string_view"):
+        raise DataError(f"{path}: column {field!r} must hold strings, got {kind}; set data.field to a column of text")
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        # Arrow does not check UTF-8 when it reads: fall back to bytes, so that the row can be named.
+        import pyarrow
+
+        return column.cast(pyarrow.large_string()).view(pyarrow.large_binary()).to_pylist()
+
+
+def _parquet_value(value: Any, field: str, where: str) -> Candidate:
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return candidate(where, problem=_bad_utf8(error, "value"))
+    return from_record({field: value}, field, where)
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Name the file in errors of the operating system and of decompression, which leave nothing more to read."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(
+            f"{path}: cannot be read: {_one_line(error)}; repair it or leave it out of data.paths"
+        ) from error
+
+
+def _bad_utf8(error: UnicodeDecodeError, unit: str) -> str:
+    return f"not UTF-8: byte {error.start} of the {unit} is 0x{error.object[error.start]:02x} ({error.reason})"
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -1,0 +1,57 @@
+"""Sharded weights, gradients and AdamW state: torch FSDP2 over the whole world."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from launch.engine.plain import PlainEngine
+
+if TYPE_CHECKING:
+    from launch.config import Config
+    from launch.topology import Topology
+
+
+class FsdpEngine(PlainEngine):
+    """Every rank holds 1/world of each tensor (fp32, split by rows) and gathers a layer's weights when it is computed.
+
+    bf16 gathers and computes in bf16, reduces gradients in fp32 and updates fp32 weights.
+    """
+
+    def __init__(self, module: nn.Module, topology: Topology, config: Config) -> None:
+        low_precision = config.engine.precision == "bf16"
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if low_precision else None,
+            reduce_dtype=torch.float32,
+            # Casting a layer's inputs would also round the fp32 tables of rotary positions.
+            cast_forward_inputs=False,
+        )
+        for layer in getattr(module, "layers", ()):
+            fully_shard(layer, mesh=topology.world_mesh, mp_policy=policy)
+        fully_shard(module, mesh=topology.world_mesh, mp_policy=policy)
+        super().__init__(module, topology, config)
+        self._fsdp = cast(FSDPModule, module)
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """See `Engine.forward`."""
+        return self.module(**inputs)
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        # Every micro-batch is reduced into the shards. set_requires_gradient_sync(False) would save that communication
+        # (which a long row's backward hides) at the price of a whole fp32 gradient on each rank, which is the memory
+        # that sharding is for.
+        loss.backward()
+
+    def _gradients_are_sharded(self) -> bool:
+        return True
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        super()._load(state)
+        # After an evaluation the root's weights are still gathered, from before this load.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

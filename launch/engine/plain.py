@@ -1,0 +1,75 @@
+"""Engines whose parameters carry their own gradient and AdamW state: DDP (whole tensors) and FSDP2 (DTensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from launch.engine.base import Engine, build_adamw, fill_adamw_state, state_names
+
+if TYPE_CHECKING:
+    from launch.config import Config
+    from launch.topology import Topology
+
+
+class PlainEngine(Engine):
+    """Update, state and norm over `parameter.grad`; subclasses say how it gets there.
+
+    Args:
+        module: Already in the form whose parameters are to be optimized (sharded for FSDP).
+        topology: This process and its groups.
+        config: Of this run.
+    """
+
+    def __init__(self, module: nn.Module, topology: Topology, config: Config) -> None:
+        super().__init__(module, topology, config)
+        # Taken once: while FSDP holds gathered weights, the module's attributes are not the parameters optimized.
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._optimizer = build_adamw(module, config)
+        fill_adamw_state(self._optimizer, self._parameters.values())
+
+    def _named_gradients(self) -> Iterable[tuple[str, Tensor]]:
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                yield name, local_tensor(parameter.grad)
+
+    def _update(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _discard(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _shapes(self) -> Mapping[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self._parameters.items()}
+
+    def _live_state(self) -> dict[str, Tensor]:
+        live: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            moments = self._optimizer.state[parameter]
+            tensors = (parameter.detach(), moments["exp_avg"], moments["exp_avg_sq"])
+            live.update(zip(state_names(name), tensors, strict=True))
+        return live
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Engine.state`. The weights and moments are the live ones."""
+        first = self._optimizer.state[next(iter(self._parameters.values()))]
+        return {**self._live_state(), "optim.step": torch.tensor(int(first["step"]), dtype=torch.int64)}
+
+    @torch.no_grad()
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        for key, live in self._live_state().items():
+            local_tensor(live).copy_(local_tensor(state[key]))
+        for parameter in self._parameters.values():
+            self._optimizer.state[parameter]["step"].fill_(float(state["optim.step"]))
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, without a copy; a plain tensor as it is."""
+    return cast(DTensor, tensor).to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,111 @@
+"""The ring on CUDA: each block kernel against float64, and rings over NCCL where there are several GPUs."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringattn
+from ringattn.kernels import KERNELS, pick_kernel
+from ringattn.testing import dense_attention, error, within_twice
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.gpu
+
+MASKS = ({}, {"causal": False}, {"window": 50, "sinks": 2}, {"documents": (0, 100, 101, 257)})
+
+
+def problem(dtype, heads=(8, 2), seq_len=257, width=64):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(1, seq_len, h, width) for h in (heads[0], heads[1], heads[1], heads[0])]
+    return [torch.randn(*s, generator=generator, dtype=torch.float64).to("cuda", dtype) for s in shapes]
+
+
+def attend(tensors, plan, group, rank, kernel):
+    q, k, v, dout = (ringattn.shard(x, plan, rank) for x in tensors)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = ringattn.ring_attention(*leaves, plan, group=group, kernel=kernel)
+    out.backward(dout)
+    return [ringattn.unshard(x.detach(), plan, group).cpu() for x in (out, *(x.grad for x in leaves))]
+
+
+def oracle(tensors, mask):
+    *leaves, dout = (x.double().cpu() for x in tensors)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = dense_attention(*leaves, **mask)
+    out.backward(dout)
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def available(name, tensors):
+    return KERNELS[name].unsupported(*tensors[:3], masked=False) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("name", ["cudnn", "flash", "reference"])
+def test_kernels_in_a_ring_of_one(name, dtype, mask):
+    tensors = problem(dtype)
+    if not available(name, tensors):
+        pytest.skip(KERNELS[name].unsupported(*tensors[:3], masked=False))
+    truth = oracle(tensors, mask)
+    plan = ringattn.Plan(257, 1, **mask)
+    found = attend(tensors, plan, None, 0, name)
+    same = attend(tensors, plan, None, 0, "reference")
+    for label, actual, alone, expected in zip(("out", "dq", "dk", "dv"), found, same, truth, strict=True):
+        if dtype == torch.float64:
+            assert error(actual, expected) <= 1e-10, label
+        else:
+            # The reference computes in fp32 and rounds once; a flash kernel rounds its probabilities too.
+            factor = 1.0 if name == "reference" else 2.0
+            limit = 2.0 * factor * error(alone, expected) + 1e-5
+            assert error(actual, expected) <= limit, (label, error(actual, expected), error(alone, expected))
+
+
+def test_the_table_prefers_cudnn_on_hopper_and_masks_go_to_the_reference():
+    q, k, v, _ = problem(torch.bfloat16)
+    if torch.cuda.get_device_capability()[0] >= 9:
+        assert pick_kernel("auto", q, k, v, masked=False).name == "cudnn"
+    assert pick_kernel("auto", q, k, v, masked=True).name == "reference"
+    assert pick_kernel("auto", q.float(), k.float(), v.float(), masked=False).name == "reference"
+
+
+def nccl_worker(rank, world_size, cases):
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="nccl")
+    results = []
+    for layout, dtype, mask in cases:
+        plan = ringattn.Plan(257, world_size, layout=layout, **mask)
+        results.append(attend(problem(dtype), plan, group, rank, "auto"))
+    transport = ringattn.make_transport("auto", group)
+    plan = ringattn.Plan(4096, world_size)
+    q, k, v = (ringattn.shard(x, plan, rank) for x in problem(torch.bfloat16, seq_len=4096)[:3])
+    ringattn.ring_attention(q, k, v, plan, group=group, transport=transport)
+    totals = transport.stats.take()
+    torch.cuda.synchronize()
+    dist.destroy_process_group(group)
+    return results, (totals.hops, totals.bytes_sent, totals.exposed_seconds)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rings_over_nccl(world_size):
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")
+    cases = [
+        (layout, dtype, mask)
+        for layout in ("contiguous", "zigzag", "striped")
+        for dtype in (torch.bfloat16, torch.float64)
+        for mask in MASKS
+    ]
+    results, (hops, sent, exposed) = run_ranks(nccl_worker, world_size, cases, timeout=300)[0]
+    assert (hops, sent) == (world_size - 1, (world_size - 1) * 2 * (4096 // world_size) * 2 * 64 * 2)
+    assert 0 <= exposed < 60
+    for (layout, dtype, mask), found in zip(cases, results, strict=True):
+        tensors = problem(dtype)
+        truth = oracle(tensors, mask)
+        alone = attend(tensors, ringattn.Plan(257, 1, **mask), None, 0, "auto")
+        for label, actual, same, expected in zip(("out", "dq", "dk", "dv"), found, alone, truth, strict=True):
+            if dtype == torch.float64:
+                assert error(actual, expected) <= 1e-10, (layout, mask, label)
+            else:
+                errors = error(actual, expected), error(same, expected)
+                assert within_twice(actual, same, expected, floor=1e-5), (layout, mask, label, errors)

@@ -1,0 +1,263 @@
+"""Every engine against the same training in one process: gradients, norms, clipping, bad steps, resuming."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from launch.engine import Engine
+from launch.errors import NumericsError
+from tests.launch.engine import toy
+from tests.processes import run_ranks
+
+UNTIED = " untied"
+CLIP = 0.6  # below the norm of some steps and above that of others
+
+
+def micros_of(step: int) -> int:
+    """Three micro-batches and one, in turn."""
+    return 1 if step % 2 else 3
+
+
+def train(engine: Engine, steps: range) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the given steps."""
+    return [toy.engine_step(engine, step, micros=micros_of(step)) for step in steps]
+
+
+def bad_step(engine: Engine, before: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A step with NaN on the last rank only, dropped; then one dropped half way."""
+    topology = engine.topology
+    spoil = math.nan if topology.rank == topology.world_size - 1 else 1.0
+    _, norm = toy.engine_step(engine, 1, micros=2, spoil=spoil, finish=False)
+    named = [name for names in topology.gather_objects(engine.bad_gradients()) for name in names]
+    refused = False
+    try:
+        engine.update(0.1)
+    except NumericsError:
+        refused = True
+    engine.discard()
+    unchanged = {"nan": same_bits(toy.whole(engine.state()), before)}
+    loss_sum = engine.forward(**toy.inputs(2, topology.rank, topology.world_size, 0))
+    engine.backward(loss_sum, 5, last=False)
+    engine.discard()
+    engine.forward(**toy.inputs(2, topology.rank, topology.world_size, 0))
+    engine.discard()
+    unchanged["half"] = same_bits(toy.whole(engine.state()), before)
+    return {"norm": norm, "agreed": toy.same_on_all_ranks([norm]), "named": named, "refused": refused, **unchanged}
+
+
+def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def resume(engine: Engine, saved: dict[str, torch.Tensor]) -> None:
+    """Fill the engine's state in place, as a checkpoint does, and load it."""
+    state = engine.state()
+    rank, world_size = engine.topology.rank, engine.topology.world_size
+    for key, tensor in state.items():
+        if isinstance(tensor, toy.DTensor):
+            rows = -(-tensor.shape[0] // world_size)
+            tensor.to_local().copy_(saved[key][rows * rank : rows * (rank + 1)])
+        else:
+            tensor.copy_(saved[key])
+    engine.load(state)
+
+
+def check_engine(rank: int, world_size: int, kinds: tuple[str, ...], steps: int) -> dict[str, Any]:
+    found = {}
+    for kind in kinds:
+        engine = toy.start(kind.removesuffix(UNTIED), tied=not kind.endswith(UNTIED), clip_norm=CLIP)
+        fresh = toy.whole(engine.state())
+        bad = bad_step(engine, fresh)
+        train(engine, range(1))
+        after_one = toy.whole(engine.state())
+        resume(engine, fresh)
+        with torch.no_grad():
+            evaluation = float(engine.forward(**toy.inputs(0, 0, world_size, 0)))
+        half = steps // 2
+        history = train(engine, range(half))
+        saved = toy.whole(engine.state())
+        history += train(engine, range(half, steps))
+        final = toy.whole(engine.state())
+        resume(engine, saved)
+        again = train(engine, range(half, steps))
+        found[kind] = {
+            "fresh": fresh,
+            "bad": bad,
+            "after_one": after_one,
+            "evaluation": evaluation,
+            "history": history,
+            "agreed": toy.same_on_all_ranks([number for pair in history for number in pair]),
+            "resumed": again == history[half:] and same_bits(toy.whole(engine.state()), final),
+        }
+        engine.close()
+    return found if rank == 0 else {}
+
+
+@cache
+def results(world_size: int, kinds: tuple[str, ...], steps: int) -> dict[str, Any]:
+    """All checks of one world in one start of its processes: deepspeed takes a second to import."""
+    return run_ranks(check_engine, world_size, kinds, steps, timeout=240.0)[0]
+
+
+@cache
+def reference(world_size: int, steps: int, tied: bool = True) -> dict[str, Any]:
+    config = toy.toy_config("ddp", clip_norm=CLIP)
+    exact = toy.Reference(config, world_size=world_size, tied=tied, dtype=torch.float64)
+    initial = {name: p.detach().float().clone() for name, p in exact.module.named_parameters()}
+    _, norm = exact.step(0, micros=micros_of(0))
+    names = [name for name, _ in exact.module.named_parameters()]
+    after_one = {f"model.{name}": p.detach().clone() for name, p in exact.module.named_parameters()}
+    for name, parameter in exact.module.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            after_one[f"optim.{name}.{moment}"] = exact.optimizer.state[parameter][moment].clone()
+    single = toy.Reference(config, world_size=world_size, tied=tied, dtype=torch.float32)
+    history = [single.step(step, micros=micros_of(step)) for step in range(steps)]
+    return {"initial": initial, "names": names, "norm": norm, "after_one": after_one, "history": history}
+
+
+PAIR = (*toy.KINDS, "fsdp" + UNTIED, "zero3" + UNTIED)
+FAST = [
+    *((1, toy.KINDS, 4, kind) for kind in toy.KINDS),
+    *((2, PAIR, 4, kind) for kind in toy.KINDS),
+    *((3, ("ddp", "fsdp"), 2, kind) for kind in ("ddp", "fsdp")),
+]
+SLOW = [(world_size, toy.KINDS, 20, kind) for world_size in (1, 2, 3, 4) for kind in toy.KINDS]
+CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+engines = pytest.mark.parametrize(("world_size", "kinds", "steps", "kind"), CASES)
+
+
+@engines
+def test_fresh_state_is_complete(world_size: int, kinds: tuple[str, ...], steps: int, kind: str) -> None:
+    fresh = results(world_size, kinds, steps)[kind]["fresh"]
+    wanted = reference(world_size, steps)
+    keys = {f"model.{name}" for name in wanted["names"]} | {"optim.step"}
+    keys |= {f"optim.{name}.{moment}" for name in wanted["names"] for moment in ("exp_avg", "exp_avg_sq")}
+    assert fresh.keys() == keys
+    assert fresh["optim.step"].item() == 0
+    for name, values in wanted["initial"].items():
+        assert torch.equal(fresh[f"model.{name}"], values), name
+        assert fresh[f"optim.{name}.exp_avg"].abs().max() == 0
+        assert fresh[f"optim.{name}.exp_avg_sq"].dtype == torch.float32
+
+
+def compare_first_step(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert got["optim.step"].item() == 1
+    moments = {key: value for key, value in wanted.items() if key.startswith("optim.")}
+    assert toy.worst({key: got[key] for key in moments}, moments) < 1e-5
+    # Adam's first update is the sign of the gradient, ill-conditioned where that is near 0.
+    weights = {key: value for key, value in wanted.items() if key.startswith("model.")}
+    assert toy.worst({key: got[key] for key in weights}, weights) < 1e-3
+
+
+def compare_norm(got: float, wanted: float) -> None:
+    assert got == pytest.approx(wanted, rel=1e-6)
+    assert got > CLIP  # the first step is one that is clipped
+
+
+@engines
+def test_first_step_equals_float64(world_size: int, kinds: tuple[str, ...], steps: int, kind: str) -> None:
+    """exp_avg after one step is the clipped gradient times 1 - beta1, so gradient, clipping and decay are all in it."""
+    found, wanted = results(world_size, kinds, steps)[kind], reference(world_size, steps)
+    compare_first_step(found["after_one"], wanted["after_one"])
+    compare_norm(found["history"][0][1], wanted["norm"])
+
+
+@engines
+def test_training_equals_one_process(world_size: int, kinds: tuple[str, ...], steps: int, kind: str) -> None:
+    found, wanted = results(world_size, kinds, steps)[kind], reference(world_size, steps)["history"]
+    assert found["agreed"]
+    for step, (got, expected) in enumerate(zip(found["history"], wanted, strict=True)):
+        assert got[0] == pytest.approx(expected[0], rel=1e-5), step
+        assert got[1] == pytest.approx(expected[1], rel=1e-5), step
+
+
+@engines
+def test_bad_step_changes_nothing(world_size: int, kinds: tuple[str, ...], steps: int, kind: str) -> None:
+    bad = results(world_size, kinds, steps)[kind]["bad"]
+    assert math.isnan(bad["norm"])
+    assert bad["agreed"]
+    assert bad["refused"]
+    assert any("layers.0" in name for name in bad["named"])
+    assert bad["nan"]
+    assert bad["half"]
+
+
+@engines
+def test_resume_is_bitwise(world_size: int, kinds: tuple[str, ...], steps: int, kind: str) -> None:
+    assert results(world_size, kinds, steps)[kind]["resumed"]
+
+
+@engines
+def test_evaluation_does_not_disturb(world_size: int, kinds: tuple[str, ...], steps: int, kind: str) -> None:
+    config = toy.toy_config(kind)
+    with torch.no_grad():
+        wanted = float(toy.toy_module(config, tied=True)(**toy.inputs(0, 0, world_size, 0)))
+    assert results(world_size, kinds, steps)[kind]["evaluation"] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+def test_untied_head(kind: str) -> None:
+    """The tied head is in all other tests."""
+    found = results(2, PAIR, 4)[kind + UNTIED]
+    compare_first_step(found["after_one"], reference(2, 4, tied=False)["after_one"])
+    assert found["bad"]["nan"]
+    assert found["resumed"]
+
+
+def with_wrong_scale(rank: int, world_size: int, kind: str) -> float:
+    """The bug this file exists for: an engine that believes its gradients are summed, not averaged.
+
+    Only the norm shows it where the gradient is clipped, which is why every step's norm is compared.
+    """
+    engine = toy.start(kind, clip_norm=CLIP)
+    original = engine._backward
+    engine._backward = lambda loss, *, last: original(loss / world_size, last=last)  # type: ignore[method-assign]
+    return toy.engine_step(engine, 0, micros=3)[1]
+
+
+def test_a_wrong_scale_is_seen() -> None:
+    norm = run_ranks(with_wrong_scale, 2, "ddp")[0]
+    with pytest.raises(AssertionError):
+        compare_norm(norm, reference(2, 4)["norm"])
+
+
+def refuse(rank: int, world_size: int) -> list[str]:
+    engine = toy.start("ddp")
+    messages = []
+    for call in (
+        lambda: engine.backward(torch.zeros((), requires_grad=True), -1, last=True),
+        lambda: toy.build_engine("dpp", engine.module, topology=engine.topology, config=engine.config),
+    ):
+        with pytest.raises((ValueError, toy.LaunchError)) as caught:
+            call()
+        messages.append(str(caught.value))
+    # A step without any valid token has gradient 0, not NaN.
+    engine.backward(engine.forward(**toy.inputs(0, 1, 2, 0)), 0, last=True)
+    messages.append(str(engine.gradient_norm()))
+    return messages
+
+
+def test_refusals() -> None:
+    negative, unknown, norm = run_ranks(refuse, 1)[0]
+    assert "got -1" in negative
+    assert "expected ddp, fsdp or zero" in unknown
+    assert float(norm) == 0.0
+
+
+def without_deepspeed(rank: int, world_size: int) -> str:
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]
+    with pytest.raises(toy.LaunchError) as caught:
+        toy.start("zero1")
+    return f"{caught.value.exit_status} {caught.value}"
+
+
+def test_zero_without_deepspeed_says_what_to_install() -> None:
+    message = run_ranks(without_deepspeed, 1)[0]
+    assert message.startswith("64 engine.name=zero needs DeepSpeed")
+    assert "pip install" in message

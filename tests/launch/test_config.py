@@ -1,0 +1,180 @@
+"""The schema: ranges, combinations, what has no effect, and the mesh for a number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from launch.config import SECTIONS, Config
+from launch.config_checks import min_seq_len, preset_fields, without_effect
+from launch.config_describe import describe_field
+from launch.errors import ConfigError
+from model.config import preset
+
+
+def make(**changes: Any) -> Config:
+    """A small valid config with `section__key=value` changes."""
+    tree: dict[str, dict[str, Any]] = {"run": {"dir": "runs/x"}, "data": {"seq_len": 64}, "optim": {"steps": 2}}
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree.setdefault(section, {})[key] = value
+    return Config(**tree)  # type: ignore[arg-type]
+
+
+def idle(**changes: Any) -> list[str]:
+    return [f"{problem.keys[0]}: {problem.message}" for problem in without_effect(make(**changes))]
+
+
+def test_every_section_is_listed_and_described() -> None:
+    assert list(SECTIONS) == list(Config.model_fields)
+    for name, section in SECTIONS.items():
+        assert Config.model_fields[name].annotation is section
+        assert all(field.description and describe_field(field) for field in section.model_fields.values())
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        make().optim.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run__seed", -1),
+        ("run__dir", ""),
+        ("data__seq_len", 1),
+        ("data__seq_len", 64.0),
+        ("data__held_out_fraction", 1.0),
+        ("model__head_dim", 15),
+        ("model__rope_factor", 0.5),
+        ("parallel__cp", 0),
+        ("parallel__cp", True),
+        ("parallel__dp", "all"),
+        ("parallel__window", 0),
+        ("engine__zero_stage", 4),
+        ("optim__lr", 0.0),
+        ("optim__lr", float("nan")),
+        ("optim__clip_norm", -1.0),
+        ("optim__betas", [0.9, 1.0]),
+        ("optim__betas", [0.9]),
+        ("checkpoint__keep", 0),
+        ("metrics__tensorboard", 1),
+        ("metrics__peak_tflops", float("inf")),
+    ],
+)
+def test_values_out_of_range_or_of_another_type_are_refused(key: str, value: object) -> None:
+    with pytest.raises(ValidationError):
+        make(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model__kv_heads": 4}, "model.kv_heads: heads must be a multiple of kv_heads, got heads=6 and kv_heads=4"),
+        ({"model__heads": 7}, "model.heads: heads must be a multiple of kv_heads, got heads=7 and kv_heads=2"),
+        (
+            {"model__rope_scaling": "yarn", "model__rope_factor": 4.0},
+            "model.rope_original_len: rope_scaling yarn needs",
+        ),
+        ({"model__rope_scaling": "ntk", "model__head_dim": 2}, "ntk needs a head_dim of at least 4"),
+        ({"model__vocab_size": 256}, "expected at least the 257 tokens of the bytes tokenizer, got 256"),
+        ({"data__source": "json"}, "data.paths: source json needs at least one file"),
+        ({"data__source": "hub"}, "data.name: source hub needs the name of a dataset"),
+        ({"evaluate__every_steps": 5, "data__held_out_rows": 0}, "needs held-out data"),
+        ({"parallel__kernel": "cudnn", "run__device": "cpu", "engine__precision": "bf16"}, "cudnn runs on cuda only"),
+        ({"parallel__kernel": "flash"}, "kernel flash computes in bf16 only, got engine.precision=fp32"),
+        ({"parallel__kernel": "cpu", "run__device": "cuda"}, "kernel cpu runs on cpu only"),
+        ({"parallel__cp": 33}, "zigzag over cp=33 ranks needs at least 66 tokens .* got 64; .* to at most 32"),
+        ({"parallel__cp": 65, "parallel__layout": "striped"}, "striped over cp=65 ranks needs at least 65"),
+        ({"parallel__dp": 2}, "optim.rows_per_step: must be a multiple of dp=2, .* got 1; set it to 2"),
+        ({"parallel__dp": 2, "optim__rows_per_step": 5}, "got 5; set it to 4 or 6"),
+        ({"optim__warmup_steps": 3}, "optim.warmup_steps: expected at most optim.steps=2, got 3"),
+    ],
+)
+def test_conflicting_settings_are_refused_with_what_to_do(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        make(**changes)
+
+
+def test_the_shortest_rows_that_fill_every_rank_are_accepted() -> None:
+    assert (min_seq_len("zigzag", 32), min_seq_len("striped", 64), min_seq_len("zigzag", 1)) == (64, 64, 1)
+    assert make(parallel__cp=32).mesh(32) == (1, 32)
+    assert make(parallel__cp=64, parallel__layout="contiguous").mesh(64) == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "mesh"),
+    [
+        ({}, 3, (1, 3)),
+        ({"parallel__cp": 2, "optim__rows_per_step": 2}, 4, (2, 2)),
+        ({"parallel__dp": 2, "optim__rows_per_step": 2}, 6, (2, 3)),
+        ({"parallel__cp": 2, "parallel__dp": 1}, 2, (1, 2)),
+    ],
+)
+def test_auto_is_resolved_for_a_number_of_processes(
+    changes: dict[str, Any], processes: int, mesh: tuple[int, int]
+) -> None:
+    assert make(**changes).mesh(processes) == mesh
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "expected"),
+    [
+        (
+            {"parallel__cp": 2, "parallel__dp": 1},
+            4,
+            r"got 4 processes, expected parallel.dp \* parallel.cp = 1 \* 2 = 2",
+        ),
+        ({"parallel__cp": 4}, 6, "got 6 processes, expected a multiple of parallel.cp=4; start 4 or 8"),
+        ({"parallel__cp": 4}, 2, "got 2 processes, expected a multiple of parallel.cp=4; start 4 processes"),
+        ({"parallel__dp": 4, "optim__rows_per_step": 4}, 2, "expected a multiple of parallel.dp=4"),
+        ({}, 40, "40 processes .*\n.*zigzag over cp=40 ranks needs at least 80 tokens"),
+        ({"parallel__cp": 2}, 4, "4 processes .*\noptim.rows_per_step: must be a multiple of dp=2"),
+    ],
+)
+def test_processes_that_do_not_fit_are_refused(changes: dict[str, Any], processes: int, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        make(**changes).mesh(processes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"engine__zero_stage": 1}, "engine.zero_stage: no effect because engine.name is fsdp, not zero"),
+        ({"model__rope_factor": 2.0}, "model.rope_factor: no effect because model.rope_scaling is none"),
+        ({"model__rope_scaling": "linear"}, "model.rope_scaling: no effect because model.rope_factor is 1"),
+        ({"model__rope_original_len": 8}, "model.rope_original_len: no effect because model.rope_scaling is none"),
+        ({"data__streaming": True}, "data.streaming: no effect because data.source is python, not hub"),
+        ({"data__paths": ["x"]}, "data.paths: no effect because data.source is python"),
+        ({"data__bpe_vocab": 500}, "data.bpe_vocab: no effect because data.tokenizer is bytes, not bpe"),
+        ({"parallel__sinks": 4}, "parallel.sinks: no effect because parallel.window is null"),
+        ({"parallel__window": 64}, "parallel.window: no effect because it is not shorter than data.seq_len=64"),
+        ({"optim__schedule": "constant", "optim__min_lr_ratio": 0.5}, "optim.min_lr_ratio: no effect because"),
+    ],
+)
+def test_settings_without_effect_are_named_with_the_reason(changes: dict[str, Any], expected: str) -> None:
+    (line,) = idle(**changes)
+    assert line.startswith(expected)
+
+
+def test_defaults_and_settings_in_use_are_not_called_idle() -> None:
+    assert idle() == []
+    assert idle(engine__name="zero", engine__zero_stage=2) == []
+    assert idle(parallel__window=8, parallel__sinks=4) == []
+
+
+def test_overrides_build_a_model_whatever_the_scaling() -> None:
+    scaled = make(model__rope_scaling="yarn", model__rope_factor=4.0, model__rope_original_len=32, model__layers=1)
+    shape = preset("test", **scaled.model.overrides())
+    assert (shape.layers, shape.rope_scaling, shape.rope_factor, shape.rope_original_len) == (1, "yarn", 4.0, 32)
+    # Without effect here, refused by ModelConfig: so it must not get there.
+    unscaled = make(model__rope_factor=4.0, model__rope_original_len=32)
+    assert preset("test", **unscaled.model.overrides()) == preset("test")
+
+
+def test_the_preset_table_is_the_models() -> None:
+    for name in ("test", "qwen3-0.6b", "llama-3.2-1b", "llama-3-8b"):
+        assert preset_fields(name) is not None
+        make(model__preset=name)
