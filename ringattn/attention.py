@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.errors import TopologyError
-from ringattn.kernels import pick_kernel
+from ringattn.kernels import check_kernel
 from ringattn.plan import Plan
 from ringattn.ring import Ring, ring_backward, ring_forward
 from ringattn.transport import Transport, make_transport
@@ -115,7 +115,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, kernel: str
     if not q.device == k.device == v.device:
         return f"q, k, v need one device, got {q.device}, {k.device}, {v.device}"
     try:
-        pick_kernel(kernel, q, k, v, masked=False)
+        check_kernel(kernel, q, k, v)
     except ValueError as error:
         return str(error)
     return None

@@ -15,7 +15,9 @@ from datetime import timedelta
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "einops"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.distributed.checkpoint", "torch._dynamo", "einops"]
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def _collect(started: list[tuple[Any, Any]], timeout: float) -> list[Outcome]:
             waiting = {receive: rank for rank, (_, receive) in enumerate(started) if rank not in results}
             ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish within {timeout} s")
+                told = "".join(f"\n--- rank {rank}:\n{trace}" for rank, (_, _, trace) in results.items() if trace)
+                raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish within {timeout} s{told}")
             for receive in ready:
                 rank = waiting[receive]  # type: ignore[index]
                 try:

@@ -56,24 +56,28 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-def pick_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Kernel:
-    """The kernel for a block of such tensors.
-
-    Args:
-        name: a name of `KERNELS`, or "auto" for the first that supports the block. A named kernel that cannot do
-            masked blocks leaves those, and only those, to the first that can.
+def check_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse a name that does not exist, or a kernel that could do nothing with these shards.
 
     Raises:
-        ValueError: for an unknown name, or a named kernel that cannot do such blocks, with the reason.
+        ValueError: with the reason.
     """
-    if name != "auto":
-        if name not in KERNELS:
-            raise ValueError(f"kernel: expected auto or one of {', '.join(KERNELS)}, got {name!r}")
-        reason = KERNELS[name].unsupported(q, k, v, masked=False)
-        if reason is not None:
-            raise ValueError(f"kernel: {name!r} cannot do this: {reason}; use kernel='auto' or 'reference'")
-        if KERNELS[name].unsupported(q, k, v, masked) is None:
-            return KERNELS[name]
+    if name == "auto":
+        return
+    if name not in KERNELS:
+        raise ValueError(f"kernel: expected auto or one of {', '.join(KERNELS)}, got {name!r}")
+    reason = KERNELS[name].unsupported(q, k, v, masked=False)
+    if reason is not None:
+        raise ValueError(f"kernel: {name!r} cannot do this: {reason}; use kernel='auto' or 'reference'")
+
+
+def pick_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Kernel:
+    """The kernel for one block: `name` (see `check_kernel`) if it can do it, else the first of the table that can.
+
+    A named kernel thus leaves masked or tiny blocks that it does not support, and only those, to another.
+    """
+    if name != "auto" and KERNELS[name].unsupported(q, k, v, masked) is None:
+        return KERNELS[name]
     for kernel in KERNELS.values():
         if kernel.unsupported(q, k, v, masked) is None:
             return kernel

@@ -1,6 +1,5 @@
 """The trainer on CUDA: the same losses as on the CPU, and the same bits when it resumes."""
 
-import os
 import subprocess
 import sys
 
@@ -12,39 +11,37 @@ from tests.launch.runs import losses, overrides_of, settings, weights, write_cor
 
 pytestmark = pytest.mark.gpu
 
+STEPS = 8
 
-def run(nested, tmp_path, processes):
-    config = tmp_path / "base.yaml"
-    config.write_text("run:\n  dir: unused\ndata:\n  seq_len: 101\noptim:\n  steps: 1\n")
-    command = [sys.executable, "-m", "launch", "train", str(config), "--nproc", str(processes), *overrides_of(nested)]
-    return subprocess.run(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, timeout=300).returncode
+
+def train(folder, name, processes, **changes):
+    """A run through the command line; its folder."""
+    corpus, base = folder / "corpus.jsonl", folder / "base.yaml"
+    if not base.exists():
+        write_corpus(folder)
+        base.write_text("run:\n  dir: unused\ndata:\n  seq_len: 101\noptim:\n  steps: 1\n")
+    common = {"optim__steps": STEPS, "optim__schedule": "constant", "checkpoint__save_last": True}
+    nested = settings(corpus, folder / name, **{**common, **changes})
+    command = [sys.executable, "-m", "launch", "train", str(base), "--nproc", str(processes), *overrides_of(nested)]
+    assert subprocess.run(command, timeout=300).returncode == EXIT_DONE
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def cpu_losses(tmp_path_factory):
+    return losses(train(tmp_path_factory.mktemp("cpu"), "cpu", 1))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_gpu_losses_equal_cpu_losses_and_resume_is_bitwise(tmp_path, engine, processes):
+def test_gpu_losses_equal_cpu_losses_and_resume_is_bitwise(tmp_path, cpu_losses, engine, processes):
     if torch.cuda.device_count() < processes:
         pytest.skip(f"needs {processes} GPUs")
-    corpus = write_corpus(tmp_path)
-    common = {
-        "engine__name": engine,
-        "optim__steps": 8,
-        "checkpoint__every_steps": 4,
-        "checkpoint__save_last": True,
-        "model__head_dim": 8,
-    }
-    cpu = settings(corpus, tmp_path / "cpu", **common)
-    gpu = settings(corpus, tmp_path / "gpu", **common, run__device="cuda")
-    assert run(cpu, tmp_path, 1) == EXIT_DONE
-    assert run(gpu, tmp_path, processes) == EXIT_DONE
-    for found, expected in zip(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), strict=True):
+    on_gpu = {"engine__name": engine, "run__device": "cuda"}
+    straight = train(tmp_path, "straight", processes, **on_gpu)
+    for found, expected in zip(losses(straight), cpu_losses, strict=True):
         assert abs(found - expected) <= 1e-4 * abs(expected)
-    again = settings(corpus, tmp_path / "again", **common, run__device="cuda")
-    half = {**again, "optim": {**again["optim"], "steps": 4, "schedule": "constant", "warmup_steps": 0}}
-    whole = {**again, "optim": {**again["optim"], "schedule": "constant", "warmup_steps": 0}}
-    assert run(half, tmp_path, processes) == EXIT_DONE
-    assert run(whole, tmp_path, processes) == EXIT_DONE
-    straight = {**whole, "run": {**whole["run"], "dir": str(tmp_path / "straight")}}
-    assert run(straight, tmp_path, processes) == EXIT_DONE
-    ours, theirs = weights(tmp_path / "again", 8), weights(tmp_path / "straight", 8)
+    for steps in (STEPS // 2, STEPS):
+        halves = train(tmp_path, "halves", processes, **on_gpu, optim__steps=steps)
+    ours, theirs = weights(halves, STEPS), weights(straight, STEPS)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import pytest
@@ -47,7 +47,14 @@ def test_a_record_is_on_disk_at_once_with_its_step_and_time(tmp_path: Path) -> N
 def test_non_finite_numbers_are_texts_and_numpy_scalars_are_numbers(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, _config()) as writer:
         writer.write(
-            1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": numpy.float32(0.5), "e": numpy.float64("nan")}
+            1,
+            {
+                "a": math.nan,
+                "b": math.inf,
+                "c": -math.inf,
+                "d": cast(float, numpy.float32(0.5)),
+                "e": numpy.float64("nan"),
+            },
         )
     (line,) = _lines(tmp_path)
     assert [line[key] for key in "abcde"] == ["nan", "inf", "-inf", 0.5, "nan"]
