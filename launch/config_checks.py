@@ -31,6 +31,9 @@ class ConflictingSettings(ValueError):
         super().__init__("; ".join(f"{problem.keys[0]}: {problem.message}" for problem in problems))
         self.problems = problems
 
+    def __reduce__(self) -> tuple[type[ConflictingSettings], tuple[list[Problem]]]:
+        return type(self), (self.problems,)  # else it could not pass from one process to another
+
 
 def cross_problems(config: Config) -> list[Problem]:
     """All the combinations that cannot be honoured, in the order of the sections."""

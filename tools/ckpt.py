@@ -92,7 +92,7 @@ def verify_checkpoints(path: PathArgument) -> None:
 @app.command("export")
 def export_weights(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A checkpoint folder, e.g. RUN/checkpoints/step-000100.")
+        Path, typer.Argument(metavar="PATH", help="A checkpoint folder, or a run folder for its newest one.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write; it must not exist.")],
 ) -> None:
@@ -100,12 +100,21 @@ def export_weights(
     with _errors_in_one_line():
         if out.exists():
             raise LaunchUsage(f"{out} exists; it is not overwritten: choose another name or remove it")
+        if not _is_checkpoint(path):
+            path = _newest(path)
         try:
             manifest = verify(path)
         except Damaged as reason:
             raise CheckpointError(f"{path} is damaged and not exported: {reason}") from reason
         num_tensors = _export(path, manifest, out)
         typer.echo(f"{out}: {num_tensors} tensors, {readable_bytes(out.stat().st_size)}, step {manifest.step}")
+
+
+def _newest(run: Path) -> Path:
+    found = published(_checkpoints_folder(run))
+    if not found:
+        raise CheckpointError(f"no checkpoint in {run}; expected folders named step-000123")
+    return max(found)[1]
 
 
 class LaunchUsage(LaunchError):

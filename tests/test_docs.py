@@ -1,0 +1,124 @@
+"""Every command and every piece of code in README and docs is run, or checked as far as it can be without a GPU."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+from launch.config_load import load_config, split_worker_args
+from launch.errors import EXIT_DONE
+from tests.launch.runs import settings, train_worker, write_corpus
+from tests.processes import run_ranks
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language):
+    for page in PAGES:
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL):
+            yield page.name, block
+
+
+def commands():
+    for page, block in blocks("sh"):
+        yield from ((page, line) for line in block.strip().splitlines())
+    for page in PAGES:  # commands in the cells of a table
+        for line in page.read_text().splitlines():
+            if line.startswith("|"):
+                yield from (
+                    (page.name, found)
+                    for found in re.findall(r"`((?:python -m|torchrun|deepspeed|sbatch) [^`]+)`", line)
+                )
+
+
+COMMANDS = sorted(set(commands()))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A finished run that stands for the runs/... that the commands name."""
+    folder = tmp_path_factory.mktemp("docs")
+    run = settings(
+        write_corpus(folder), folder / "run", optim__steps=1, optim__warmup_steps=0, checkpoint__save_last=True
+    )
+    assert run_ranks(train_worker, 1, [run]) == [[EXIT_DONE]]
+    return folder / "run"
+
+
+def check_worker(words):
+    """The arguments of a worker: `CONFIG section.key=value ...`."""
+    path, overrides = split_worker_args(words[words.index("launch.train") + 1 :])
+    load_config(str(ROOT / path), overrides)
+
+
+def check(command, run_dir, tmp_path, monkeypatch):
+    words = shlex.split(command)
+    monkeypatch.chdir(ROOT)
+    if words[0] == "make":
+        assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+    elif words[0] in ("torchrun", "deepspeed"):
+        check_worker(words)
+    elif words[0] == "sbatch":
+        assert (ROOT / words[1]).is_file()
+        load_config(str(ROOT / words[2]), [f"run.dir={words[3]}", *words[4:]])
+    elif words[:3] == ["python", "-m", "launch"]:
+        extra = [] if {"--plan", "--print-config"} & set(words) else ["--print-config"]
+        assert cli.main([*words[3:], *extra]) == EXIT_DONE
+    elif words[:3] == ["python", "-m", "tools.ckpt"]:
+        from tools.ckpt import app
+
+        replaced = [str(run_dir) if word.startswith("runs/") else word for word in words[3:]]
+        replaced = [str(tmp_path / word) if word.endswith(".safetensors") else word for word in replaced]
+        with pytest.raises(SystemExit) as ended:
+            app(replaced)
+        assert ended.value.code == 0
+    elif words[:3] == ["python", "-m", "tools.draw_plan"]:
+        from tools.draw_plan import app
+
+        target = tmp_path / "plan.svg"
+        replaced = [str(target) if word.endswith(".svg") else word for word in words[3:]]
+        with pytest.raises(SystemExit) as ended:
+            app(replaced)
+        assert ended.value.code == 0
+        committed = (ROOT / words[-1]).read_text()
+        assert committed.count("<path") == target.read_text().count("<path"), "docs/ring.svg is not what this draws"
+    elif words[:3] == ["python", "-m", "tools.scaling_report"]:
+        from tools.scaling_report import _parser
+
+        _parser().parse_args(words[3:])  # measured for real in tests/tools/test_scaling_report.py
+    else:
+        raise AssertionError(f"no test knows how to run {command!r}: add it here")
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
+def test_commands(page, command, run_dir, tmp_path, monkeypatch, capsys):
+    check(command, run_dir, tmp_path, monkeypatch)
+
+
+def test_there_are_commands_and_a_wrong_one_is_noticed(run_dir, tmp_path, monkeypatch, capsys):
+    assert len(COMMANDS) >= 10
+    assert cli.main(["train", "configs/quickstart.yaml", "optim.stepz=3", "--print-config"]) != EXIT_DONE
+    with pytest.raises(AssertionError, match="no test knows"):
+        check("curl somewhere", run_dir, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("page", "code"), list(blocks("python")), ids=lambda value: value if len(value) < 30 else "code"
+)
+def test_code(page, code):
+    exec(compile(code, page, "exec"), {})
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_tests_named_in_the_failures_page_exist():
+    for name in re.findall(r"`(tests/[^`]+)`", (ROOT / "docs/failures.md").read_text()):
+        assert (ROOT / name).exists(), name
