@@ -17,6 +17,11 @@ ifeq ($(call has,$(TEST_NEEDS)),yes)
 else
   TEST := .venv/bin/python
 endif
+ifeq ($(call has,$(TRAIN_NEEDS) pytest),yes)
+  GPU := $(PYTHON)
+else
+  GPU := .venv/bin/python
+endif
 READY = $(if $(filter .venv/%,$(1)),.venv/.ready)
 
 .PHONY: train test test-slow test-gpu format clean
@@ -33,14 +38,14 @@ test: $(call READY,$(TEST)) ## format, lint, types and all fast CPU tests
 test-slow: $(call READY,$(TEST)) ## the longer tests: all engines x layouts x ring sizes, launchers, kills
 	$(TEST) -m pytest -q -n 2 -m "slow and not gpu"
 
-test-gpu: $(call READY,$(TRAIN)) ## the tests that need CUDA
-	$(TRAIN) -m pytest -q -m gpu
+test-gpu: $(call READY,$(GPU)) ## the tests that need CUDA
+	$(GPU) -m pytest -q -m gpu
 
 format: $(call READY,$(TEST))
 	$(TEST) -m ruff format . && $(TEST) -m ruff check --fix .
 
-clean: ## remove what was installed and what runs wrote
-	rm -rf .venv runs reports .pytest_cache .ruff_cache .mypy_cache
+clean: ## remove what was installed; runs and reports stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
 
 .venv/.ready: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "error: $(PYTHON) is \

@@ -18,7 +18,7 @@ from launch.config_describe import config_table
 from launch.config_load import LoadedConfig, load_config
 from launch.doors import LocalJob, run_local
 from launch.errors import EXIT_CONFIG, ConfigError, LaunchError
-from launch.preflight import check_data, check_run_dir, choose_processes
+from launch.preflight import check_data, check_packages, check_run_dir, choose_processes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -56,6 +56,7 @@ def train(
 
         print(render(loaded.config, num_processes))
         return
+    check_packages(loaded.config)
     check_data(loaded.config)
     run_dir = Path(loaded.config.run.dir)
     check_run_dir(run_dir)

@@ -21,9 +21,15 @@ EXIT_CHECKPOINT = 78
 
 
 class LaunchError(Exception):
-    """Base of all errors that the trainer reports to a user in one readable message, without a traceback."""
+    """Base of all errors that the trainer reports to a user in one readable message, without a traceback.
+
+    Attributes:
+        exit_status: What the process ends with.
+        everywhere: Whether every rank raises this very error, so that rank 0 alone prints it.
+    """
 
     exit_status: int = EXIT_BUG
+    everywhere: bool = False
 
 
 class ConfigError(LaunchError):
@@ -50,12 +56,6 @@ class WriteError(LaunchError):
     exit_status = EXIT_WRITE
 
 
-class Preempted(LaunchError):
-    """The run was asked to stop, saved, and can be started again by the same command."""
-
-    exit_status = EXIT_PREEMPTED
-
-
 class NumericsError(LaunchError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
@@ -66,6 +66,12 @@ class CheckpointError(LaunchError):
     """No checkpoint can be used: corrupt, of another model, or not loadable at this topology."""
 
     exit_status = EXIT_CHECKPOINT
+
+
+def everywhere(error: LaunchError) -> LaunchError:
+    """Mark `error` as one that every rank raises."""
+    error.everywhere = True
+    return error
 
 
 def exit_status_of(error: BaseException) -> int:

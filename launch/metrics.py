@@ -114,7 +114,12 @@ class MetricsWriter:
         self._append({"event": name, "time_unix_seconds": time.time(), **_finite(plain)})
 
     def resume(self, step: int, **fields: Value) -> None:
-        """Note that training goes on after `step` steps: records above of later steps no longer count."""
+        """Note that training goes on after `step` steps: records above of later steps no longer count.
+
+        Writes nothing where there are no records yet.
+        """
+        if self._file is None or self.path.stat().st_size == 0:
+            return
         self.event("resume", step=step, **fields)
         if self._file is not None and self._config.tensorboard:
             self._tensorboard = self._open_tensorboard(purge_step=step + 1)

@@ -65,7 +65,7 @@ def _vocabulary(config: Config) -> int:
     if name == "bytes":
         return 257
     if name == "bpe":
-        return config.data.bpe_vocab + 1  # at most: a small corpus may not have so many merges
+        return config.data.bpe_vocab  # at most: a small corpus may not have so many merges
     from launch.data.tokenizer import FolderTokenizer
 
     return FolderTokenizer(Path(name)).vocab_size

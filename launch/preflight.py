@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from launch.config import Config
 from launch.config_checks import min_seq_len
 from launch.config_describe import nearest
 from launch.errors import ConfigError, DataError, WriteError
+from launch.metrics import check_sinks
 from launch.runlock import RunLock
 
 # Present wherever a GPU driver is (NVIDIA, AMD, WSL). Where all are absent, two seconds of importing torch are saved.
@@ -47,6 +49,11 @@ def choose_processes(config: Config, requested: int | Literal["auto"], *, start_
     gpus = count_gpus() if device != "cpu" and (start_here or requested == "auto") else 0
     if device == "cuda" and gpus == 0 and start_here:
         raise ConfigError("run.device: expected a GPU that torch can use, got none; set run.device to auto or cpu")
+    if start_here and not gpus and config.parallel.kernel in ("cudnn", "flash"):
+        raise ConfigError(
+            f"parallel.kernel: {config.parallel.kernel} runs on GPUs, and torch can use none here; set it to auto, or "
+            "run on a machine with a GPU"
+        )
     if requested != "auto":
         count = requested
     elif len(fixed) == 2:
@@ -64,6 +71,20 @@ def choose_processes(config: Config, requested: int | Literal["auto"], *, start_
             f"(dp={dp_size}, cp={cp_size}); start {gpus // unit * unit or 'them on more GPUs'}, or set run.device=cpu"
         )
     return count
+
+
+def check_packages(config: Config) -> None:
+    """Check that the packages which the settings ask for are installed. Loads none of them.
+
+    Raises:
+        ConfigError: naming the setting and what to install.
+    """
+    check_sinks(config.metrics)
+    if config.engine.name == "zero" and find_spec("deepspeed") is None:
+        raise ConfigError(
+            "engine.name: zero needs the package deepspeed, which is not installed; install it (pip install deepspeed) "
+            "or use fsdp"
+        )
 
 
 def check_data(config: Config) -> None:
@@ -121,7 +142,7 @@ def _path_problems(config: Config) -> Iterator[str]:
 
 def _tokenizer_problems(config: Config) -> Iterator[str]:
     name = config.data.tokenizer
-    if name in ("bytes", "bpe") or Path(name).is_dir():
+    if name in ("bytes", "bpe") or Path(name).expanduser().is_dir():
         return
     near = nearest(name, ("bytes", "bpe"))
     yield (

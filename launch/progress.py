@@ -161,7 +161,7 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.peak_memory_bytes is not None:
         rows.append(("peak memory", f"{format_bytes(summary.peak_memory_bytes)} in the largest process"))
     if summary.exposed_communication_fraction is not None:
-        rows.append(("exposed communication", f"{summary.exposed_communication_fraction:.1%} of the step time"))
+        rows.append(("exposed communication", f"{summary.exposed_communication_fraction:.1%} of the step time (ring)"))
     return rows + [(f"{what} in", where) for what, where in summary.written.items()]
 
 

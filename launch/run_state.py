@@ -54,7 +54,7 @@ def describe_run(
 
 
 def check_and_report(state: Mapping[str, Any], config: Config, model: ModelConfig, topology: Topology) -> Progress:
-    """Where the run of `state` stands, if this configuration may go on with it; every change is logged.
+    """Where the run of `state` stands, if this configuration may go on with it; rank 0 logs every change.
 
     Raises:
         CheckpointError: it holds another model.
@@ -70,16 +70,9 @@ def check_and_report(state: Mapping[str, Any], config: Config, model: ModelConfi
             "the checkpoint holds another model:\n  " + "\n  ".join(changed) + "\n"
             "Put the model section back as it was, or start a new run in another run.dir."
         )
-    old_topology, new_topology = state["topology"], describe_topology(topology)
-    for name, value in new_topology.items():
-        if old_topology.get(name) != value:
-            _log.warning("changed since the checkpoint: %s %s -> %s", name, old_topology.get(name), value)
-    for key, old, new in _differences(state["config"], config.model_dump(mode="json")):
-        _log.warning("changed since the checkpoint: %s %s -> %s", key, old, new)
-    for name, value in _versions().items():
-        old = state["versions"].get(name)
-        if old != value:
-            _log.warning("changed since the checkpoint: version of %s %s -> %s", name, old, value)
+    if topology.rank == 0:
+        for name, old, new in _changes(state, config, topology):
+            _log.warning("changed since the checkpoint: %s %s -> %s", name, old, new)
     return Progress(**state["progress"])
 
 
@@ -118,9 +111,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for section, values in new.items():
+def _changes(state: Mapping[str, Any], config: Config, topology: Topology) -> Iterator[tuple[str, Any, Any]]:
+    """(name, then, now) of everything that is not as it was."""
+    for name, value in describe_topology(topology).items():
+        if state["topology"].get(name) != value:
+            yield name, state["topology"].get(name), value
+    for section, values in config.model_dump(mode="json").items():
         for key, value in values.items():
-            before = old.get(section, {}).get(key)
+            before = state["config"].get(section, {}).get(key)
             if before != value:
                 yield f"{section}.{key}", before, value
+    for name, value in _versions().items():
+        if state["versions"].get(name) != value:
+            yield f"version of {name}", state["versions"].get(name), value

@@ -10,7 +10,7 @@ import functools
 import math
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from launch.config import Config
 from launch.data import IGNORED, Corpus, Row
 from launch.engine import Engine
 from launch.errors import DataError
+from launch.ranks import Ranks
 from launch.topology import Topology
 from ringattn.transport import Transport
 
@@ -85,6 +86,8 @@ class StepRunner:
         self._engine = engine
         self._corpus = corpus
         self._transport = transport
+        self._ranks = Ranks(rank=topology.rank, world_size=topology.world_size, group=topology.cpu_group)
+        self._probe = _GradientProbe()
         parallel = config.parallel
         self._plan = ringattn.Plan(
             config.data.seq_len,
@@ -107,12 +110,19 @@ class StepRunner:
         topology = self._topology
         count = self._config.optim.rows_per_step // topology.dp
         indices = range(first_row + topology.dp_rank * count, first_row + (topology.dp_rank + 1) * count)
-        rows = tuple(self._corpus.row(index) for index in indices)
+        rows: tuple[Row, ...] = ()
+        failure: Exception | None = None
+        try:
+            rows = tuple(self._corpus.row(index) for index in indices)
+        except Exception as error:  # the others must hear of it: they are about to wait for this rank
+            failure = error
         valid = sum(int((row.labels != IGNORED).sum()) for row in rows)
         digest = functools.reduce(lambda crc, row: _checksum(row, crc), rows, 0)
         seconds = time.perf_counter() - started
         self.doing = "agreeing on the step's rows"
-        told = self._exchange([valid, digest, int(stop)])
+        told = self._exchange([valid, digest, int(stop), int(failure is not None)])
+        if any(values[3] for values in told):
+            self._ranks.agree(f"reading row {first_row} and on", lambda: _raise(failure))
         rings = [told[start : start + topology.cp] for start in range(0, topology.world_size, topology.cp)]
         for number, ring in enumerate(rings):
             if any(values[:2] != ring[0][:2] for values in ring):
@@ -127,6 +137,7 @@ class StepRunner:
     def train(self, batch: Batch, learning_rate: float) -> StepResult:
         """Forward, backward and, if everything is finite on every rank, update."""
         local_loss = torch.zeros((), dtype=torch.float64, device=self._topology.device)
+        self._probe.reset()
         for number, row in enumerate(batch.rows):
             self.doing = f"forward of row {row.index}"
             loss_sum = self._forward(row, row.labels)
@@ -189,16 +200,19 @@ class StepRunner:
             kernel=parallel.kernel,
             transport=self._transport or "auto",
         )
+        attend = self._probe.watch(attention) if torch.is_grad_enabled() else attention
         tokens, labels = (
             ringattn.shard(x[None], plan, topology.cp_rank).to(topology.device) for x in (row.tokens, labels)
         )
-        return self._engine.forward(
+        loss = self._engine.forward(
             tokens=tokens,
             labels=labels,
             positions=self._positions,
-            attention=attention,
+            attention=attend,
             loss_tile=self._config.optim.loss_tile,
         )
+        self._probe.arm()
+        return loss
 
     def _exchange(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's `values`, in rank order."""
@@ -208,17 +222,58 @@ class StepRunner:
         return [row.tolist() for row in everyone]
 
     def _blame(self, own_loss: float, norm: float) -> str:
-        told = self._topology.gather_objects((math.isfinite(own_loss), self._engine.bad_gradients()))
-        losses = [str(rank) for rank, (finite, _) in enumerate(told) if not finite]
+        told = self._topology.gather_objects(
+            (math.isfinite(own_loss), self._probe.all_finite(), self._engine.bad_gradients())
+        )
+        losses = [str(rank) for rank, (finite, _, _) in enumerate(told) if not finite]
         if losses:
             return f"the loss of rank{'s' if len(losses) > 1 else ''} {', '.join(losses)} is not finite"
-        names = sorted({name for _, bad in told for name in bad})
-        ranks = [str(rank) for rank, (_, bad) in enumerate(told) if bad]
+        # Reduced gradients are bad everywhere; where they began shows only before the ring and the reduction mix them.
+        names = sorted({name for _, _, bad in told for name in bad})
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return (
-            f"the loss is finite on every rank, the gradient is not (norm {norm}): {', '.join(names[:5])}{more}, "
-            f"seen on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+        origins = [str(rank) for rank, (_, finite, _) in enumerate(told) if not finite]
+        began = (
+            f"it began in the loss of rank {', '.join(origins)}" if origins else "which rank it began on is not known"
         )
+        where = f"{', '.join(names[:5])}{more}"
+        return f"the loss is finite on every rank, the gradient is not (norm {norm}): {where}; {began}"
+
+
+class _GradientProbe:
+    """Notes whether the gradient that enters this rank's last attention is finite, for blame.
+
+    It comes from this rank's own tokens only; further back the ring mixes the gradients of all ranks.
+    """
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+        self._flags: list[Tensor] = []
+
+    def reset(self) -> None:
+        self._last = None
+        self._flags = []
+
+    def watch(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._last = attention(q, k, v)
+            return self._last
+
+        return watched
+
+    def arm(self) -> None:
+        """The forward is done: the attention seen last is the one whose gradient comes first."""
+        if self._last is not None and self._last.requires_grad:
+            # The flag stays on the device: nobody waits for it unless a step is bad.
+            self._last.register_hook(lambda gradient: self._flags.append(torch.isfinite(gradient).all()))
+        self._last = None
+
+    def all_finite(self) -> bool:
+        return all(bool(flag) for flag in self._flags)
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _checksum(row: Row, start: int) -> int:

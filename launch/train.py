@@ -9,6 +9,7 @@ every failure into 1.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -20,7 +21,17 @@ from typing import TYPE_CHECKING
 
 from launch.config import Config
 from launch.config_load import load_config, split_worker_args
-from launch.errors import EXIT_BUG, EXIT_DONE, EXIT_PREEMPTED, LaunchError, PeerLost, WriteError, exit_status_of
+from launch.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_PEER,
+    EXIT_PREEMPTED,
+    LaunchError,
+    PeerLost,
+    WriteError,
+    everywhere,
+    exit_status_of,
+)
 from launch.orphans import die_with_parent
 from launch.status import write_status
 
@@ -31,6 +42,7 @@ if TYPE_CHECKING:
     from launch.trainer import Trainer
 
 _LAST_WORD_S = 1.0
+_CAUSE = "failed-rank-{}.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path, overrides = split_worker_args(sys.argv[1:] if argv is None else argv)
         loaded = load_config(path, overrides)
     except LaunchError as error:
-        _print_error(str(error))
+        if os.environ.get("RANK", "0") == "0":  # all workers read the same file
+            _print_error(str(error))
         return error.exit_status
     return run_worker(loaded.config, warnings=loaded.warnings)
 
@@ -84,7 +97,10 @@ class _Worker:
                 _set_determinism(self._config, topology.device.type)
                 self._trainer = Trainer(self._config, topology, stop, console)
                 self._write_status("running", None, "")
-                status = self._trainer.run()
+                try:
+                    status = self._trainer.run()
+                except BaseException as error:
+                    return self._failed(error)  # inside the lock: the status is still ours to write
                 outcome = "complete" if status == EXIT_DONE else "preempted"
                 self._write_status(outcome, status, "" if status == EXIT_DONE else "stopped by a signal, state saved")
                 return status
@@ -95,20 +111,25 @@ class _Worker:
         doing = "starting" if self._trainer is None else self._trainer.doing
         error = as_lost_peer(error, self._topology, doing, self._step())
         _report(error, self._topology, doing)
-        status = exit_status_of(error)
+        status, message = exit_status_of(error), str(error) or type(error).__name__
+        if self._topology.rank != 0 and status != EXIT_PEER and not getattr(error, "everywhere", False):
+            with contextlib.suppress(OSError):
+                _write_cause(self._run_dir, self._topology.rank, status, message)
         if self._owns_status:
+            if status == EXIT_PEER:
+                status, message = _first_cause(self._run_dir) or (status, message)
             with contextlib.suppress(OSError):  # the disk may be what failed; the exit status still says it
                 write_status(
                     self._run_dir,
                     outcome="failed",
                     exit_status=status,
                     step=self._step(),
-                    message=str(error) or type(error).__name__,
+                    message=message,
                 )
         return status
 
     def _step(self) -> int | None:
-        return None if self._trainer is None else self._trainer.progress.step
+        return None if self._trainer is None else self._trainer.step
 
     def _write_status(self, outcome: str, status: int | None, message: str) -> None:
         if self._owns_status:
@@ -132,16 +153,38 @@ class _Worker:
                 lock = RunLock(self._run_dir, job_id=_job())
                 lock.acquire()
                 self._owns_status = True
+                for stale in self._run_dir.glob(_CAUSE.format("*")):
+                    stale.unlink()
             except (WriteError, OSError) as error:
                 problem = str(error)
         problem = self._topology.gather_objects(problem)[0]
         if problem is not None:
-            raise WriteError(problem)
+            raise everywhere(WriteError(problem))
         try:
             yield
         finally:
             if lock is not None:
                 lock.release()
+
+
+def _write_cause(run_dir: Path, rank: int, status: int, message: str) -> None:
+    """Leave word of why this rank ends, for the leader, who sees a lost peer only."""
+    target = run_dir / _CAUSE.format(f"{rank:05d}")
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    staged.write_text(json.dumps({"exit_status": status, "message": f"rank {rank}: {message}"}) + "\n")
+    staged.replace(target)
+
+
+def _first_cause(run_dir: Path) -> tuple[int, str] | None:
+    """The word that another rank left within a moment, if any did; a killed rank cannot."""
+    deadline = time.monotonic() + _LAST_WORD_S / 2
+    while time.monotonic() < deadline:
+        causes = sorted(run_dir.glob(_CAUSE.format("*")), key=lambda path: path.stat().st_mtime_ns)
+        if causes:
+            told = json.loads(causes[0].read_text())
+            return int(told["exit_status"]), str(told["message"])
+        time.sleep(0.05)
+    return None
 
 
 def as_lost_peer(error: BaseException, topology: Topology, doing: str, step: int | None) -> BaseException:
@@ -155,7 +198,7 @@ def as_lost_peer(error: BaseException, topology: Topology, doing: str, step: int
     import ringattn
 
     text = str(error).lower()
-    words = ("connection closed by peer", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "socket")
+    words = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "nccl error")
     broken = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or (
         type(error) in (RuntimeError, ConnectionError) and any(word in text for word in words)
     )
@@ -170,19 +213,17 @@ def _report(error: BaseException, topology: Topology | None, doing: str) -> None
     """Print an error once where all ranks have it, on its own rank where they may not."""
     import torch
 
-    rank = None if topology is None else topology.rank
-    prefix = "" if rank in (None, 0) else f"rank {rank}: "
+    rank = 0 if topology is None else topology.rank
+    if rank != 0 and getattr(error, "everywhere", False):
+        return
+    prefix = "" if rank == 0 or isinstance(error, PeerLost) else f"rank {rank}: "
     if isinstance(error, torch.OutOfMemoryError):
         _print_error(
             f"{prefix}out of memory, {doing}: {str(error).splitlines()[0]} Next: more ranks per ring (parallel.cp), "
             "engine.recompute=true, or a smaller optim.loss_tile or data.seq_len"
         )
-    elif isinstance(error, PeerLost) or rank in (None, 0):
-        _print_error(
-            f"{prefix}{error}" if isinstance(error, LaunchError) or _expected(error) else _trace(error, prefix)
-        )
-    elif not (isinstance(error, LaunchError) or _expected(error)):
-        _print_error(_trace(error, prefix))
+    else:
+        _print_error(f"{prefix}{error}" if _expected(error) else _trace(error, prefix))
 
 
 def _expected(error: BaseException) -> bool:

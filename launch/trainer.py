@@ -12,20 +12,21 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 import ringattn
-from launch.checkpoint import CheckpointStore, checkpoint_bytes
+from launch.checkpoint import CheckpointStore, Found, checkpoint_bytes
 from launch.config import Config
 from launch.data import Corpus, open_corpus
 from launch.engine import Engine, build_engine
-from launch.errors import EXIT_DONE, EXIT_PREEMPTED, NumericsError, WriteError
+from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, WriteError, everywhere
 from launch.meters import host_memory_bytes, known_peak_tflops, peak_memory_bytes, utilisation
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress, RunSummary, print_summary
+from launch.ranks import Ranks
 from launch.run_state import Progress, check_and_report, describe_run, random_state, restore_random_state
 from launch.schedule import learning_rate
 from launch.signals import StopRequest
@@ -71,11 +72,19 @@ class Trainer:
         self._failed_saves = 0
         self._measured = _Measured()
         self._runner: StepRunner | None = None
+        self._ranks = Ranks(rank=topology.rank, world_size=topology.world_size, group=topology.cpu_group)
+        self._starting: str | None = "starting"
+        self._unsaved = False  # whether the weights were updated since the last save or load
 
     @property
     def doing(self) -> str:
         """What this rank is at, for messages about lost peers."""
-        return "starting" if self._runner is None else self._runner.doing
+        return self._starting or ("starting" if self._runner is None else self._runner.doing)
+
+    @property
+    def step(self) -> int | None:
+        """Steps done; None until it is known where the run stands."""
+        return None if self._starting else self.progress.step
 
     def run(self) -> int:
         """Train to the end, or until told to stop.
@@ -95,6 +104,8 @@ class Trainer:
         )
         found = store.find_latest()
         if found is not None and found.step >= self.config.optim.steps:
+            self._refuse_diverged(found)
+            self._starting = None
             self._say(
                 f"already complete: {found.path} is after step {found.step} of {self.config.optim.steps}; "
                 "raise optim.steps to go on, or choose another run.dir to start anew"
@@ -106,16 +117,35 @@ class Trainer:
         model, engine = self._build(corpus)
         store.preflight(checkpoint_bytes(engine.state()))
         if found is not None:
+            self._starting = f"loading {found.path.name}"
             self._resume(store, found, model, engine, corpus)
         transport = None
         if self.topology.cp > 1:
-            transport = ringattn.make_transport(self.config.parallel.transport, self.topology.cp_group)
+            transport = ringattn.make_transport(
+                self.config.parallel.transport, self.topology.cp_group, timeout=lambda: self.topology.timeouts.now
+            )
         self._runner = StepRunner(self.config, self.topology, engine, corpus, transport)
-        with MetricsWriter(self._run_dir, self.config.metrics, enabled=self._leader) as metrics:
-            if found is not None:
-                metrics.resume(self.progress.step)
-            parts = _Parts(store, model, engine, corpus, self._runner, transport, metrics)
-            return self._train(parts)
+        metrics = self._ranks.agree(
+            "opening the metrics", lambda: MetricsWriter(self._run_dir, self.config.metrics, enabled=self._leader)
+        )
+        self._starting = None
+        with metrics:
+            metrics.resume(self.progress.step)
+            status = self._train(_Parts(store, model, engine, corpus, self._runner, transport, metrics))
+        engine.close()
+        return status
+
+    def _refuse_diverged(self, found: Found) -> None:
+        """A run that ended because of non-finite steps is not complete, whatever its last step was."""
+        saved = Progress(**found.state["progress"])
+        if saved.bad_steps >= self.config.optim.max_bad_steps:
+            raise everywhere(
+                NumericsError(
+                    f"the run ended at step {found.step} after {saved.bad_steps} non-finite steps in a row; look at "
+                    f"bad-step-*.json in {self._run_dir}, and start anew in another run.dir with a lower optim.lr or "
+                    "other data"
+                )
+            )
 
     def _train(self, parts: _Parts) -> int:
         evaluation = None
@@ -166,34 +196,52 @@ class Trainer:
         return False
 
     def _open_corpus(self) -> Corpus:
-        corpus = open_corpus(
-            self.config.data,
-            seed=self.config.run.seed,
-            cache_dir=self._run_dir / "data",
-            leader=self._leader,
-            barrier=self.topology.barrier,
+        limit = self.config.parallel.setup_timeout_s
+        self._starting = f"waiting for the data to be read and tokenised (at most parallel.setup_timeout_s={limit:g} s)"
+        corpus = self._ranks.agree(
+            "opening the data",
+            lambda: open_corpus(
+                self.config.data,
+                seed=self.config.run.seed,
+                cache_dir=self._run_dir / "data",
+                leader=self._leader,
+                barrier=self.topology.barrier,
+            ),
         )
+        self._starting = "building the model"
         report = corpus.report
         self._say(
             f"data: {report.training_documents:,} documents with {report.training_tokens:,} tokens to train on, "
             f"{report.held_out_documents:,} held out; {report.empty} empty, {report.skipped} skipped"
             + ("" if report.cut_documents is None else f", {report.cut_documents} cut at row ends")
         )
+        for problem in report.problems:
+            self._say(f"skipped: {problem}")
         return corpus
 
     def _build(self, corpus: Corpus) -> tuple[ModelConfig, Engine]:
         overrides = self.config.model.overrides()
         if self.config.model.vocab_size is None:
             overrides["vocab_size"] = corpus.vocab_size
+        elif self.config.model.vocab_size < corpus.vocab_size:
+            raise everywhere(
+                ConfigError(
+                    f"model.vocab_size: expected at least {corpus.vocab_size}, the ids of data.tokenizer="
+                    f"{self.config.data.tokenizer}, got {self.config.model.vocab_size}; raise it, or leave it null"
+                )
+            )
         model = preset(self.config.model.preset, **overrides)
         decoder = Decoder(model, recompute=self.config.engine.recompute)
         decoder.init_weights(self.config.run.seed)
         engine = build_engine(self.config.engine.name, decoder, topology=self.topology, config=self.config)
         return model, engine
 
-    def _resume(self, store: CheckpointStore, found: Any, model: ModelConfig, engine: Engine, corpus: Corpus) -> None:
-        self.progress = check_and_report(found.state, self.config, model, self.topology)
-        corpus.seek(found.state["data_cursor"])
+    def _resume(self, store: CheckpointStore, found: Found, model: ModelConfig, engine: Engine, corpus: Corpus) -> None:
+        # The data first: other data can change the vocabulary, and that is then the reason worth telling.
+        self._ranks.agree("finding the place in the data", lambda: corpus.seek(found.state["data_cursor"]))
+        self.progress = self._ranks.agree(
+            "checking the model", lambda: check_and_report(found.state, self.config, model, self.topology)
+        )
         tensors = engine.state()
         _, rank_state = store.load(found, tensors)
         engine.load(tensors)
@@ -279,30 +327,45 @@ class Trainer:
         """Report a step that was not applied; too many in a row end the run with the last good state saved."""
         if result.applied:
             self.progress.bad_steps = 0
+            self._unsaved = True
             return
         self.progress.bad_steps += 1
         step, limit = self.progress.step, self.config.optim.max_bad_steps
         message = f"step {step} was not applied on any rank: {result.blame}"
-        _log.warning("%s (%d in a row, the run stops at %d)", message, self.progress.bad_steps, limit)
+        if self._leader:
+            _log.warning("%s (%d in a row, the run stops at %d)", message, self.progress.bad_steps, limit)
         parts.metrics.event("bad_step", step=step, reason=result.blame)
         if self._leader:
             count = self.config.optim.rows_per_step
             first = self.progress.next_row - count
             record = {"step": step, "rows": list(range(first, first + count)), "reason": result.blame}
-            (self._run_dir / f"bad-step-{step:06d}.json").write_text(json.dumps(record, indent=1) + "\n")
+            try:
+                (self._run_dir / f"bad-step-{step:06d}.json").write_text(json.dumps(record, indent=1) + "\n")
+            except OSError as error:
+                _log.warning("cannot write bad-step-%06d.json: %s", step, error)
         if self.progress.bad_steps < limit:
             return
-        self._save(parts, final=True)
-        self._finish_saves(parts)
-        raise NumericsError(
-            f"{message}; that is the {limit}. such step in a row (optim.max_bad_steps). The weights before them are in "
-            f"the checkpoint of step {step}; look at bad-step-*.json in {self._run_dir}, lower optim.lr or change "
-            "the data"
+        kept = "the weights before them are in the newest checkpoint"
+        try:
+            self._save(parts, final=True)
+            self._finish_saves(parts)
+        except WriteError as error:
+            kept = f"the weights before them could not be saved: {error}"
+        raise everywhere(
+            NumericsError(
+                f"{message}; that is number {limit} in a row (optim.max_bad_steps); {kept}. Look at bad-step-*.json in "
+                f"{self._run_dir}, lower optim.lr or change the data"
+            )
         )
 
     def _save(self, parts: _Parts, *, final: bool = False) -> None:
         """Save, or count the failure: a full disk ends the run only after `checkpoint.max_failed_saves`."""
+        if self.progress.bad_steps and not self._unsaved:
+            return  # the same weights are saved already; another copy would push out an older checkpoint
+        self._drain(parts)  # a failure of the save before is that save's, not this one's
         parts.runner.doing = "saving a checkpoint"
+        if not self._healthy(parts, final):
+            return
         state = describe_run(
             self.progress, self.config, parts.model, self.topology, parts.corpus.cursor(self.progress.next_row)
         )
@@ -317,37 +380,66 @@ class Trainer:
                     asynchronous=asynchronous,
                 )
         except WriteError as error:
-            self._count_failed_save(parts, error, final)
+            self._count_failed_save(parts, error, self.progress.step, final)
         else:
+            self._unsaved = False
             if not asynchronous:
                 self._failed_saves = 0
 
+    def _healthy(self, parts: _Parts, final: bool) -> bool:
+        """Whether weights and optimizer state are finite on every rank; others are never published."""
+        bad = any(tensor.is_floating_point() and not _all_finite(tensor) for tensor in parts.engine.state().values())
+        if not self.topology.any_true(bad):
+            return True
+        text = f"the weights or the optimizer state after step {self.progress.step} are not finite: not saved"
+        parts.metrics.event("unhealthy_save", step=self.progress.step)
+        if final:
+            raise everywhere(
+                NumericsError(f"{text}; the newest checkpoint is the last healthy one. Lower optim.lr and start again")
+            )
+        if self._leader:
+            _log.warning("%s; the checkpoints before stay", text)
+        return False
+
     def _publish(self, parts: _Parts) -> None:
         """Publish an asynchronous save that has been written."""
-        if parts.store.pending_step is None:
+        step = parts.store.pending_step
+        if step is None:
             return
+        parts.runner.doing = "publishing a checkpoint"
         try:
-            if parts.store.poll() is not None:
-                self._failed_saves = 0
+            with self.topology.patient():
+                if parts.store.poll() is not None:
+                    self._failed_saves = 0
         except WriteError as error:
-            self._count_failed_save(parts, error, final=False)
+            self._count_failed_save(parts, error, step, final=False)
 
-    def _finish_saves(self, parts: _Parts) -> None:
+    def _drain(self, parts: _Parts, *, final: bool = False) -> None:
+        """Wait for the save in flight, if there is one, and publish it."""
+        step = parts.store.pending_step
+        if step is None:
+            return
+        parts.runner.doing = "publishing a checkpoint"
         try:
             with self.topology.patient():
                 parts.store.wait()
         except WriteError as error:
-            self._count_failed_save(parts, error, final=True)
+            self._count_failed_save(parts, error, step, final)
+        else:
+            self._failed_saves = 0
 
-    def _count_failed_save(self, parts: _Parts, error: WriteError, final: bool) -> None:
+    def _finish_saves(self, parts: _Parts) -> None:
+        self._drain(parts, final=True)
+
+    def _count_failed_save(self, parts: _Parts, error: WriteError, step: int, final: bool) -> None:
         self._failed_saves += 1
-        parts.metrics.event("failed_save", step=self.progress.step, reason=str(error))
+        self._unsaved = True
+        parts.metrics.event("failed_save", step=step, reason=str(error))
         if final or self._failed_saves > self.config.checkpoint.max_failed_saves:
             raise error
         left = self.config.checkpoint.max_failed_saves - self._failed_saves
-        _log.warning(
-            "checkpoint of step %d failed, training goes on (%d more allowed): %s", self.progress.step, left, error
-        )
+        if self._leader:
+            _log.warning("checkpoint of step %d failed, training goes on (%d more allowed): %s", step, left, error)
 
     def _summarise(self, parts: _Parts, evaluation: Evaluation | None) -> None:
         topology, measured = self.topology, self._measured
@@ -378,6 +470,11 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self._leader:
             self._console.print(text, markup=False, soft_wrap=True)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(torch.isfinite(local).all())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ out = ringattn.ring_attention(q, k, v, plan, group=group)
 out = ringattn.unshard(out.detach(), plan, group)
 """
 
+from ringattn import testing
 from ringattn.attention import ring_attention
 from ringattn.errors import PeerError, RingAttnError, TopologyError
 from ringattn.layout import shard, unshard
@@ -20,5 +21,6 @@ __all__ = [
     "make_transport",
     "ring_attention",
     "shard",
+    "testing",
     "unshard",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def ring_attention(
     v: Tensor,
     plan: Plan,
     group: dist.ProcessGroup | None = None,
+    *,
     scale: float | None = None,
     kernel: str = "auto",
     transport: str | Transport = "auto",
@@ -48,8 +50,11 @@ def ring_attention(
         [B, S, H, Dv] in q's dtype.
 
     Raises:
-        ValueError: wrong shapes, dtypes, kernel or transport, before anything is sent.
-        TopologyError: on all ranks, when the ranks do not agree.
+        ValueError: wrong shapes, dtypes, kernel or transport, before anything is sent (in a group of several ranks:
+            TopologyError, so that all of them raise).
+        TopologyError: on all ranks, when their first calls under a plan do not agree in shapes, dtypes, plan, documents
+            or scale. If one rank changes these in a later call it raises at once, and its neighbours a PeerError when
+            it ends or their time is up.
         PeerError: when a neighbour dies or does not answer.
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.
@@ -62,8 +67,9 @@ def ring_attention(
             f"{' (group=None is a single process)' if group is None else ''}; build the Plan for this group"
         )
     problem = _problem(q, k, v, plan, rank, kernel)
+    scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
     if group is not None and size > 1:
-        _agree(q, k, v, plan, group, rank, problem)
+        _agree(q, k, v, plan, group, rank, problem, scale)
     elif problem is not None:
         raise ValueError(f"ring_attention: {problem}")
     channel: Transport | None
@@ -71,7 +77,6 @@ def ring_attention(
         channel = make_transport(transport, group) if group is not None and size > 1 else None
     else:
         channel = transport
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     ring = Ring(plan=plan, rank=rank, transport=channel, kernel=kernel, scale=scale)
     return _RingAttention.apply(q, k, v, ring)
 
@@ -122,16 +127,36 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, kernel: str
 
 
 # What every rank must have in common, in the order in which it is exchanged.
-_AGREED_NAMES = ("plan", "problem", "batch", "heads", "key/value heads", "head width", "value width", "dtype")
+_AGREED_NAMES = (
+    "plan",
+    "problem",
+    "batch",
+    "heads",
+    "key/value heads",
+    "head width",
+    "value width",
+    "dtype",
+    "documents",
+    "scale",
+)
 
 
 def _agree(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, group: dist.ProcessGroup, rank: int, problem: str | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    group: dist.ProcessGroup,
+    rank: int,
+    problem: str | None,
+    scale: float,
 ) -> None:
     """Make sure that all ranks are about to exchange messages of the same kind; once per plan."""
-    own: tuple[int, ...] = (plan.fingerprint(), int(problem is not None), 0, 0, 0, 0, 0, 0)
+    own: tuple[int, ...] = (plan.fingerprint(), int(problem is not None), 0, 0, 0, 0, 0, 0, 0, 0)
     if problem is None:
-        own = (*own[:2], q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], _DTYPES.index(q.dtype))
+        shapes = (q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], _DTYPES.index(q.dtype))
+        (scale_bits,) = struct.unpack("q", struct.pack("d", scale))
+        own = (*own[:2], *shapes, plan.documents_fingerprint(), scale_bits)
     known = plan._agreed.get("shapes")
     if known == own:
         return
@@ -160,4 +185,6 @@ def _describe(row: tuple[int, ...]) -> str:
     values = dict(zip(_AGREED_NAMES, row, strict=True))
     dtype = str(_DTYPES[values["dtype"]]).removeprefix("torch.")
     sizes = ", ".join(f"{name} {values[name]}" for name in _AGREED_NAMES[2:7])
-    return f"plan {values['plan']:016x}, {sizes}, {dtype}"
+    (scale,) = struct.unpack("d", struct.pack("q", values["scale"]))
+    hashes = f"plan {values['plan']:016x}, documents {values['documents']:016x}"
+    return f"{hashes}, {sizes}, {dtype}, scale {scale:g}"

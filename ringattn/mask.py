@@ -23,9 +23,8 @@ _PARTIAL_ROWS = 512
 
 
 class Relation(enum.Enum):
-    """What the queries of a block see of its keys."""
+    """What the queries of a block see of its keys. Pairs of chunks that see nothing have no block."""
 
-    EMPTY = "empty"
     FULL = "full"
     CAUSAL = "causal"
     PARTIAL = "partial"

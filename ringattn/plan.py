@@ -45,7 +45,7 @@ class Plan:
     documents: tuple[int, ...] | None = None
     # What follows from the fields above, filled when first asked for.
     _blocks: dict[tuple[int, int], tuple[Block, ...]] = field(default_factory=dict, repr=False, compare=False)
-    # The shapes and dtypes that the ranks agreed on (see attention.py); shared by plans that differ in documents only.
+    # What the ranks agreed on in the first call under this plan (see attention.py).
     _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,8 +70,8 @@ class Plan:
         return Mask(causal=self.causal, window=self.window, sinks=self.sinks, documents=self.documents)
 
     def with_documents(self, documents: Sequence[int] | Tensor | None) -> Plan:
-        """The same plan for another row: other documents, the same shapes (already agreed between ranks or not)."""
-        return replace(self, documents=documents, _blocks={})  # type: ignore[arg-type]
+        """The same plan for another row with other documents. As a plan of its own, it is agreed between ranks anew."""
+        return replace(self, documents=documents, _blocks={}, _agreed={})  # type: ignore[arg-type]
 
     def chunks(self, rank: int) -> tuple[range, ...]:
         """Chunks of global positions that `rank` holds, in storage order."""
@@ -136,9 +136,16 @@ class Plan:
         return total
 
     def fingerprint(self) -> int:
-        """63-bit hash of the fields that must be equal on all ranks (documents, which change by row, left out)."""
-        fields = (self.seq_len, self.cp_size, self.layout, self.causal, self.window, self.sinks)
-        return int.from_bytes(hashlib.sha256(repr(fields).encode()).digest()[:8], "big") >> 1
+        """63-bit hash of all fields but the documents; equal on all ranks of a ring."""
+        return _hash((self.seq_len, self.cp_size, self.layout, self.causal, self.window, self.sinks))
+
+    def documents_fingerprint(self) -> int:
+        """63-bit hash of the documents; equal on all ranks of a ring."""
+        return _hash(self.documents)
+
+
+def _hash(value: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
 
 
 def _document_tuple(documents: Sequence[int] | Tensor | None, seq_len: int) -> tuple[int, ...] | None:

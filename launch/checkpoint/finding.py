@@ -21,8 +21,8 @@ from launch.checkpoint.manifest import (
     read_manifest,
     read_verified,
 )
-from launch.checkpoint.ranks import Ranks
 from launch.errors import CheckpointError
+from launch.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

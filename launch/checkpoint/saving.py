@@ -25,10 +25,10 @@ from launch.checkpoint.manifest import (
     check_sizes,
     step_folder,
 )
-from launch.checkpoint.ranks import Ranks
 from launch.checkpoint.retention import is_whole
 from launch.checkpoint.writing import StagedSave, Written
 from launch.errors import WriteError
+from launch.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def begin(directory: Path, step: int, attempt: int, needed: int, verified: set[s
     if os.path.lexists(target):
         reasons: list[str] = []
         if is_whole(target, verified, reasons):
-            logger.warning("step %d is already saved in %s: left untouched", step, target)
+            logger.info("step %d is already saved in %s: left untouched", step, target)
             return None
         logger.warning("%s; it will be moved aside when the new one is complete", reasons[-1])
         damaged = True

@@ -22,10 +22,10 @@ from launch.checkpoint.loading import check_matches, read_metadata, read_tensors
 from launch.checkpoint.manifest import STATE_NAME, Damaged, read_verified, step_folder
 from launch.checkpoint.preflight import clean_stale, preflight
 from launch.checkpoint.rank_state import decode_rank_state, encode_json, encode_rank_state, rank_files
-from launch.checkpoint.ranks import Ranks
 from launch.checkpoint.retention import retire
 from launch.checkpoint.saving import PendingSave, Saved, begin
 from launch.errors import CheckpointError
+from launch.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from launch.checkpoint.files import StagingFiles
 from launch.checkpoint.manifest import METADATA_NAME, FileRecord
-from launch.checkpoint.ranks import Ranks
+from launch.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,10 @@ def _lead(config: DataConfig, cache_dir: Path, outcome_path: Path, barrier: Call
     except Exception as error:
         # The others wait at the barrier: let them go, with the reason.
         with suppress(OSError):
-            _write_json(outcome_path, {"status": exit_status_of(error), "message": str(error) or repr(error)})
+            # Which BPE the run was made with must outlive the failure.
+            kept = {key: value for key, value in _read_json(outcome_path).items() if key == "bpe_origin"}
+            told = {"status": exit_status_of(error), "message": str(error) or repr(error)}
+            _write_json(outcome_path, {**kept, **told})
         barrier()
         raise
     barrier()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Protocol
 
 import torch.distributed as dist
@@ -40,12 +42,18 @@ class Transport(Protocol):
         """
 
 
-def make_transport(name: str, group: dist.ProcessGroup) -> Transport:
+def make_transport(name: str, group: dist.ProcessGroup, timeout: Callable[[], timedelta] | None = None) -> Transport:
     """Build the transport called `name` ("auto" or one of `TRANSPORTS`) for a ring's process group.
+
+    Args:
+        name: Which.
+        group: The ring.
+        timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` was made with.
+            NCCL keeps the group's own limit, since waiting on the host would hold up the queue of kernels.
 
     Raises:
         ValueError: for an unknown name.
     """
     if name not in ("auto", *TRANSPORTS):
         raise ValueError(f"transport: expected auto or one of {', '.join(TRANSPORTS)}, got {name!r}")
-    return P2PTransport(group)
+    return P2PTransport(group, timeout)

@@ -7,6 +7,8 @@ the plan, after the shapes and dtypes were agreed once (attention.py).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from ringattn.transport.stats import RingStats
 class P2PTransport:
     """Sends and receives of a process group, one message each way per exchange."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: Callable[[], timedelta] | None = None) -> None:
+        self._timeout = timeout
         self.stats = RingStats()
         self._group = group
         self._rank = dist.get_rank(group)
@@ -41,7 +44,9 @@ class P2PTransport:
             raise _peer_error(label, error) from error
         self.stats.hops += 1
         self.stats.bytes_sent += send.numel()
-        return P2PPending(works, label, self.stats, receive.is_cuda)
+        # gloo's sends and receives know only the timeout their group was made with, whatever is set later.
+        limit = None if self._timeout is None or self._batched else self._timeout()
+        return P2PPending(works, label, self.stats, receive.is_cuda, limit)
 
     def _start(self, operations: list[tuple[Any, Tensor, int]]) -> list[dist.Work]:
         if self._batched and operations:
@@ -60,11 +65,14 @@ class P2PTransport:
 class P2PPending:
     """The works of one exchange."""
 
-    def __init__(self, works: list[dist.Work], label: str, stats: RingStats, on_cuda: bool) -> None:
+    def __init__(
+        self, works: list[dist.Work], label: str, stats: RingStats, on_cuda: bool, limit: timedelta | None
+    ) -> None:
         self._works = works
         self._label = label
         self._stats = stats
         self._on_cuda = on_cuda
+        self._limit = limit
 
     def wait(self) -> None:
         if self._on_cuda:
@@ -73,7 +81,10 @@ class P2PPending:
         started = time.perf_counter()
         try:
             for work in self._works:
-                work.wait()
+                if self._limit is None:
+                    work.wait()
+                else:
+                    work.wait(self._limit)
         except RuntimeError as error:
             raise _peer_error(self._label, error) from error
         if self._on_cuda:
@@ -86,6 +97,6 @@ class P2PPending:
 def _peer_error(label: str, error: Exception) -> PeerError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return PeerError(
-        f"{label}: a neighbour died or did not answer within the group's timeout: {reason}. "
+        f"{label}: a neighbour died or did not answer in time: {reason}. "
         "Look at the log of that rank; start again to resume from the last checkpoint"
     )

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from launch.errors import (
+    EXIT_BUG,
     EXIT_CHECKPOINT,
     EXIT_CONFIG,
     EXIT_DATA,
@@ -64,10 +65,10 @@ def assert_same_bits(run_dir, clean):
 
 
 def faulty_worker(rank, world_size, nested, fault, *arguments):
-    """Plant `fault(rank, *arguments)` in this process, then train. Returns (exit status, seconds since the fault)."""
-    planted = fault(rank, *arguments)
+    """Plant `fault(rank, *arguments)` in this process, then train. Returns (exit status, what the fault noted)."""
+    noted = fault(rank, *arguments) or {}
     status = train_worker(rank, world_size, [nested])[0]
-    return status, None if planted is None else time.monotonic() - planted.get("at", time.monotonic())
+    return status, {**noted, "ended": time.monotonic()}
 
 
 def kill_in_hop(rank, victim, step, where):
@@ -99,9 +100,9 @@ def test_row_1_kill_in_a_hop_then_the_same_command_gives_the_same_bits(corpus, t
     step = random.Random(where).randint(4, STEPS)  # after the first checkpoint
     outcomes = run_ranks(faulty_worker, 2, run, kill_in_hop, 1, step, where, check=False)
     assert outcomes[1].exitcode == -signal.SIGKILL
-    status, seconds = outcomes[0].value
+    status, noted = outcomes[0].value
     assert status == EXIT_PEER
-    assert seconds < 2.0
+    assert noted["ended"] - noted["at"] < 2.0
     told = read_status(tmp_path)
     assert told.exit_status == EXIT_PEER
     assert f"rank 0 of 2 lost a peer in step {step}" in told.message
@@ -164,32 +165,49 @@ def test_row_12_a_world_that_does_not_fit_is_refused_before_the_first_collective
     assert run_ranks(train_worker, 3, [run]) == [[EXIT_CONFIG]] * 3
 
 
-def nan_on_one_rank(rank, victim, steps):
+def nan_on_one_rank(rank, victim, steps, where="loss"):
     from launch.steps import StepRunner
 
-    train, forward, seen = StepRunner.train, StepRunner._forward, {"step": 0}
+    train, forward, seen = StepRunner.train, StepRunner._forward, {"step": 0, "changed": []}
 
     def counting_train(self, *arguments):
         seen["step"] += 1
-        return train(self, *arguments)
+        before = {name: tensor.clone() for name, tensor in self._engine.state().items()}
+        result = train(self, *arguments)
+        after = self._engine.state()
+        same = all(torch.equal(local(before[name]), local(after[name])) for name in before)
+        seen["changed"] += [] if same else [seen["step"]]
+        return result
 
     def poisoned(self, row, labels):
         loss = forward(self, row, labels)
-        return loss * float("nan") if rank == victim and seen["step"] in steps and torch.is_grad_enabled() else loss
+        if rank == victim and seen["step"] in steps and torch.is_grad_enabled():
+            if where == "loss":
+                return loss * float("nan")
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
 
     StepRunner.train, StepRunner._forward = counting_train, poisoned
+    return seen
+
+
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_row_19_nan_on_one_rank_updates_no_rank_and_the_run_goes_on(corpus, tmp_path, engine):
-    run = short_run(corpus, tmp_path, checkpoint__every_steps=1, checkpoint__keep=9, engine__name=engine)
-    outcomes = run_ranks(faulty_worker, 2, run, nan_on_one_rank, 1, {4})
-    assert [status for status, _ in outcomes] == [EXIT_DONE] * 2
-    before, after, later = (weights(tmp_path, step) for step in (3, 4, 5))
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert any(not torch.equal(after[name], later[name]) for name in after)
+@pytest.mark.parametrize(
+    ("where", "blame"),
+    [("loss", "the loss of rank 1 is not finite"), ("gradient", "it began in the loss of rank 1")],
+)
+def test_row_19_nan_on_one_rank_updates_no_rank_and_the_run_goes_on(corpus, tmp_path, engine, where, blame):
+    run = short_run(corpus, tmp_path, engine__name=engine)
+    outcomes = run_ranks(faulty_worker, 2, run, nan_on_one_rank, 1, {4}, where)
+    for status, noted in outcomes:
+        assert status == EXIT_DONE
+        assert noted["changed"] == [1, 2, 3, 5, 6, 7, 8, 9]
     record = (tmp_path / "bad-step-000004.json").read_text()
-    assert "the loss of rank 1 is not finite" in record
+    assert blame in record
     assert "[\n  6,\n  7\n ]" in record  # the rows of the fourth step, two per step
 
 
@@ -200,7 +218,112 @@ def test_row_19_too_many_in_a_row_stop_with_the_last_good_state(corpus, tmp_path
     told = read_status(tmp_path)
     assert told.exit_status == EXIT_NUMERICS
     assert "step 7 was not applied on any rank: the loss of rank 0 is not finite" in told.message
-    assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 7).values())
+    # Saved at 6, with the update of step 5; step 7 had nothing new to save.
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000006"]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 6).values())
+
+
+def test_a_run_that_ended_with_76_at_its_last_step_is_not_complete(corpus, tmp_path):
+    run = short_run(corpus, tmp_path, optim__max_bad_steps=2, checkpoint__every_steps=0, optim__steps=5)
+    outcomes = run_ranks(faulty_worker, 2, run, nan_on_one_rank, 0, {4, 5})
+    assert [status for status, _ in outcomes] == [EXIT_NUMERICS] * 2
+    assert run_ranks(train_worker, 2, [run]) == [[EXIT_NUMERICS]] * 2
+    assert "after 2 non-finite steps in a row" in read_status(tmp_path).message
+
+
+def nan_in_the_weights(rank, step):
+    from launch.steps import StepRunner
+
+    train, seen = StepRunner.train, {"step": 0}
+
+    def poisoning_train(self, *arguments):
+        result = train(self, *arguments)
+        seen["step"] += 1
+        if seen["step"] == step:
+            next(iter(self._engine.state().values())).view(-1)[0] = float("nan")
+        return result
+
+    StepRunner.train = poisoning_train
+
+
+def test_row_21_weights_with_nan_are_never_published(corpus, tmp_path):
+    run = short_run(corpus, tmp_path, checkpoint__keep=1, optim__max_bad_steps=9)
+    outcomes = run_ranks(faulty_worker, 2, run, nan_in_the_weights, 5)
+    assert [status for status, _ in outcomes] == [EXIT_NUMERICS] * 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def broken_row(rank, victim):
+    from launch.data.corpus import TokenCorpus
+    from launch.errors import DataError
+
+    row = TokenCorpus.row
+
+    def failing(self, index):
+        if rank == victim and index >= 8:
+            raise DataError("shard 3, record 17 cannot be read")
+        return row(self, index)
+
+    TokenCorpus.row = failing
+
+
+def test_a_row_that_one_rank_cannot_read_is_an_error_on_all(corpus, tmp_path):
+    outcomes = run_ranks(faulty_worker, 3, short_run(corpus, tmp_path), broken_row, 2)
+    assert [status for status, _ in outcomes] == [EXIT_DATA] * 3
+    assert "rank 2: shard 3, record 17 cannot be read" in read_status(tmp_path).message
+
+
+def broken_forward(rank, victim):
+    from launch.steps import StepRunner
+
+    forward = StepRunner._forward
+
+    def failing(self, row, labels):
+        if rank == victim and torch.is_grad_enabled():
+            raise ZeroDivisionError("planted")
+        return forward(self, row, labels)
+
+    StepRunner._forward = failing
+
+
+def test_a_bug_on_one_rank_reaches_the_status_of_the_run(corpus, tmp_path):
+    outcomes = run_ranks(faulty_worker, 2, short_run(corpus, tmp_path), broken_forward, 1, check=False)
+    assert [outcome.value[0] for outcome in outcomes] == [EXIT_BUG] * 2  # the leader has it from rank 1
+    told = read_status(tmp_path)
+    assert told.exit_status == EXIT_BUG
+    assert told.message == "rank 1: planted"
+
+
+def sleep_at_step(rank, victim, step, seconds):
+    from launch.steps import StepRunner
+
+    train, seen = StepRunner.train, {"step": 0}
+
+    def sleeping_train(self, *arguments):
+        seen["step"] += 1
+        seen["at"] = time.monotonic()
+        if seen["step"] == step and rank == victim:
+            time.sleep(seconds)
+        return train(self, *arguments)
+
+    StepRunner.train = sleeping_train
+    return seen
+
+
+def test_row_2_a_silent_rank_is_reported_at_the_hop_timeout(corpus, tmp_path):
+    run = short_run(corpus, tmp_path, parallel__hop_timeout_s=1.0)
+    status, noted = run_ranks(faulty_worker, 2, run, sleep_at_step, 1, 4, 5.0, check=False)[0].value
+    assert status == EXIT_PEER
+    assert 0.9 < noted["ended"] - noted["at"] < 3.0
+    assert "in step 4" in read_status(tmp_path).message
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_records_twice(corpus, tmp_path, clean):
+    run = short_run(corpus, tmp_path)
+    outcomes = run_ranks(faulty_worker, 2, run, kill_in_hop, 1, 2, "forward hop 1", check=False)
+    assert outcomes[0].value[0] == EXIT_PEER
+    assert run_ranks(train_worker, 2, [run]) == [[EXIT_DONE]] * 2
+    assert_same_bits(tmp_path, clean)
 
 
 def full_disk(rank, victim):

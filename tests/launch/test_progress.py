@@ -90,7 +90,7 @@ def test_the_table_says_everything_with_units() -> None:
         ("held-out after", "3.2500 bits/byte"),
         ("speed", "5,000 tokens/s (2,500 for each of 2 processes)"),
         ("peak memory", "1.5 GiB in the largest process"),
-        ("exposed communication", "3.1% of the step time"),
+        ("exposed communication", "3.1% of the step time (ring)"),
         ("run folder in", "runs/demo"),
         ("checkpoint in", "runs/demo/checkpoints/[step-000100]"),
     ]

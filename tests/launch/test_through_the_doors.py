@@ -47,7 +47,15 @@ def test_the_command_line_trains_resumes_and_says_complete(corpus, tmp_path):
     command = [*door(nested, tmp_path, "launch", "train"), "--nproc", "2"]
     first, second = call(command), call(command)
     assert (first.returncode, second.returncode) == (EXIT_DONE, EXIT_DONE), first.stderr
-    assert "run complete" in first.stdout
+    for text in (
+        "run complete",
+        "held-out before",
+        "held-out after",
+        "tokens/s",
+        "peak memory",
+        "exposed communication",
+    ):
+        assert text in first.stdout
     assert "already complete" in second.stdout
 
 

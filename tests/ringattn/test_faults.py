@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -55,8 +56,11 @@ def disagree_worker(rank, world_size, kind):
         tensors = qkv(tokens, batch=2)
     if rank == 1 and kind == "length":
         tensors = qkv(tokens + 1)
+    if kind == "documents":
+        plan = plan.with_documents([0, 8 + rank, 24])
+    scale = 2.0 if rank == 1 and kind == "scale" else None
     try:
-        ringattn.ring_attention(*tensors, plan, dist.group.WORLD)
+        ringattn.ring_attention(*tensors, plan, dist.group.WORLD, scale=scale)
     except ringattn.TopologyError as error:
         return str(error)
     return "nothing was raised"
@@ -64,7 +68,14 @@ def disagree_worker(rank, world_size, kind):
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("dtype", "rank 1: .*bfloat16"), ("batch", "rank 1: .*batch 2"), ("plan", "rank 1: plan"), ("length", "rank 1")],
+    [
+        ("dtype", "rank 1: .*bfloat16"),
+        ("batch", "rank 1: .*batch 2"),
+        ("plan", "rank 1: plan"),
+        ("length", "rank 1"),
+        ("scale", "rank 1: .*scale 2"),
+        ("documents", "rank 2: .*documents"),
+    ],
 )
 def test_ranks_that_disagree_all_raise(kind, expected):
     for message in run_ranks(disagree_worker, 3, kind):
@@ -84,7 +95,7 @@ def changed_worker(rank, world_size):
 def test_a_shape_that_changes_under_an_agreed_plan_is_refused_without_a_collective():
     for message in run_ranks(changed_worker, 2):
         assert "have changed: agreed" in message
-        assert "float32; now" in message
+        assert "float32, scale 0.353553; now" in message
         assert "Build another Plan" in message
 
 
@@ -118,3 +129,25 @@ def test_a_killed_rank_is_reported_by_its_neighbours_within_two_seconds(phase):
         assert seconds < 2.0
         assert f"ring rank {rank}, {phase} hop" in message
         assert "a neighbour died or did not answer" in message
+
+
+def silent_worker(rank, world_size):
+    plan = ringattn.Plan(64, world_size)
+    transport = ringattn.make_transport("p2p", dist.group.WORLD, timeout=lambda: timedelta(seconds=1.0))
+    tensors = qkv(plan.shard_len(rank))
+    ringattn.ring_attention(*tensors, plan, dist.group.WORLD, transport=transport)
+    if rank == 1:
+        time.sleep(4.0)
+        return None
+    started = time.monotonic()
+    try:
+        ringattn.ring_attention(*tensors, plan, dist.group.WORLD, transport=transport)
+    except ringattn.PeerError as error:
+        return time.monotonic() - started, str(error)
+    return None
+
+
+def test_a_silent_rank_is_reported_after_the_timeout_in_force():
+    seconds, message = run_ranks(silent_worker, 2, check=False)[0].value
+    assert 0.9 < seconds < 3.0
+    assert "forward hop 1" in message

@@ -84,10 +84,10 @@ def test_documents_and_causal_pairs_need_no_mask():
 
 
 def test_zigzag_and_striped_balance_the_causal_mask():
-    for layout, tolerance in (("zigzag", 1.001), ("striped", 1.01), ("contiguous", 2.0)):
+    for layout, least, most in (("zigzag", 1.0, 1.001), ("striped", 1.0, 1.01), ("contiguous", 1.7, 1.8)):
         plan = ringattn.Plan(1024, 4, layout=layout)
         work = [sum(plan.visible_pairs(rank, source) for source in range(4)) for rank in range(4)]
-        assert (max(work) * 4 / sum(work) <= tolerance) == (layout != "contiguous" or tolerance >= 1.75), work
+        assert least <= max(work) * 4 / sum(work) <= most, (layout, work)
 
 
 def test_hops_that_no_query_needs_are_left_out():

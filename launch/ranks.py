@@ -1,4 +1,4 @@
-"""The few collectives a checkpoint needs, over a CPU group, with errors that reach every rank."""
+"""Agreements between the ranks of a run, over a CPU group, with errors that reach every rank."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Ranks:
 
     def __post_init__(self) -> None:
         if self.world_size > 1 and self.group is None:
-            raise ValueError(f"a checkpoint store of {self.world_size} processes needs a CPU (gloo) process group")
+            raise ValueError(f"a world of {self.world_size} processes needs a CPU (gloo) process group")
 
     @property
     def is_leader(self) -> bool:
@@ -119,18 +119,18 @@ class Ranks:
             call(*args, **kwargs)
         except RuntimeError as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise PeerLost(
-                f"another process was lost while ranks agreed on a checkpoint ({first_line}); nothing was published"
-            ) from error
+            raise PeerLost(f"another process was lost while the ranks agreed with each other ({first_line})") from error
 
 
 def _merged(what: str, failures: list[_Failure], world_size: int) -> Exception:
     ranks_of: dict[str, list[int]] = {}
     for failure in failures:
         ranks_of.setdefault(failure.text, []).append(failure.rank)
-    if world_size == 1:
+    if len(ranks_of) == 1 and len(failures) == world_size:
         text = failures[0].text
     else:
         text = "\n".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in ranks_of.items())
     kind = failures[0].kind
-    return kind(text) if issubclass(kind, LaunchError) else kind(f"{what} failed: {text}")
+    error = kind(text) if issubclass(kind, LaunchError) else kind(f"{what} failed: {text}")
+    error.everywhere = True  # type: ignore[attr-defined]  # one message is enough: see LaunchError
+    return error
