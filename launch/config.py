@@ -32,7 +32,10 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where there is a GPU, else CPU"
     )
-    deterministic: bool = Field(default=True, description="bitwise repeatable kernels only; slower on some GPUs")
+    deterministic: bool | Literal["auto"] = Field(
+        default="auto",
+        description="bitwise repeatable kernels only; slower on GPUs; auto: on the CPU, where it is free",
+    )
 
 
 class ModelSection(Section):

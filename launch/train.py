@@ -268,7 +268,8 @@ def _logging(console: Console, rank: int) -> Iterator[None]:
 def _set_determinism(config: Config, device_type: str) -> None:
     import torch
 
-    if not config.run.deterministic:
+    wanted = config.run.deterministic
+    if not (device_type == "cpu" if wanted == "auto" else wanted):
         return
     if device_type == "cuda":
         # cuBLAS takes this setting from nowhere else; it is read when the first matrix is multiplied.

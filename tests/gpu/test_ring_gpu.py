@@ -69,6 +69,22 @@ def test_the_table_prefers_cudnn_on_hopper_and_masks_go_to_the_reference():
     assert pick_kernel("auto", q.float(), k.float(), v.float(), masked=False).name == "reference"
 
 
+def test_deterministic_algorithms_leave_out_cudnn_and_repeat_bits():
+    q, k, v, dout = problem(torch.bfloat16, heads=(4, 2), seq_len=8192, width=128)
+    torch.use_deterministic_algorithms(True)
+    try:
+        kernel = pick_kernel("auto", q, k, v, masked=False)
+        assert kernel.name == "flash"
+        arguments = {"causal": True, "mask": None, "scale": 0.1}
+        out, lse = kernel.forward(q, k, v, **arguments)
+        first = kernel.backward(dout, q, k, v, out, lse, **arguments)
+        for _ in range(5):
+            again = kernel.backward(dout, q, k, v, out, lse, **arguments)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def nccl_worker(rank, world_size, cases):
     torch.cuda.set_device(rank)
     group = dist.new_group(backend="nccl")

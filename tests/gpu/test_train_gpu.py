@@ -37,7 +37,7 @@ def cpu_losses(tmp_path_factory):
 def test_gpu_losses_equal_cpu_losses_and_resume_is_bitwise(tmp_path, cpu_losses, engine, processes):
     if torch.cuda.device_count() < processes:
         pytest.skip(f"needs {processes} GPUs")
-    on_gpu = {"engine__name": engine, "run__device": "cuda"}
+    on_gpu = {"engine__name": engine, "run__device": "cuda", "run__deterministic": True}
     straight = train(tmp_path, "straight", processes, **on_gpu)
     for found, expected in zip(losses(straight), cpu_losses, strict=True):
         assert abs(found - expected) <= 1e-4 * abs(expected)

@@ -133,7 +133,7 @@ metrics:
 """
     found = problems(tmp_path, text, "lr=3", "optm.lr=1", "optim.lr=fast", "optim.lr=1", "evaluate.every_steps=-1", "x")
     assert found == [
-        "c.yaml:3: run.deterministic: expected true or false, got text 'yes'; write true, without quotes",
+        "c.yaml:3: run.deterministic: expected true or false or auto, got text 'yes'; write true, without quotes",
         "c.yaml:4: modle: no such section; did you mean model?",
         "c.yaml:6: data.seq_length: no such setting; did you mean data.seq_len?",
         "c.yaml:7: data.seq_len: expected an integer >= 2, got text '4_096'; write 4096, without quotes or underscores",
