@@ -62,7 +62,7 @@ def test_metrics_and_evaluations(corpus, tmp_path):
 
 def test_held_out_bits_per_byte_do_not_depend_on_dp_or_cp(corpus, tmp_path):
     found = []
-    for number, (world_size, dp) in enumerate([(1, 1), (3, 1), (4, 4), (4, 2)]):
+    for number, (world_size, dp) in enumerate([(1, 1), (2, 2), (4, 2)]):
         folder = tmp_path / str(number)
         run = settings(corpus, folder, optim__steps=1, optim__warmup_steps=0, parallel__dp=dp, data__held_out_rows=3)
         assert run_ranks(train_worker, world_size, [run]) == [[EXIT_DONE]] * world_size
@@ -72,7 +72,7 @@ def test_held_out_bits_per_byte_do_not_depend_on_dp_or_cp(corpus, tmp_path):
         assert other == pytest.approx(found[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_bf16_stays_near_fp32(corpus, tmp_path, engine):
     runs = [
         settings(corpus, tmp_path / precision, engine__name=engine, engine__precision=precision, optim__steps=10)

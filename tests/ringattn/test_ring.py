@@ -93,13 +93,13 @@ def test_equals_the_dense_oracle(cp_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision_within_twice_the_single_process_error(dtype):
     cases = [
-        Case(257, layout, tuple(mask.items()), dtype=dtype)
+        Case(129, layout, tuple(mask.items()), dtype=dtype)
         for layout in LAYOUTS
-        for mask in ({}, {"documents": (0, 100, 257)})
+        for mask in ({}, {"documents": (0, 50, 129)})
     ]
-    single = run_ranks(ring_worker, 1, cases)[0]
+    single = run_ranks(ring_worker, 1, cases)[0]  # of the same kernel, which test_kernels.py holds to the plain one
     truths = [oracle(case) for case in cases]
-    for cp_size in (2, 3, 4, 8):
+    for cp_size in (2, 3, 8):
         results = run_ranks(ring_worker, cp_size, cases)[0]
         for case, result, alone, truth in zip(cases, results, single, truths, strict=True):
             for name, actual, same, expected in zip(("out", "dq", "dk", "dv"), result, alone, truth, strict=True):

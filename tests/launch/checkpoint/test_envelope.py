@@ -77,6 +77,7 @@ def test_folder_holds_what_the_manifest_says_and_only_the_index_is_a_pickle(tmp_
 
 
 def test_same_step_again_leaves_the_published_one_untouched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     store = CheckpointStore(tmp_path / "c")
     folder = save(store, 4).path
     before = fingerprint(folder)
