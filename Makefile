@@ -33,10 +33,10 @@ test: $(call READY,$(TEST)) ## format, lint, types and all fast CPU tests
 	$(TEST) -m ruff format --check .
 	$(TEST) -m ruff check .
 	$(TEST) -m mypy
-	$(TEST) -m pytest -q -n 2 --dist loadfile
+	$(TEST) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(call READY,$(TEST)) ## the longer tests: all engines x layouts x ring sizes, launchers, kills
-	$(TEST) -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
+	$(TEST) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
 
 test-gpu: $(call READY,$(GPU)) ## the tests that need CUDA
 	$(GPU) -m pytest -q -m gpu
