@@ -11,13 +11,16 @@ from ringattn.attention import ring_attention
 from ringattn.errors import PeerError, RingAttnError, TopologyError
 from ringattn.layout import shard, unshard
 from ringattn.plan import Plan
+from ringattn.scoring.selection import Selection, Votes
 from ringattn.transport import make_transport
 
 __all__ = [
     "PeerError",
     "Plan",
     "RingAttnError",
+    "Selection",
     "TopologyError",
+    "Votes",
     "make_transport",
     "ring_attention",
     "shard",

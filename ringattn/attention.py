@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
 import torch
@@ -11,13 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.errors import TopologyError
-from ringattn.kernels import check_kernel
+from ringattn.agreement import DTYPES, agree
+from ringattn.kernels import accumulator_dtype, check_kernel
+from ringattn.kernels.selective import selective_problem
 from ringattn.plan import Plan
-from ringattn.ring import Ring, ring_backward, ring_forward
+from ringattn.ring import Ring
+from ringattn.scoring.attention import SelectiveAttention, VoteTerms
+from ringattn.scoring.expansion import Expand, Expansion
+from ringattn.scoring.selection import Selection, selection_problem
+from ringattn.softmax import SoftmaxAttention
 from ringattn.transport import Transport, make_transport
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def ring_attention(
@@ -28,33 +30,40 @@ def ring_attention(
     group: dist.ProcessGroup | None = None,
     *,
     scale: float | None = None,
+    selection: Selection | None = None,
+    expand: Expand | None = None,
     kernel: str = "auto",
     transport: str | Transport = "auto",
-) -> Tensor:
-    """Exact softmax attention over a sequence that is cut over the ranks of `group`.
+) -> Any:
+    """Exact attention over a sequence that is cut over the ranks of `group`.
 
     Every rank of the group calls this with its own shards, in the same order. Equal to one process attending over the
     whole sequence, forward and backward. The first call under a plan agrees shapes and dtypes over the group.
 
     Args:
         q: queries of this shard, [B, S, H, D], S = plan.shard_len(rank); fp64, fp32, bf16 or fp16.
-        k: keys, [B, S, G, D], H divisible by G, q's dtype and device.
-        v: values, [B, S, G, Dv].
+        k: keys, [B, S, G, D], H divisible by G, q's dtype and device. With `expand`: what travels for them, [B, S, ..].
+        v: values, [B, S, G, Dv]; likewise.
         plan: the cut and the mask; `plan.cp_size` is the size of `group`.
         group: process group of the ring, or None for a single process (plan.cp_size 1).
         scale: factor of the scores; None is 1 / sqrt(D).
-        kernel: "auto", or a name of `ringattn.kernels.KERNELS`.
+        selection: selective attention, see `Selection`; needs a causal plan without a window, contiguous or zigzag.
+        expand: `expand(k, v, positions) -> (keys [B, S, G, D], values [B, S, G, Dv])`, applied to a payload where it is
+            used, with the global positions [S] of the visiting tokens; token by token. If it is an nn.Module (or a
+            method of one), its parameters get this rank's share of their gradients, complete after the usual sum over
+            ranks. It runs again in the backward pass.
+        kernel: "auto", or a name of `ringattn.kernels.KERNELS`; with selection one of SELECTIVE_KERNELS.
         transport: "auto", a name, or a transport made once by `ringattn.make_transport` (it keeps counts).
 
     Returns:
-        [B, S, H, Dv] in q's dtype.
+        [B, S, H, Dv] in q's dtype. If `selection.memory_tau` is set: a pair of that and the tokens' memory cost [B, S].
 
     Raises:
-        ValueError: wrong shapes, dtypes, kernel or transport, before anything is sent (in a group of several ranks:
-            TopologyError, so that all of them raise).
-        TopologyError: on all ranks, when their first calls under a plan do not agree in shapes, dtypes, plan, documents
-            or scale. If one rank changes these in a later call it raises at once, and its neighbours a PeerError when
-            it ends or their time is up.
+        ValueError: wrong shapes, dtypes, kernel, transport or selection, before anything is sent (in a group of several
+            ranks: TopologyError, so that all of them raise).
+        TopologyError: on all ranks, when their first calls under a plan do not agree in shapes, dtypes, plan,
+            documents, scale or scoring. If one rank changes these in a later call it raises at once, and its neighbours a
+            PeerError when it ends or their time is up.
         PeerError: when a neighbour dies or does not answer.
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.
@@ -66,10 +75,13 @@ def ring_attention(
             f"ring_attention: the plan has cp_size {plan.cp_size}, the group has {size} rank{'s' if size > 1 else ''}"
             f"{' (group=None is a single process)' if group is None else ''}; build the Plan for this group"
         )
-    problem = _problem(q, k, v, plan, rank, kernel)
     scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
+    expansion = Expansion(expand, plan, q.device)
+    keys, values, problem = _expanded(q, k, v, plan, rank, expansion)
+    problem = problem or _scoring_problem(q, keys, values, plan, rank, kernel, selection)
     if group is not None and size > 1:
-        _agree(q, k, v, plan, group, rank, problem, scale)
+        scoring = _scoring_description(selection, expand)
+        agree(q, k, v, plan, group, problem, scale, scoring)
     elif problem is not None:
         raise ValueError(f"ring_attention: {problem}")
     channel: Transport | None
@@ -77,114 +89,179 @@ def ring_attention(
         channel = make_transport(transport, group) if group is not None and size > 1 else None
     else:
         channel = transport
-    ring = Ring(plan=plan, rank=rank, transport=channel, kernel=kernel, scale=scale)
-    return _RingAttention.apply(q, k, v, ring)
+    ring = Ring(plan=plan, rank=rank, transport=channel)
+    if selection is None:
+        work = SoftmaxAttention(ring, expansion, kernel, scale)
+        return _RingAttention.apply(work, values.shape[-1], q, k, v, *expansion.parameters)
+    terms = _terms(selection, q, keys, scale)
+    selective = SelectiveAttention(ring, expansion, kernel, scale, terms)
+    own_keys = keys[:, :, terms.key_head].detach()
+    earlier_q, earlier_k = (
+        torch.stack([getattr(votes, name) for votes in selection.earlier], dim=2) if selection.earlier else None
+        for name in ("q", "k")
+    )
+    weights = selection.weights(q, accumulator_dtype(q.dtype))
+    arguments = (q, k, v, own_keys, earlier_q, earlier_k, weights, *expansion.parameters)
+    out, cost = _SelectiveRingAttention.apply(selective, values.shape[-1], *arguments)
+    return out if selection.memory_tau is None else (out, cost)
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
+    def forward(
+        ctx: Any, work: SoftmaxAttention, width: int, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor
+    ) -> Tensor:
         # Autocast would turn the fp32 sums of a block into bf16.
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = ring_forward(ring, q, k, v)
+            out, lse = work.forward(q, (k, v), width)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring = ring
+        ctx.work = work
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
+        work: SoftmaxAttention = ctx.work
+        work.expansion.start_backward()
         with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = ring_backward(ctx.ring, dout.to(q.dtype), q, k, v, out, lse)
-        return dq, dk, dv, None
+            dq, (dk, dv) = work.backward(dout.to(q.dtype), q, (k, v), out, lse)
+        parameters = work.expansion.finished_parameter_gradients()
+        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *parameters
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, kernel: str) -> str | None:
-    """What is wrong with the arguments on this rank, or None."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        return f"expected q [B, S, H, D], k [B, S, G, D], v [B, S, G, Dv], got {shapes}"
-    if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        return f"q, k, v must share B and S, k and v their heads, q and k their width; got {shapes}"
+class _SelectiveRingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        work: SelectiveAttention,
+        width: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        own_keys: Tensor,
+        earlier_q: Tensor | None,
+        earlier_k: Tensor | None,
+        weights: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        ballot_q = _ballot(q[:, :, work.terms.head], earlier_q)
+        ballot_k = _ballot(own_keys, earlier_k)
+        payload = (k, v) if earlier_k is None else (k, v, earlier_k)
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse, cost, carries = work.forward(q, payload, ballot_q, ballot_k, weights, width)
+        ctx.save_for_backward(q, k, v, own_keys, earlier_q, earlier_k, weights, out, lse, *carries)
+        ctx.work = work
+        ctx.set_materialize_grads(False)
+        return out, cost
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, dout: Tensor | None, dcost: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, own_keys, earlier_q, earlier_k, weights, out, lse, *carries = ctx.saved_tensors
+        work: SelectiveAttention = ctx.work
+        head, key_head = work.terms.head, work.terms.key_head
+        ballot_q = _ballot(q[:, :, head], earlier_q)
+        ballot_k = _ballot(own_keys, earlier_k)
+        payload = (k, v) if earlier_k is None else (k, v, earlier_k)
+        dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+        work.expansion.start_backward()
+        with torch.autocast(q.device.type, enabled=False):
+            found = work.backward(dout, dcost, q, payload, ballot_q, ballot_k, weights, out, lse, carries)
+            # The selection head's key was made from the own payload here, so its late gradients go back through that.
+            with work.expansion.backward(work.ring.rank, payload) as visiting:
+                visiting.gradients[0][:, :, key_head] += found.ballot_k[:, :, 0]
+        dk, dv = (x + late for x, late in zip(found.payload[:2], visiting.payload_gradients, strict=True))
+        found.q[:, :, head] += found.ballot_q[:, :, 0]
+        earlier: tuple[Tensor | None, Tensor | None] = (None, None)
+        if earlier_k is not None:
+            earlier = (
+                found.ballot_q[:, :, 1:].to(q.dtype),
+                (found.payload[2] + found.ballot_k[:, :, 1:]).to(q.dtype),
+            )
+        parameters = work.expansion.finished_parameter_gradients()
+        own = (found.q.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None)
+        return None, None, *own, *earlier, found.weights, *parameters
+
+
+def _ballot(own: Tensor, earlier: Tensor | None) -> Tensor:
+    """[B, S, R, Dz]: the own term first."""
+    own = own.unsqueeze(2)
+    return own if earlier is None else torch.cat([own, earlier], dim=2)
+
+
+def _terms(selection: Selection, q: Tensor, keys: Tensor, scale: float) -> VoteTerms:
+    width = keys.shape[-1]
+    earlier = tuple(1.0 / math.sqrt(width) if votes.scale is None else votes.scale for votes in selection.earlier)
+    return VoteTerms(
+        head=selection.head,
+        key_head=selection.head * keys.shape[2] // q.shape[2],
+        lag=selection.lag,
+        protect_first=selection.protect_first,
+        scales=(scale, *earlier),
+        tau=selection.memory_tau,
+    )
+
+
+def _scoring_description(selection: Selection | None, expand: Expand | None) -> str:
+    """Selection and expansion in words that must be equal on all ranks; a learned gain's value is not among them."""
+    expansion = "no expand" if expand is None else "with expand"
+    if selection is None:
+        return f"no selection, {expansion}"
+    gain = "learned" if isinstance(selection.gain, Tensor) else f"{float(selection.gain):g}"
+    scales = [votes.scale for votes in selection.earlier]
+    return (
+        f"selection head {selection.head}, lag {selection.lag}, gain {gain}, protect_first {selection.protect_first}, "
+        f"memory_tau {selection.memory_tau}, earlier votes {scales}, {expansion}"
+    )
+
+
+def _expanded(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, expansion: Expansion
+) -> tuple[Tensor, Tensor, str | None]:
+    """The own keys and values, and what is wrong with the tensors on this rank, or None."""
     tokens = plan.shard_len(rank)
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return k, v, f"q, k, v need one dtype of fp64, fp32, bf16, fp16; got {q.dtype}, {k.dtype}, {v.dtype}"
+    if not q.device == k.device == v.device:
+        return k, v, f"q, k, v need one device, got {q.device}, {k.device}, {v.device}"
+    if q.dim() != 4 or k.dim() < 3 or v.dim() < 3 or q.shape[:2] != k.shape[:2] or q.shape[:2] != v.shape[:2]:
+        return k, v, f"expected q [B, S, H, D], k [B, S, G, D], v [B, S, G, Dv] with one B and S, got {shapes}"
     if q.shape[1] != tokens:
         return (
+            k,
+            v,
             f"rank {rank} of the ring holds {tokens} of {plan.seq_len} tokens under this plan, q has {q.shape[1]} "
-            "along dim 1; cut the sequence once with ringattn.shard(x, plan, rank)"
+            "along dim 1; cut the sequence once with ringattn.shard(x, plan, rank)",
         )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        return f"query heads must be a multiple of key/value heads, got {q.shape[2]} and {k.shape[2]}"
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-        return f"q, k, v need one dtype of fp64, fp32, bf16, fp16; got {q.dtype}, {k.dtype}, {v.dtype}"
-    if not q.device == k.device == v.device:
-        return f"q, k, v need one device, got {q.device}, {k.device}, {v.device}"
+    if max(k.dim(), v.dim()) > 5:
+        return k, v, f"payloads have at most five dimensions, got {shapes}"
+    keys, values, problem = expansion.own(rank, k, v, check="shapes" not in plan._agreed)
+    if problem is not None:
+        return k, v, problem
+    expected = "expand: expected keys" if expansion.parameters or keys is not k else "expected k"
+    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[:2] != q.shape[:2]:
+        return k, v, f"{expected} [B, S, G, D] and values [B, S, G, Dv], got {tuple(keys.shape)}, {tuple(values.shape)}"
+    if keys.shape[3] != q.shape[3]:
+        return k, v, f"{expected} of q's width {q.shape[3]}, got {keys.shape[3]}; {shapes}"
+    if keys.shape[2] == 0 or q.shape[2] % keys.shape[2]:
+        return k, v, f"query heads must be a multiple of key/value heads, got {q.shape[2]} and {keys.shape[2]}"
+    if not q.dtype == keys.dtype == values.dtype:
+        return k, v, f"{expected} and values in q's dtype {q.dtype}, got {keys.dtype} and {values.dtype}"
+    return keys, values, None
+
+
+def _scoring_problem(
+    q: Tensor, keys: Tensor, values: Tensor, plan: Plan, rank: int, kernel: str, selection: Selection | None
+) -> str | None:
+    if selection is not None:
+        problem = selection_problem(selection, plan, q, keys, rank)
+        return problem or selective_problem(kernel, q, keys, values, q.shape[-1])
     try:
-        check_kernel(kernel, q, k, v)
+        check_kernel(kernel, q, keys, values)
     except ValueError as error:
         return str(error)
     return None
-
-
-# What every rank must have in common, in the order in which it is exchanged.
-_AGREED_NAMES = (
-    "plan",
-    "problem",
-    "batch",
-    "heads",
-    "key/value heads",
-    "head width",
-    "value width",
-    "dtype",
-    "documents",
-    "scale",
-)
-
-
-def _agree(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    group: dist.ProcessGroup,
-    rank: int,
-    problem: str | None,
-    scale: float,
-) -> None:
-    """Make sure that all ranks are about to exchange messages of the same kind; once per plan."""
-    own: tuple[int, ...] = (plan.fingerprint(), int(problem is not None), 0, 0, 0, 0, 0, 0, 0, 0)
-    if problem is None:
-        shapes = (q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], _DTYPES.index(q.dtype))
-        (scale_bits,) = struct.unpack("q", struct.pack("d", scale))
-        own = (*own[:2], *shapes, plan.documents_fingerprint(), scale_bits)
-    known = plan._agreed.get("shapes")
-    if known == own:
-        return
-    if known is not None:
-        detail = problem or f"agreed {_describe(known)}; now {_describe(own)}"
-        raise TopologyError(
-            f"ring_attention: rank {rank}: this plan's shapes were agreed in an earlier call and have changed: "
-            f"{detail}. Build another Plan, on all ranks, for another shape or dtype"
-        )
-    device = q.device if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    mine = torch.tensor(own, dtype=torch.long, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(plan.cp_size)]
-    dist.all_gather(everyone, mine, group=group)
-    if problem is not None:
-        raise TopologyError(f"ring_attention: rank {rank}: {problem}")
-    rows = [tuple(row.tolist()) for row in everyone]
-    if any(row != own for row in rows):
-        lines = "\n".join(f"  rank {r}: {_describe(row)}" for r, row in enumerate(rows))
-        raise TopologyError(f"ring_attention: the ranks of the ring do not agree; stopped before any hop\n{lines}")
-    plan._agreed["shapes"] = own
-
-
-def _describe(row: tuple[int, ...]) -> str:
-    if row[1]:
-        return "arguments refused there (see that rank's error)"
-    values = dict(zip(_AGREED_NAMES, row, strict=True))
-    dtype = str(_DTYPES[values["dtype"]]).removeprefix("torch.")
-    sizes = ", ".join(f"{name} {values[name]}" for name in _AGREED_NAMES[2:7])
-    (scale,) = struct.unpack("d", struct.pack("q", values["scale"]))
-    hashes = f"plan {values['plan']:016x}, documents {values['documents']:016x}"
-    return f"{hashes}, {sizes}, {dtype}, scale {scale:g}"

@@ -6,6 +6,7 @@ At hop h, rank r attends to the payload of source rank (r - h) mod cp_size.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,8 @@ class Plan:
     documents: tuple[int, ...] | None = None
     # What follows from the fields above, filled when first asked for.
     _blocks: dict[tuple[int, int], tuple[Block, ...]] = field(default_factory=dict, repr=False, compare=False)
-    # What the ranks agreed on in the first call under this plan (see attention.py).
+    _starts: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    # What the ranks agreed on in the first call under this plan (see agreement.py).
     _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class Plan:
 
     def with_documents(self, documents: Sequence[int] | Tensor | None) -> Plan:
         """The same plan for another row with other documents. As a plan of its own, it is agreed between ranks anew."""
-        return replace(self, documents=documents, _blocks={}, _agreed={})  # type: ignore[arg-type]
+        return replace(self, documents=documents, _blocks={}, _starts={}, _agreed={})  # type: ignore[arg-type]
 
     def chunks(self, rank: int) -> tuple[range, ...]:
         """Chunks of global positions that `rank` holds, in storage order."""
@@ -83,10 +85,25 @@ class Plan:
         """Tokens S that `rank` holds."""
         return sum(len(chunk) for chunk in self.chunks(rank))
 
-    def positions(self, rank: int) -> Tensor:
-        """LongTensor [S]: the global positions of the rank's tokens, in storage order."""
-        runs = [torch.arange(chunk.start, chunk.stop, chunk.step) for chunk in self.chunks(rank)]
-        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.long)
+    def positions(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
+        """LongTensor [S]: the global positions of the rank's tokens, in storage order, made on `device`."""
+        runs = [torch.arange(chunk.start, chunk.stop, chunk.step, device=device) for chunk in self.chunks(rank)]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.long, device=device)
+
+    def document_start(self, position: int) -> int:
+        """The position at which the document of `position` starts."""
+        if self.documents is None:
+            return 0
+        return self.documents[bisect.bisect_right(self.documents, position) - 1]
+
+    def document_starts(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """int32 [stop - start]: `document_start` of each position, on `device`; made once per plan and device."""
+        if device not in self._starts:
+            documents = self.documents or (0, self.seq_len)
+            sizes = torch.tensor([b - a for a, b in pairwise(documents)])
+            whole = torch.repeat_interleave(torch.tensor(documents[:-1], dtype=torch.int32), sizes)
+            self._starts[device] = whole.to(device)
+        return self._starts[device][start:stop]
 
     def source(self, rank: int, hop: int) -> int:
         """The rank whose payload `rank` attends to at `hop`."""

@@ -22,7 +22,7 @@ def qkv(tokens, heads=4, groups=2, width=8, dtype=torch.float32, batch=1):
     ("change", "message"),
     [
         (lambda q, k, v: (q[0], k, v), r"expected q \[B, S, H, D\]"),
-        (lambda q, k, v: (q, k, v[:, :7]), "must share B and S"),
+        (lambda q, k, v: (q, k, v[:, :7]), "with one B and S, got q"),
         (
             lambda q, k, v: (q[:, :7], k[:, :7], v[:, :7]),
             "holds 8 of 8 tokens under this plan, q has 7.*cut the sequence",

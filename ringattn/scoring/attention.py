@@ -1,0 +1,251 @@
+"""Selective attention as work of the ring: two passes forward and two backward, the same for every layout.
+
+Forward: (0) the keys of the selection head go around, and every rank adds up what its own pieces vote; prefixes over
+pieces (columns.py) give each piece the column state it starts with. (1) The payload goes around, and every block
+starts at that state. Backward: (2) the payload goes around with no suffix, which gives the gradients that stay inside a
+piece and the column sums of dF. (3) Suffixes of these, and one more pass of the selection head's keys for what votes
+owe to later pieces. A row that is one single piece needs neither (0) nor (3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels import accumulator_dtype
+from ringattn.kernels.selective import Ballot, Geometry, SelectiveKernel, pick_selective
+from ringattn.ring import Payload, Ring, ring_backward, ring_forward
+from ringattn.scoring.columns import Table, prefixes, suffixes
+from ringattn.scoring.expansion import Expansion
+from ringattn.scoring.pieces import Piece, all_pieces
+from ringattn.softmax import empty_result, zeros_like_payload
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteTerms:
+    """What votes besides tensors: the selection head and its key head, lag, protection, the factor of each term."""
+
+    head: int
+    key_head: int
+    lag: int
+    protect_first: bool
+    scales: tuple[float, ...]
+    tau: float | None
+
+
+@dataclass(kw_only=True)
+class SelectionGradients:
+    """Gradients of the backward passes, accumulator dtype: dq [B, S, H, D] and of the ballot and weights."""
+
+    q: Tensor
+    payload: Payload
+    ballot_q: Tensor
+    ballot_k: Tensor
+    weights: Tensor
+
+
+class SelectiveAttention:
+    """Selective attention of one rank's queries to whatever payload visits.
+
+    The payload is (k, v) or (k, v, keys of earlier votes [B, S, R - 1, Dz]); the own ballot is [B, S, R, Dz].
+    """
+
+    def __init__(self, ring: Ring, expansion: Expansion, kernel: str, scale: float, terms: VoteTerms) -> None:
+        self.ring = ring
+        self.expansion = expansion
+        self.kernel = kernel
+        self.scale = scale
+        self.terms = terms
+        self.pieces = all_pieces(ring.plan, terms.lag)
+        self.own = [piece for piece in self.pieces if piece.rank == ring.rank]
+
+    def forward(
+        self, q: Tensor, payload: Payload, ballot_q: Tensor, ballot_k: Tensor, weights: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Table]:
+        """Out [B, S, H, width] in q's dtype, lse [B, H, S], cost [B, S] (or None) and the carries."""
+        out, lse = empty_result(q, width)
+        carries = self._carries(ballot_q, ballot_k, weights)
+        cost = None if self.terms.tau is None else lse.new_zeros(q.shape[:2])
+
+        def visit(source: int, held: Payload) -> None:
+            blocks = list(self._blocks(source, q.device))
+            if not blocks:
+                return
+            k, v = self.expansion.forward(source, held)
+            voting = self._ballot_keys(k, held)
+            kernel = self._kernel(q, k, v, ballot_q)
+            for index, rows, columns, geometry in blocks:
+                ballot = Ballot(q=ballot_q[:, rows], k=voting[:, columns], weights=weights, scales=self.terms.scales)
+                kernel.forward_(
+                    q[:, rows],
+                    k[:, columns],
+                    v[:, columns],
+                    ballot,
+                    carries[source][index][:, columns],
+                    geometry,
+                    self.scale,
+                    out[:, rows],
+                    lse[:, :, rows],
+                    cost=None if cost is None else cost[:, rows],
+                    tau=self.terms.tau or 1.0,
+                )
+
+        ring_forward(self.ring, payload, visit)
+        return out.to(q.dtype), lse, cost, carries
+
+    def backward(
+        self,
+        dout: Tensor,
+        dcost: Tensor | None,
+        q: Tensor,
+        payload: Payload,
+        ballot_q: Tensor,
+        ballot_k: Tensor,
+        weights: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        carries: Table,
+    ) -> SelectionGradients:
+        """Gradients of everything differentiable, those of the own payload and ballot complete."""
+        dtype = accumulator_dtype(q.dtype)
+        dq, dballot_q = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, ballot_q))
+        dweights = torch.zeros_like(weights)
+        columns_sums = [torch.zeros_like(table) for table in carries]
+        tau = self.terms.tau or 1.0
+
+        def visit(source: int, held: Payload) -> Payload:
+            blocks = list(self._blocks(source, q.device))
+            if not blocks:
+                return zeros_like_payload(held)
+            with self.expansion.backward(source, held) as visiting:
+                k, v = visiting.keys, visiting.values
+                voting = self._ballot_keys(k, held)
+                dvoting = torch.zeros(voting.shape, dtype=dtype, device=q.device)
+                kernel = self._kernel(q, k, v, ballot_q)
+                for index, rows, columns, geometry in blocks:
+                    ballot = Ballot(
+                        q=ballot_q[:, rows], k=voting[:, columns], weights=weights, scales=self.terms.scales
+                    )
+                    columns_sums[source][index][:, columns] = kernel.backward_(
+                        dout[:, rows],
+                        q[:, rows],
+                        k[:, columns],
+                        v[:, columns],
+                        ballot,
+                        carries[source][index][:, columns],
+                        geometry,
+                        self.scale,
+                        out[:, rows],
+                        lse[:, :, rows],
+                        dq[:, rows],
+                        visiting.gradients[0][:, columns],
+                        visiting.gradients[1][:, columns],
+                        dballot_q[:, rows],
+                        dvoting[:, columns],
+                        dweights,
+                        dcost=None if dcost is None else dcost[:, rows],
+                        tau=tau,
+                    )
+                visiting.gradients[0][:, :, self.terms.key_head] += dvoting[:, :, 0]
+            return (*visiting.payload_gradients, *((dvoting[:, :, 1:],) if len(held) > 2 else ()))
+
+        dpayload = ring_backward(self.ring, payload, visit)
+        dballot_k = self._post_pass(ballot_q, ballot_k, weights, columns_sums, dballot_q, dweights)
+        return SelectionGradients(q=dq, payload=dpayload, ballot_q=dballot_q, ballot_k=dballot_k, weights=dweights)
+
+    def _carries(self, ballot_q: Tensor, ballot_k: Tensor, weights: Tensor) -> Table:
+        """For each source: [own pieces, B, its keys], the votes that count at each own piece's start."""
+        plan = self.ring.plan
+        sums = [
+            weights.new_zeros(len(self.own), ballot_k.shape[0], plan.shard_len(rank)) for rank in range(plan.cp_size)
+        ]
+        if len(self.pieces) < 2:
+            return sums
+        last = max(piece.counted for piece in self.pieces)  # votes of later pieces count nowhere else
+
+        def visit(source: int, held: Payload) -> None:
+            (voting,) = held
+            for index, rows, columns, geometry in self._blocks(source, ballot_q.device):
+                if self.pieces.index(self.own[index]) < last:
+                    ballot = Ballot(
+                        q=ballot_q[:, rows], k=voting[:, columns], weights=weights, scales=self.terms.scales
+                    )
+                    kernel = self._ballot_kernel(ballot)
+                    sums[source][index][:, columns] = kernel.sums(ballot, geometry)
+
+        ring_forward(self.ring, (ballot_k,), visit, "selection")
+        return prefixes(self.ring, self.pieces, sums)
+
+    def _post_pass(
+        self,
+        ballot_q: Tensor,
+        ballot_k: Tensor,
+        weights: Tensor,
+        columns_sums: Table,
+        dballot_q: Tensor,
+        dweights: Tensor,
+    ) -> Tensor:
+        """Gradients of the own ballot's keys that votes owe to later pieces; adds those of queries and weights."""
+        if len(self.pieces) < 2:
+            return torch.zeros(ballot_k.shape, dtype=weights.dtype, device=weights.device)
+        later = suffixes(self.ring, self.pieces, columns_sums)
+
+        def visit(source: int, held: Payload) -> Payload:
+            (voting,) = held
+            dvoting = torch.zeros(voting.shape, dtype=weights.dtype, device=weights.device)
+            for index, rows, columns, geometry in self._blocks(source, ballot_q.device):
+                ballot = Ballot(q=ballot_q[:, rows], k=voting[:, columns], weights=weights, scales=self.terms.scales)
+                self._ballot_kernel(ballot).suffix_(
+                    ballot,
+                    later[source][index][:, columns],
+                    geometry,
+                    dballot_q[:, rows],
+                    dvoting[:, columns],
+                    dweights,
+                )
+            return (dvoting,)
+
+        return ring_backward(self.ring, (ballot_k,), visit, "selection backward")[0]
+
+    def _ballot_keys(self, k: Tensor, held: Payload) -> Tensor:
+        """[B, m, R, Dz]: the key head that the selection head attends to, and the keys of earlier votes."""
+        own = k[:, :, self.terms.key_head : self.terms.key_head + 1]
+        return own if len(held) < 3 else torch.cat([own, held[2]], dim=2)
+
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, ballot_q: Tensor) -> SelectiveKernel:
+        return pick_selective(self.kernel, q, k, v, ballot_q.shape[-1])
+
+    def _ballot_kernel(self, ballot: Ballot) -> SelectiveKernel:
+        return pick_selective(self.kernel, ballot.q, ballot.k, ballot.k, ballot.q.shape[-1])
+
+    def _blocks(self, source: int, device: torch.device) -> Iterator[tuple[int, slice, slice, Geometry]]:
+        """(own piece, its rows, key columns of `source` that some row may see, where that lies)."""
+        plan = self.ring.plan
+        for index, piece in enumerate(self.own):
+            offset = 0
+            first_visible = 0 if plan.documents is None else plan.document_start(piece.start)
+            for chunk in plan.chunks(source):
+                start, stop = max(chunk.start, first_visible), min(chunk.stop, piece.stop)
+                if start < stop:
+                    columns = slice(offset + start - chunk.start, offset + stop - chunk.start)
+                    rows = slice(piece.rows.start, piece.rows.stop)
+                    yield index, rows, columns, self._geometry(piece, start, stop, device)
+                offset += len(chunk)
+
+    def _geometry(self, piece: Piece, k_start: int, k_stop: int, device: torch.device) -> Geometry:
+        plan = self.ring.plan
+        q_documents = k_documents = None
+        if plan.documents is not None:
+            q_documents = plan.document_starts(piece.start, piece.stop, device)
+            k_documents = plan.document_starts(k_start, k_stop, device)
+        return Geometry(
+            q_start=piece.start,
+            k_start=k_start,
+            lag=self.terms.lag,
+            protect_first=self.terms.protect_first,
+            q_documents=q_documents,
+            k_documents=k_documents,
+        )

@@ -1,0 +1,171 @@
+"""Expansion: what turns a compact payload into keys and values where it is used, and its gradient.
+
+The ring moves `k` and `v` as the caller gave them: few heads, latents, factors. `expand(k, v, positions)` makes the
+keys and values of a block out of them on every rank that they visit, and its vector-Jacobian product turns the block's
+gradients into compact ones, which travel home. Gradients of its parameters add up on the ranks that did the expanding;
+the usual reduction over ranks completes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ringattn.kernels import accumulator_dtype
+from ringattn.plan import Plan
+
+Expand = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(k [B, S, ...], v [B, S, ...], positions [S]) -> (keys [B, S, G, D], values [B, S, G, Dv])."""
+
+
+class Visiting:
+    """A visiting payload, expanded for a backward: keys, values, and room for their gradients.
+
+    Attributes:
+        keys: [B, S, G, D]; values: [B, S, G, Dv], without a graph.
+        gradients: of keys and values, accumulator dtype, to be added to in place.
+        payload_gradients: of the payload, accumulator dtype, complete when the context ends.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self.gradients: tuple[Tensor, Tensor] = (_sum_like(keys), _sum_like(values))
+        self.payload_gradients: tuple[Tensor, ...] = self.gradients
+
+
+class Expansion:
+    """`expand`, or the identity for None, bound to a plan so that it knows the positions of every source.
+
+    Autocast is remembered from where it is made, so that an expansion computes in the backward pass as it did forward.
+
+    Args:
+        expand: the caller's function or module, or None.
+        plan: gives the positions of a source's tokens.
+        device: of the tensors.
+    """
+
+    def __init__(self, expand: Expand | None, plan: Plan, device: torch.device) -> None:
+        self._expand = expand
+        self._plan = plan
+        self._device = device
+        self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        self._own: tuple[int, tuple[Tensor, Tensor]] | None = None
+        owner = expand if isinstance(expand, nn.Module) else getattr(expand, "__self__", None)
+        self.parameters: tuple[nn.Parameter, ...] = ()
+        if isinstance(owner, nn.Module):
+            self.parameters = tuple(p for p in owner.parameters() if p.requires_grad)
+        self.parameter_gradients: list[Tensor | None] = []
+
+    def own(self, rank: int, k: Tensor, v: Tensor, *, check: bool) -> tuple[Tensor, Tensor, str | None]:
+        """Expand the own payload before any hop, so that a wrong shape is found there; hop 0 uses the result.
+
+        Args:
+            rank: the own rank.
+            k, v: the own payload.
+            check: also look for tensors with gradients that `expand` uses but the ring cannot see.
+
+        Returns:
+            Keys, values (without a graph), and a problem or None.
+        """
+        if self._expand is None:
+            return k, v, None
+        check = check and torch.is_grad_enabled()
+        with torch.set_grad_enabled(check), self._as_called():
+            result = self._expand(k.detach(), v.detach(), self._plan.positions(rank, self._device))
+        if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
+            return k, v, f"expand: expected a pair of tensors (keys, values), got {type(result).__name__}"
+        hidden = _hidden_leaves(result, self.parameters) if check else 0
+        if hidden:
+            return (
+                k,
+                v,
+                f"expand: it uses {hidden} tensors with gradients that the ring cannot see, so that these gradients "
+                "would be lost; pass an nn.Module that owns them as parameters, or a method of one",
+            )
+        self._own = (rank, (result[0].detach(), result[1].detach()))
+        return *self._own[1], None
+
+    def forward(self, source: int, held: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Keys and values of a visiting payload, without a graph."""
+        if self._expand is None:
+            return held[0], held[1]
+        if self._own is not None and self._own[0] == source:
+            expanded, self._own = self._own[1], None
+            return expanded
+        with torch.no_grad(), self._as_called():
+            return self._expand(held[0], held[1], self._plan.positions(source, self._device))
+
+    @contextmanager
+    def backward(self, source: int, held: tuple[Tensor, ...]) -> Iterator[Visiting]:
+        """Expanded payload whose gradients, added inside the context, are turned into compact ones at its end."""
+        if self._expand is None:
+            yield Visiting(held[0], held[1])
+            return
+        leaves = [x.detach().requires_grad_() for x in held[:2]]
+        with torch.enable_grad(), self._as_called():
+            expanded = self._expand(leaves[0], leaves[1], self._plan.positions(source, self._device))
+        visiting = Visiting(expanded[0].detach(), expanded[1].detach())
+        yield visiting
+        self._pull_back(leaves, expanded, visiting)
+
+    def _pull_back(self, leaves: list[Tensor], expanded: tuple[Tensor, Tensor], visiting: Visiting) -> None:
+        pairs = [(x, dx.to(x.dtype)) for x, dx in zip(expanded, visiting.gradients, strict=True) if x.requires_grad]
+        found: tuple[Tensor | None, ...] = (None,) * (len(leaves) + len(self.parameters))
+        if pairs:
+            found = torch.autograd.grad(
+                [x for x, _ in pairs], [*leaves, *self.parameters], [dx for _, dx in pairs], allow_unused=True
+            )
+        visiting.payload_gradients = tuple(
+            _sum_like(leaf) if grad is None else grad.to(accumulator_dtype(leaf.dtype))
+            for leaf, grad in zip(leaves, found[: len(leaves)], strict=True)
+        )
+        self._add_parameter_gradients(found[len(leaves) :])
+
+    def _add_parameter_gradients(self, gradients: tuple[Tensor | None, ...]) -> None:
+        for index, grad in enumerate(gradients):
+            if grad is not None:
+                self.parameter_gradients[index] = _added(self.parameter_gradients[index], grad)
+
+    def start_backward(self) -> None:
+        """Forget the parameter gradients of an earlier backward (a retained graph may be walked twice)."""
+        self.parameter_gradients = [None] * len(self.parameters)
+
+    def finished_parameter_gradients(self) -> tuple[Tensor, ...]:
+        """Sums over all hops, one per parameter in its dtype; zeros where this rank expanded nothing."""
+        return tuple(
+            torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
+            for parameter, grad in zip(self.parameters, self.parameter_gradients, strict=True)
+        )
+
+    def _as_called(self) -> AbstractContextManager[object]:
+        enabled, dtype = self._autocast
+        return torch.autocast(self._device.type, dtype=dtype, enabled=enabled)
+
+
+def _sum_like(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=accumulator_dtype(x.dtype), device=x.device)
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    part = part.to(accumulator_dtype(part.dtype))
+    return part if total is None else total + part
+
+
+def _hidden_leaves(result: tuple[Tensor, Tensor], known: tuple[nn.Parameter, ...]) -> int:
+    """How many leaves of the result's graph are not among the known parameters."""
+    known_ids = {id(parameter) for parameter in known}
+    waiting = [x.grad_fn for x in result if x.grad_fn is not None]
+    seen, hidden = set(waiting), 0
+    while waiting:
+        node = waiting.pop()
+        leaf = getattr(node, "variable", None)
+        hidden += leaf is not None and id(leaf) not in known_ids
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return hidden

@@ -1,0 +1,165 @@
+"""Selective attention and expansions over rings of real processes, against the dense float64 oracle."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ringattn
+from ringattn.kernels.selective import tiled
+from ringattn.scoring.pieces import all_pieces
+from ringattn.testing import dense_attention, error, memory_cost, selection_bias, visibility, within_twice
+from tests.processes import run_ranks
+
+WIDTH = 8
+TAU = 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    seq_len: int
+    layout: str
+    lag: int = 1
+    documents: tuple[int, ...] | None = None
+    heads: tuple[int, int] = (4, 2)
+    head: int = 0
+    protect_first: bool = True
+    terms: int = 1  # R: own votes and those of earlier layers
+    cost: bool = False
+    expanded: bool = False
+    dtype: torch.dtype = torch.float64
+
+
+class Double(nn.Module):
+    """A small expansion: compact heads are mixed into twice as many and shifted by a function of the position."""
+
+    def __init__(self, groups, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.mix = nn.Parameter(torch.randn(2 * groups, groups, generator=generator, dtype=torch.float64).to(dtype))
+        self.shift = nn.Parameter(torch.randn(WIDTH, generator=generator, dtype=torch.float64).to(dtype))
+
+    def forward(self, k, v, positions):
+        turned = torch.sin(positions.to(k.dtype))[:, None, None] * self.shift
+        return torch.einsum("hg,bsgd->bshd", self.mix, k) + turned, torch.einsum("hg,bsgd->bshd", self.mix.tanh(), v)
+
+
+def problem(case):
+    """q, k, v, dout, dcost, then q and k of earlier votes; weights [R]."""
+    generator = torch.Generator().manual_seed(case.seq_len + case.lag)
+    heads, groups = case.heads
+    shapes = [(2, case.seq_len, h, WIDTH) for h in (heads, groups, groups, heads)] + [(2, case.seq_len)]
+    shapes += [(2, case.seq_len, WIDTH)] * (2 * (case.terms - 1))
+    tensors = [torch.randn(*s, generator=generator, dtype=torch.float64).to(case.dtype) for s in shapes]
+    weights = 0.2 + torch.rand(case.terms, generator=generator, dtype=torch.float64)
+    return tensors, weights
+
+
+def selection_of(case, earlier, weights):
+    votes = tuple(
+        ringattn.Votes(q=q, k=k, weight=weight, scale=0.3)
+        for q, k, weight in zip(earlier[::2], earlier[1::2], weights[1:], strict=True)
+    )
+    return ringattn.Selection(
+        head=case.head,
+        protect_first=case.protect_first,
+        lag=case.lag,
+        gain=weights[0],
+        earlier=votes,
+        memory_tau=TAU if case.cost else None,
+    )
+
+
+def names(case):
+    found = ["out", "dq", "dk", "dv", *(f"d{name}" for name in ("earlier q", "earlier k") * (case.terms - 1))]
+    return found + (["cost"] if case.cost else []) + ["dweights"] + (["dmix", "dshift"] if case.expanded else [])
+
+
+def oracle(case):
+    """Everything in `names`, from the dense definition in float64 on the (possibly rounded) inputs of the case."""
+    (q, k, v, dout, dcost, *earlier), weights = problem(case)
+    leaves = [x.double().requires_grad_() for x in (q, k, v, *earlier)]
+    weights = weights.requires_grad_()
+    q, k, v, *earlier = leaves
+    expand = Double(case.heads[1], case.dtype).double()
+    if case.expanded:
+        k, v = expand(k, v, torch.arange(case.seq_len))
+    selection = selection_of(case, earlier, weights)
+    out = dense_attention(q, k, v, selection=selection, documents=case.documents)
+    loss = (out * dout.double()).sum()
+    costs = []
+    if case.cost:
+        bias = selection_bias(q, k, selection, documents=case.documents)
+        costs = [memory_cost(bias, visibility(case.seq_len, documents=case.documents), TAU)]
+        loss = loss + (costs[0] * dcost.double()).sum()
+    loss.backward()
+    parameters = list(expand.parameters()) if case.expanded else []
+    return [out.detach(), *(x.grad for x in leaves), *(x.detach() for x in costs), weights.grad] + [
+        p.grad for p in parameters
+    ]
+
+
+def attend(case, rank, world_size, group):
+    plan = ringattn.Plan(case.seq_len, world_size, layout=case.layout, documents=case.documents)
+    tensors, weights = problem(case)
+    q, k, v, dout, dcost, *earlier = (ringattn.shard(x, plan, rank) for x in tensors)
+    leaves = [x.requires_grad_() for x in (q, k, v, *earlier)]
+    weights = weights.requires_grad_()
+    expand = Double(case.heads[1], case.dtype) if case.expanded else None
+    selection = selection_of(case, earlier, weights)
+    out = ringattn.ring_attention(q, k, v, plan, group=group, selection=selection, expand=expand)
+    costs = []
+    if case.cost:
+        out, cost = out
+        costs = [cost]
+    torch.autograd.backward([out, *costs], [dout, *([dcost.to(cost.dtype)] if case.cost else [])])
+    sharded = [ringattn.unshard(x.detach(), plan, group) for x in (out, *(x.grad for x in leaves), *costs)]
+    whole = [weights.grad, *([p.grad.double() for p in expand.parameters()] if expand else [])]
+    if group is not None:
+        for x in whole:
+            dist.all_reduce(x)
+    return sharded + whole
+
+
+def ring_worker(rank, world_size, cases, rows, keys):
+    tiled._ROWS, tiled._KEYS = rows, keys
+    group = dist.group.WORLD if world_size > 1 else None
+    results = [attend(case, rank, world_size, group) for case in cases]
+    return results if rank == 0 else None
+
+
+def cases_for(cp_size):
+    lengths = (3, 37, 64) if cp_size < 8 else (37,)
+    found = [
+        Case(seq_len, layout, lag) for seq_len, layout, lag in itertools.product(lengths, LAYOUTS, (1, 4, 5, 16, 1000))
+    ]
+    documents = (0, 9, 10, 30, 37)
+    for layout in LAYOUTS:
+        base = Case(37, layout, head=1)
+        found += [
+            replace(base, documents=documents),
+            replace(base, documents=documents, lag=3, cost=True),
+            replace(base, heads=(4, 4), head=3, protect_first=False),
+            replace(base, heads=(4, 1), terms=3, lag=2),
+            replace(base, heads=(4, 2), terms=2, cost=True, expanded=True),
+            replace(base, heads=(4, 2), documents=documents, lag=5, expanded=True),
+        ]
+    return found
+
+
+LAYOUTS = ("contiguous", "zigzag")
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow), 8])
+def test_selection_over_a_ring_equals_the_dense_definition(cp_size):
+    cases = cases_for(cp_size)
+    if cp_size == 1:
+        results = ring_worker(0, 1, cases, 8, 16)
+    else:
+        results = run_ranks(ring_worker, cp_size, cases, 8, 16)[0]
+    for case, result in zip(cases, results, strict=True):
+        for name, actual, expected in zip(names(case), result, oracle(case), strict=True):
+            assert error(actual, expected) < 1e-10, (case, name, error(actual, expected))
