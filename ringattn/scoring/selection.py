@@ -88,7 +88,7 @@ class Selection:
 
     def weights(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """[R]: the factors of all terms, differentiable."""
-        gain = self.gain if isinstance(self.gain, Tensor) else torch.tensor(float(self.gain))
+        gain = self.gain if isinstance(self.gain, Tensor) else torch.tensor(float(self.gain), dtype=torch.float64)
         parts = [gain, *(votes.weight for votes in self.earlier)]
         return torch.stack([part.reshape(()).to(device=like.device, dtype=dtype) for part in parts])
 

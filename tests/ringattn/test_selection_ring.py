@@ -10,8 +10,7 @@ from torch import nn
 
 import ringattn
 from ringattn.kernels.selective import tiled
-from ringattn.scoring.pieces import all_pieces
-from ringattn.testing import dense_attention, error, memory_cost, selection_bias, visibility, within_twice
+from ringattn.testing import dense_attention, error, memory_cost, selection_bias, visibility
 from tests.processes import run_ranks
 
 WIDTH = 8

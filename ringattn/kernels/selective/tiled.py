@@ -7,6 +7,7 @@ up and carry the column state; backward they go down and carry the column sums o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -72,8 +73,11 @@ class TiledSelective:
                 weighted = votes.weighted()
                 bias = counted[:, None] + _counts(geometry, tile, weighted) @ weighted  # F [B, rows, keys]
                 scores = _scores(q[:, tile.rows], keys_wide, scale, bias, votes.visible)
-                part_lse = scores.logsumexp(dim=-1)
-                weights = torch.exp(scores - part_lse.clamp_min(torch.finfo(scores.dtype).min).unsqueeze(-1))
+                top = scores.amax(dim=-1).clamp_min(torch.finfo(scores.dtype).min)
+                weights = _exponential(scores.sub_(top.unsqueeze(-1)))
+                total = weights.sum(dim=-1)
+                part_lse = top + total.log()  # -inf where nothing is seen
+                weights /= total.clamp_min(torch.finfo(total.dtype).tiny).unsqueeze(-1)
                 part = rearrange(torch.einsum("bgrnm,bmgd->bngrd", weights, values_wide), "b n g r d -> b n (g r) d")
                 merge_(out[:, tile.rows], lse[:, :, tile.rows], part, rearrange(part_lse, "b g r n -> b (g r) n"))
                 if cost is not None:
@@ -121,7 +125,7 @@ class TiledSelective:
                 bias = counted[:, None] + counts @ weighted
                 scores = _scores(q[:, rows], keys_wide, scale, bias, votes.visible)
                 row_lse = rearrange(lse[:, :, rows], "b (g r) n -> b g r n", g=num_groups)
-                weights = torch.exp(scores - row_lse.clamp_min(torch.finfo(wide).min).unsqueeze(-1))
+                weights = _exponential(scores.sub_(row_lse.clamp_min(torch.finfo(wide).min).unsqueeze(-1)))
                 grad = grad_groups[:, rows]
                 dv[:, keys] += torch.einsum("bgrnm,bngrd->bmgd", weights, grad)
                 dscores = torch.einsum("bngrd,bmgd->bgrnm", grad, values_wide)
@@ -256,3 +260,8 @@ def _scores(q: Tensor, keys: Tensor, scale: float, bias: Tensor, visible: Tensor
     queries = rearrange(q.to(keys.dtype), "b n (g r) d -> b n g r d", g=keys.shape[2])
     scores = torch.einsum("bngrd,bmgd->bgrnm", queries, keys) * scale - bias[:, None, None]
     return scores.masked_fill(~visible, -torch.inf)
+
+
+def _exponential(x: Tensor) -> Tensor:
+    """exp, in place, with what would be denormal as 0: far keys of selective attention are, and CPUs crawl on those."""
+    return x.masked_fill_(x < math.log(torch.finfo(x.dtype).tiny), -torch.inf).exp_()
