@@ -12,6 +12,7 @@ from ringattn.errors import PeerError, RingAttnError, TopologyError
 from ringattn.layout import shard, unshard
 from ringattn.plan import Plan
 from ringattn.scoring.selection import Selection, Votes
+from ringattn.scoring.statistics import SelectionStatistics, selection_statistics
 from ringattn.transport import make_transport
 
 __all__ = [
@@ -19,10 +20,12 @@ __all__ = [
     "Plan",
     "RingAttnError",
     "Selection",
+    "SelectionStatistics",
     "TopologyError",
     "Votes",
     "make_transport",
     "ring_attention",
+    "selection_statistics",
     "shard",
     "testing",
     "unshard",

@@ -15,7 +15,7 @@ from ringattn.kernels import accumulator_dtype, check_kernel
 from ringattn.kernels.selective import selective_problem
 from ringattn.plan import Plan
 from ringattn.ring import Ring
-from ringattn.scoring.attention import SelectiveAttention, VoteTerms
+from ringattn.scoring.attention import SelectiveAttention, selection_terms
 from ringattn.scoring.expansion import Expand, Expansion
 from ringattn.scoring.selection import Selection, selection_problem
 from ringattn.softmax import SoftmaxAttention
@@ -93,7 +93,7 @@ def ring_attention(
     if selection is None:
         work = SoftmaxAttention(ring, expansion, kernel, scale)
         return _RingAttention.apply(work, values.shape[-1], q, k, v, *expansion.parameters)
-    terms = _terms(selection, q, keys, scale)
+    terms = selection_terms(selection, q, keys, scale)
     selective = SelectiveAttention(ring, expansion, kernel, scale, terms)
     own_keys = keys[:, :, terms.key_head].detach()
     earlier_q, earlier_k = (
@@ -190,19 +190,6 @@ def _ballot(own: Tensor, earlier: Tensor | None) -> Tensor:
     """[B, S, R, Dz]: the own term first."""
     own = own.unsqueeze(2)
     return own if earlier is None else torch.cat([own, earlier], dim=2)
-
-
-def _terms(selection: Selection, q: Tensor, keys: Tensor, scale: float) -> VoteTerms:
-    width = keys.shape[-1]
-    earlier = tuple(1.0 / math.sqrt(width) if votes.scale is None else votes.scale for votes in selection.earlier)
-    return VoteTerms(
-        head=selection.head,
-        key_head=selection.head * keys.shape[2] // q.shape[2],
-        lag=selection.lag,
-        protect_first=selection.protect_first,
-        scales=(scale, *earlier),
-        tau=selection.memory_tau,
-    )
 
 
 def _scoring_description(selection: Selection | None, expand: Expand | None) -> str:

@@ -9,7 +9,8 @@ owe to later pieces. A row that is one single piece needs neither (0) nor (3).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from ringattn.ring import Payload, Ring, ring_backward, ring_forward
 from ringattn.scoring.columns import Table, prefixes, suffixes
 from ringattn.scoring.expansion import Expansion
 from ringattn.scoring.pieces import Piece, all_pieces
+from ringattn.scoring.selection import Selection
 from ringattn.softmax import empty_result, zeros_like_payload
 
 
@@ -34,6 +36,19 @@ class VoteTerms:
     protect_first: bool
     scales: tuple[float, ...]
     tau: float | None
+
+
+def selection_terms(selection: Selection, q: Tensor, keys: Tensor, scale: float) -> VoteTerms:
+    """What votes for queries [B, S, H, D] and expanded keys [B, S, G, D]; `scale` is that of the own scores."""
+    default = 1.0 / math.sqrt(keys.shape[-1])
+    return VoteTerms(
+        head=selection.head,
+        key_head=selection.head * keys.shape[2] // q.shape[2],
+        lag=selection.lag,
+        protect_first=selection.protect_first,
+        scales=(scale, *(default if votes.scale is None else votes.scale for votes in selection.earlier)),
+        tau=selection.memory_tau,
+    )
 
 
 @dataclass(kw_only=True)
@@ -53,13 +68,21 @@ class SelectiveAttention:
     The payload is (k, v) or (k, v, keys of earlier votes [B, S, R - 1, Dz]); the own ballot is [B, S, R, Dz].
     """
 
-    def __init__(self, ring: Ring, expansion: Expansion, kernel: str, scale: float, terms: VoteTerms) -> None:
+    def __init__(
+        self,
+        ring: Ring,
+        expansion: Expansion,
+        kernel: str,
+        scale: float,
+        terms: VoteTerms,
+        pieces: Sequence[Piece] | None = None,
+    ) -> None:
         self.ring = ring
         self.expansion = expansion
         self.kernel = kernel
         self.scale = scale
         self.terms = terms
-        self.pieces = all_pieces(ring.plan, terms.lag)
+        self.pieces = all_pieces(ring.plan, terms.lag) if pieces is None else pieces
         self.own = [piece for piece in self.pieces if piece.rank == ring.rank]
 
     def forward(
@@ -67,7 +90,7 @@ class SelectiveAttention:
     ) -> tuple[Tensor, Tensor, Tensor | None, Table]:
         """Out [B, S, H, width] in q's dtype, lse [B, H, S], cost [B, S] (or None) and the carries."""
         out, lse = empty_result(q, width)
-        carries = self._carries(ballot_q, ballot_k, weights)
+        carries = self.carries(ballot_q, ballot_k, weights)
         cost = None if self.terms.tau is None else lse.new_zeros(q.shape[:2])
 
         def visit(source: int, held: Payload) -> None:
@@ -78,7 +101,7 @@ class SelectiveAttention:
             voting = self._ballot_keys(k, held)
             kernel = self._kernel(q, k, v, ballot_q)
             for index, rows, columns, geometry in blocks:
-                ballot = Ballot(q=ballot_q[:, rows], k=voting[:, columns], weights=weights, scales=self.terms.scales)
+                ballot = self._ballot(ballot_q[:, rows], voting[:, columns], weights)
                 kernel.forward_(
                     q[:, rows],
                     k[:, columns],
@@ -126,9 +149,7 @@ class SelectiveAttention:
                 dvoting = torch.zeros(voting.shape, dtype=dtype, device=q.device)
                 kernel = self._kernel(q, k, v, ballot_q)
                 for index, rows, columns, geometry in blocks:
-                    ballot = Ballot(
-                        q=ballot_q[:, rows], k=voting[:, columns], weights=weights, scales=self.terms.scales
-                    )
+                    ballot = self._ballot(ballot_q[:, rows], voting[:, columns], weights)
                     columns_sums[source][index][:, columns] = kernel.backward_(
                         dout[:, rows],
                         q[:, rows],
@@ -156,7 +177,7 @@ class SelectiveAttention:
         dballot_k = self._post_pass(ballot_q, ballot_k, weights, columns_sums, dballot_q, dweights)
         return SelectionGradients(q=dq, payload=dpayload, ballot_q=dballot_q, ballot_k=dballot_k, weights=dweights)
 
-    def _carries(self, ballot_q: Tensor, ballot_k: Tensor, weights: Tensor) -> Table:
+    def carries(self, ballot_q: Tensor, ballot_k: Tensor, weights: Tensor) -> Table:
         """For each source: [own pieces, B, its keys], the votes that count at each own piece's start."""
         plan = self.ring.plan
         sums = [
@@ -170,9 +191,7 @@ class SelectiveAttention:
             (voting,) = held
             for index, rows, columns, geometry in self._blocks(source, ballot_q.device):
                 if self.pieces.index(self.own[index]) < last:
-                    ballot = Ballot(
-                        q=ballot_q[:, rows], k=voting[:, columns], weights=weights, scales=self.terms.scales
-                    )
+                    ballot = self._ballot(ballot_q[:, rows], voting[:, columns], weights)
                     kernel = self._ballot_kernel(ballot)
                     sums[source][index][:, columns] = kernel.sums(ballot, geometry)
 
@@ -197,7 +216,7 @@ class SelectiveAttention:
             (voting,) = held
             dvoting = torch.zeros(voting.shape, dtype=weights.dtype, device=weights.device)
             for index, rows, columns, geometry in self._blocks(source, ballot_q.device):
-                ballot = Ballot(q=ballot_q[:, rows], k=voting[:, columns], weights=weights, scales=self.terms.scales)
+                ballot = self._ballot(ballot_q[:, rows], voting[:, columns], weights)
                 self._ballot_kernel(ballot).suffix_(
                     ballot,
                     later[source][index][:, columns],
@@ -214,6 +233,9 @@ class SelectiveAttention:
         """[B, m, R, Dz]: the key head that the selection head attends to, and the keys of earlier votes."""
         own = k[:, :, self.terms.key_head : self.terms.key_head + 1]
         return own if len(held) < 3 else torch.cat([own, held[2]], dim=2)
+
+    def _ballot(self, q: Tensor, k: Tensor, weights: Tensor) -> Ballot:
+        return Ballot(q=q, k=k, weights=weights, scales=self.terms.scales)
 
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor, ballot_q: Tensor) -> SelectiveKernel:
         return pick_selective(self.kernel, q, k, v, ballot_q.shape[-1])

@@ -2,9 +2,9 @@
 
 Forward, every rank has the column sums of its own pieces' votes on all keys; what a piece needs is the sum over the
 pieces whose votes count in it, an exclusive prefix. Backward it is the mirror image: every rank has the column sums of
-dF of its pieces, and a vote's gradient is the sum over the pieces in which it counts, a suffix. Either way the sums of a
-key go to the key's owner, who adds them up in order of position and sends the results back: 2 T numbers out and in per
-rank, whatever the number of ranks.
+dF of its pieces, and a vote's gradient is the sum over the pieces in which it counts, a suffix. Either way the sums of
+a key go to the key's owner, who adds them up in order of position and sends the results back: about 2 T numbers out
+and in per rank, whatever the number of ranks.
 """
 
 from __future__ import annotations

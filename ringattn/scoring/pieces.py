@@ -37,18 +37,24 @@ class Piece:
         return self.start + len(self.rows)
 
 
-def all_pieces(plan: Plan, lag: int) -> tuple[Piece, ...]:
-    """The pieces of all ranks in order of position. `plan` is contiguous or zigzag (or has one rank)."""
-    return _pieces(plan.layout, plan.seq_len, plan.cp_size, lag)
+def all_pieces(plan: Plan, lag: int, parts: int = 1) -> tuple[Piece, ...]:
+    """The pieces of all ranks in order of position.
+
+    Args:
+        plan: contiguous or zigzag (or of one rank).
+        lag: votes count from the next multiple of it on.
+        parts: cut each chunk further, into about so many pieces (for statistics at their starts).
+    """
+    return _pieces(plan.layout, plan.seq_len, plan.cp_size, lag, parts)
 
 
 @lru_cache(maxsize=256)
-def _pieces(layout: str, seq_len: int, cp_size: int, lag: int) -> tuple[Piece, ...]:
+def _pieces(layout: str, seq_len: int, cp_size: int, lag: int, parts: int) -> tuple[Piece, ...]:
     cuts: list[tuple[int, int, int, int]] = []  # start, stop, rank, first row
     for rank in range(cp_size):
         row = 0
         for chunk in chunks_of(layout, seq_len, cp_size, rank):
-            for start, stop in _cut(chunk.start, chunk.stop, lag, seq_len):
+            for start, stop in _cut(chunk.start, chunk.stop, lag, seq_len, parts):
                 cuts.append((start, stop, rank, row))
                 row += stop - start
     cuts.sort()
@@ -61,7 +67,7 @@ def _pieces(layout: str, seq_len: int, cp_size: int, lag: int) -> tuple[Piece, .
     return tuple(pieces)
 
 
-def _cut(start: int, stop: int, lag: int, seq_len: int) -> list[tuple[int, int]]:
+def _cut(start: int, stop: int, lag: int, seq_len: int, parts: int) -> list[tuple[int, int]]:
     """Cut [start, stop) at its first and its last boundary, if the chunk does not start at one anyway."""
     first = -(-start // lag) * lag
     last = (stop - 1) // lag * lag
@@ -72,4 +78,6 @@ def _cut(start: int, stop: int, lag: int, seq_len: int) -> list[tuple[int, int]]
     # boundary itself.
     if stop % lag and stop < seq_len and last > edges[-1]:
         edges.append(last)
+    inner = {(start + (stop - start) * part // parts) // lag * lag for part in range(1, parts)}
+    edges = sorted({*edges, *(edge for edge in inner if start < edge < stop)})
     return list(zip(edges, [*edges[1:], stop], strict=True))

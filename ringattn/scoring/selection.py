@@ -111,8 +111,8 @@ def selection_problem(selection: Selection, plan: Plan, q: Tensor, keys: Tensor,
         return "selection and a window cannot be combined: selection itself decides what is forgotten; use window=None"
     if plan.layout == "striped" and plan.cp_size > 1:
         return (
-            "selection needs runs of consecutive positions, which the striped layout does not have (a chunk's votes are "
-            "a prefix over earlier chunks); use layout='zigzag' or 'contiguous'"
+            "selection needs runs of consecutive positions, which the striped layout does not have (the votes that "
+            "reach a chunk are a prefix over earlier chunks); use layout='zigzag' or 'contiguous'"
         )
     expected = (q.shape[0], plan.shard_len(rank), keys.shape[-1])
     for number, votes in enumerate(selection.earlier):

@@ -10,6 +10,7 @@ from torch import nn
 
 import ringattn
 from ringattn.kernels.selective import tiled
+from ringattn.scoring.pieces import all_pieces
 from ringattn.testing import dense_attention, error, memory_cost, selection_bias, visibility
 from tests.processes import run_ranks
 
@@ -162,3 +163,55 @@ def test_selection_over_a_ring_equals_the_dense_definition(cp_size):
     for case, result in zip(cases, results, strict=True):
         for name, actual, expected in zip(names(case), result, oracle(case), strict=True):
             assert error(actual, expected) < 1e-10, (case, name, error(actual, expected))
+
+
+STATISTICS_CASES = [(37, 1, None), (64, 4, None), (64, 1, (0, 20, 64))]
+
+
+def statistics_worker(rank, world_size):
+    results = []
+    for seq_len, lag, documents in STATISTICS_CASES:
+        tensors, weights = problem(Case(seq_len, "zigzag", lag))
+        plan = ringattn.Plan(seq_len, world_size, documents=documents)
+        q, k, v = (ringattn.shard(x, plan, rank) for x in tensors[:3])
+        group = dist.group.WORLD if world_size > 1 else None
+        selection = ringattn.Selection(lag=lag, gain=weights[0])
+        found = ringattn.selection_statistics(q, k, v, plan, group, selection=selection)
+        results.append((found, [piece.start for piece in all_pieces(plan, lag, parts=4)]))
+    return results
+
+
+def dense_statistics(case, starts):
+    """Bias by power-of-4 distance and living keys, over the rows `starts` of the dense bias."""
+    seq_len, lag, documents = case
+    tensors, weights = problem(Case(seq_len, "zigzag", lag))
+    selection = ringattn.Selection(lag=lag, gain=weights[0])
+    bias = selection_bias(*tensors[:2], selection, documents=documents).mean(dim=0)
+    visible = visibility(seq_len, documents=documents)
+    pairs = [(i - j, float(bias[i, j])) for i in starts for j in range(i) if visible[i, j]]
+    by_distance = {}
+    for power in range(8):
+        found = [value for distance, value in pairs if 4**power <= distance < 4 ** (power + 1)]
+        if found:
+            by_distance[4**power] = sum(found) / len(found)
+    return by_distance, len(pairs) / len(starts)
+
+
+@pytest.mark.parametrize("cp_size", [1, 3])
+def test_statistics_are_those_of_the_dense_bias(cp_size):
+    everyone = [statistics_worker(0, 1)] if cp_size == 1 else run_ranks(statistics_worker, cp_size)
+    for number, case in enumerate(STATISTICS_CASES):
+        for found, starts in (results[number] for results in everyone):
+            mean_bias, visible = dense_statistics(case, starts)
+            assert found.mean_bias == pytest.approx(mean_bias, rel=1e-9)
+            assert found.visible_keys == pytest.approx(visible)
+            assert list(found.alive_keys) == [1.0, 5.0, 20.0]
+            assert 0 < found.alive_keys[1.0] <= found.alive_keys[5.0] <= found.alive_keys[20.0] <= visible
+
+
+def test_alive_keys_are_counted():
+    q = torch.ones(1, 64, 1, 4)  # every query votes with 2 / sqrt(4) * 2 = 2 on every key but the first
+    found = ringattn.selection_statistics(q, q, q, ringattn.Plan(64, 1), selection=ringattn.Selection())
+    # queries at 0, 16, 32, 48 see as many keys; F is 2 (i - j - 1) but 0 for the first: below 1 are j = i - 1 and 0
+    assert found.alive_keys == {1.0: 3 * 2 / 4, 5.0: 3 * 4 / 4, 20.0: 3 * 11 / 4}
+    assert found.visible_keys == 24.0
