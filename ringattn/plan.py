@@ -125,6 +125,10 @@ class Plan:
             self._blocks[key] = tuple(found)
         return self._blocks[key]
 
+    def needs(self, rank: int, source: int) -> bool:
+        """Whether any query of `rank` sees a key of `source`; otherwise that payload is not sent there."""
+        return bool(self.blocks(rank, source))
+
     @property
     def num_hops(self) -> int:
         """Hops the ring makes, the local hop 0 included: later hops would bring payloads that no query needs."""
@@ -132,7 +136,7 @@ class Plan:
             return self.cp_size  # some rank sees the first chunk from everywhere
         needed = 1
         for hop in range(self.cp_size - 1, 0, -1):
-            if any(self.blocks(rank, self.source(rank, hop)) for rank in range(self.cp_size)):
+            if any(self.needs(rank, self.source(rank, hop)) for rank in range(self.cp_size)):
                 needed = hop + 1
                 break
         return needed

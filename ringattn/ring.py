@@ -1,13 +1,14 @@
 """The ring: the one hop loop forward and the one hop loop backward.
 
-A rank keeps its queries. A payload, one or more tensors [B, S, ...], travels: at hop h a rank holds the payload of
-source rank - h, and before it works on it, the exchange that brings the next one is issued, so that the transfer hides
-behind the work. What is done with a payload is a function handed in (`visit`): attention blocks, with or without
-expansion and selection, or the column sums of selection's pre-pass. The loops know nothing of it.
+A rank keeps its queries. A payload, one or more tensors [B, S, ...], travels: at hop h a rank works on the payload of
+source rank - h, which comes straight from its owner, and before it starts, the exchange that brings the next one is
+issued, so that the transfer hides behind the work. A payload is sent only to ranks that have use for it. What is done
+with it is a function handed in (`visit`): attention blocks, with or without expansion and selection, or the column sums
+of selection's pre-pass. The loops know nothing of it.
 
-Backward, the payloads travel again, and behind each follows the sum of its gradients: the rank that has computed its
-share of a source's gradients adds it to what arrived and sends it on together with the next payload, one message per
-hop. After the last hop the sum goes straight home to its owner.
+Backward, the payloads go around again, and the gradients of each hop go straight back to the payload's owner while the
+next hop is computed. They travel in the payload's dtype; the owner adds them up in the accumulator dtype, so that the
+error does not grow with the number of ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringattn.kernels import accumulator_dtype
 from ringattn.plan import Plan
 from ringattn.transport import Pending, Transport
 
@@ -40,13 +40,10 @@ class Ring:
     rank: int
     transport: Transport | None
 
-    @property
-    def next_rank(self) -> int:
-        return (self.rank + 1) % self.plan.cp_size
-
-    @property
-    def previous_rank(self) -> int:
-        return (self.rank - 1) % self.plan.cp_size
+    def peers(self, hop: int) -> tuple[int, int]:
+        """At `hop`: the rank that needs this rank's payload, and the one whose payload this rank needs."""
+        size = self.plan.cp_size
+        return (self.rank + hop) % size, (self.rank - hop) % size
 
 
 class Message:
@@ -77,25 +74,18 @@ def ring_forward(ring: Ring, payload: Payload, visit: Visit, what: str = "forwar
     Args:
         ring: who takes part.
         payload: this rank's tensors [B, S, ...].
-        visit: called once per hop, hop 0 with the rank's own payload; the tensors are its own until it returns.
+        visit: called once per hop, hop 0 with the rank's own payload, in the order of hops; hops whose payload this
+            rank has no use for are left out. The tensors are the visit's own until it returns.
         what: name of this pass, for traces and errors.
     """
-    plan, rank = ring.plan, ring.rank
-    held = payload
-    message: Message | None = None
-    num_hops = plan.num_hops
-    for hop in range(num_hops):
-        source = plan.source(rank, hop)
-        incoming, pending = None, None
-        if hop + 1 < num_hops:
-            message = message or _message(plan, source, payload).fill(*payload)
-            incoming = _message(plan, plan.source(rank, hop + 1), payload)
-            pending = _to_next(ring, message, incoming, f"{what} hop {hop + 1} of {num_hops - 1}")
-        with torch.profiler.record_function(f"ring {what} hop {hop}"):
-            visit(source, held)
-        if pending is not None and incoming is not None:
-            pending.wait()
-            message, held = incoming, incoming.parts
+    held: Payload | None = payload
+    outgoing = _outgoing(ring, payload)
+    for hop in range(ring.plan.num_hops):
+        arriving = _fetch(ring, hop + 1, payload, outgoing, what)
+        if held is not None:
+            with torch.profiler.record_function(f"ring {what} hop {hop}"):
+                visit(ring.peers(hop)[1], held)
+        held = arriving.wait()
 
 
 def ring_backward(ring: Ring, payload: Payload, visit: VisitBack, what: str = "backward") -> Payload:
@@ -104,63 +94,90 @@ def ring_backward(ring: Ring, payload: Payload, visit: VisitBack, what: str = "b
     Returns:
         The gradients of this rank's payload, summed over all ranks that visited it, in the accumulator dtype.
     """
+    held: Payload | None = payload
+    outgoing = _outgoing(ring, payload)
+    total: Payload = ()
+    returning: _Arriving | None = None  # gradients of the hop before, on their way
+    for hop in range(ring.plan.num_hops):
+        arriving = _fetch(ring, hop + 1, payload, outgoing, what)
+        found: Payload | None = None
+        if held is not None:
+            with torch.profiler.record_function(f"ring {what} hop {hop}"):
+                found = visit(ring.peers(hop)[1], held)
+        if hop == 0:
+            assert found is not None
+            total = found
+        else:
+            if returning is not None:
+                _add(total, returning.wait())
+            returning = _give_back(ring, hop, payload, found, what)
+        held = arriving.wait()
+    if returning is not None:
+        _add(total, returning.wait())
+    return total
+
+
+class _Arriving:
+    """A message under way to this rank: its parts once it is here, or None if none was to come."""
+
+    def __init__(self, pending: Pending | None, message: Message | None, kept: Message | None) -> None:
+        self._pending = pending
+        self._message = message
+        self._kept = kept  # what is being sent must live until it is
+
+    def wait(self) -> Payload | None:
+        if self._pending is not None:
+            self._pending.wait()
+        return None if self._message is None else self._message.parts
+
+
+def _outgoing(ring: Ring, payload: Payload) -> Message | None:
+    """The own payload as one message, if any rank needs it."""
     plan, rank = ring.plan, ring.rank
-    held = payload
-    finished: Payload | None = None  # gradient sums of the last hop's source, to be sent on
-    num_hops = plan.num_hops
-    for hop in range(num_hops):
-        source = plan.source(rank, hop)
-        last = hop + 1 == num_hops
-        incoming, pending = None, None
-        if num_hops > 1:
-            # Downstream needs this hop's payload and, from hop 1 on, the sums of the source it is now working on.
-            outgoing = _backward_message(plan, None if last else source, plan.source(rank, hop - 1), hop, payload)
-            outgoing.fill(*(() if last else held), *(finished or ()))
-            incoming = _backward_message(plan, None if last else plan.source(rank, hop + 1), source, hop, payload)
-            pending = _to_next(ring, outgoing, incoming, f"{what} hop {hop + 1} of {num_hops}")
-        with torch.profiler.record_function(f"ring {what} hop {hop}"):
-            finished = visit(source, held)
-        if pending is not None and incoming is not None:
-            pending.wait()
-            if hop > 0:
-                for total, arrived in zip(finished, incoming.parts[-len(finished) :], strict=True):
-                    total += arrived
-            if not last:
-                held = incoming.parts[: len(payload)]
-    assert finished is not None
-    return _send_home(ring, finished, payload, what) if num_hops > 1 else finished
+    if not any(plan.needs(ring.peers(hop)[0], rank) for hop in range(1, plan.num_hops)):
+        return None
+    return Message(_parts(plan, rank, payload), payload[0].device).fill(*payload)
 
 
-def _send_home(ring: Ring, finished: Payload, payload: Payload, what: str) -> Payload:
-    """Give the sums of the last source to their owner and receive one's own."""
+def _fetch(ring: Ring, hop: int, payload: Payload, outgoing: Message | None, what: str) -> _Arriving:
+    """Start giving the own payload to the rank that needs it at `hop` and receiving what this rank needs then."""
     plan, rank = ring.plan, ring.rank
-    assert ring.transport is not None
-    owner = plan.source(rank, plan.num_hops - 1)
-    keeper = (rank + plan.num_hops - 1) % plan.cp_size
-    outgoing = _backward_message(plan, None, owner, 1, payload).fill(*finished)
-    incoming = _backward_message(plan, None, rank, 1, payload)
-    where = f"{what}, gradients going home"
-    ring.transport.exchange(outgoing.buffer, owner, incoming.buffer, keeper, where).wait()
-    return incoming.parts
+    if hop >= plan.num_hops:
+        return _Arriving(None, None, None)
+    to, source = ring.peers(hop)
+    sent = outgoing if plan.needs(to, rank) else None
+    message = Message(_parts(plan, source, payload), payload[0].device) if plan.needs(rank, source) else None
+    pending = _exchange(ring, sent, to, message, source, f"{what} hop {hop} of {plan.num_hops - 1}")
+    return _Arriving(pending, message, sent)
 
 
-def _to_next(ring: Ring, outgoing: Message, incoming: Message, where: str) -> Pending:
+def _give_back(ring: Ring, hop: int, payload: Payload, found: Payload | None, what: str) -> _Arriving:
+    """Start sending a hop's gradients to the payload's owner and receiving those of the own one."""
+    plan, rank = ring.plan, ring.rank
+    visitor, source = ring.peers(hop)
+    sent = None
+    if found is not None:
+        sent = Message(_parts(plan, source, payload), payload[0].device).fill(*found)
+    message = Message(_parts(plan, rank, payload), payload[0].device) if plan.needs(visitor, rank) else None
+    where = f"{what} hop {hop} of {plan.num_hops - 1}, gradients"
+    return _Arriving(_exchange(ring, sent, source, message, visitor, where), message, sent)
+
+
+def _exchange(
+    ring: Ring, sent: Message | None, to: int, message: Message | None, source: int, where: str
+) -> Pending | None:
+    if sent is None and message is None:
+        return None
     assert ring.transport is not None
-    return ring.transport.exchange(outgoing.buffer, ring.next_rank, incoming.buffer, ring.previous_rank, where)
+    send, receive = (torch.empty(0, dtype=torch.uint8) if part is None else part.buffer for part in (sent, message))
+    return ring.transport.exchange(send, to, receive, source, where)
+
+
+def _add(total: Payload, parts: Payload | None) -> None:
+    for mine, part in zip(total, parts or (), strict=parts is not None):
+        mine += part
 
 
 def _parts(plan: Plan, source: int, payload: Payload) -> list[tuple[tuple[int, ...], torch.dtype]]:
     tokens = plan.shard_len(source)
     return [((x.shape[0], tokens, *x.shape[2:]), x.dtype) for x in payload]
-
-
-def _message(plan: Plan, source: int, payload: Payload) -> Message:
-    return Message(_parts(plan, source, payload), payload[0].device)
-
-
-def _backward_message(plan: Plan, payload_of: int | None, gradients_of: int, hop: int, payload: Payload) -> Message:
-    """Room for a payload (unless None) and, after hop 0, for the gradient sums that follow one hop behind it."""
-    parts = [] if payload_of is None else _parts(plan, payload_of, payload)
-    if hop > 0:
-        parts += [(shape, accumulator_dtype(dtype)) for shape, dtype in _parts(plan, gradients_of, payload)]
-    return Message(parts, payload[0].device)

@@ -148,10 +148,10 @@ def test_autocast_does_not_touch_the_sums():
     assert run_ranks(autocast_worker, 2) == [[True] * 4] * 2
 
 
-def stats_worker(rank, world_size):
-    plan = ringattn.Plan(64, world_size)
+def stats_worker(rank, world_size, layout, dtype):
+    plan = ringattn.Plan(64, world_size, layout=layout)
     transport = ringattn.make_transport("p2p", dist.group.WORLD)
-    q, k, v = (ringattn.shard(x.float(), plan, rank).requires_grad_() for x in problem(Case(64, "zigzag"))[:3])
+    q, k, v = (ringattn.shard(x.to(dtype), plan, rank).requires_grad_() for x in problem(Case(64, layout))[:3])
     out = ringattn.ring_attention(q, k, v, plan, dist.group.WORLD, transport=transport)
     forward = transport.stats.take()
     out.sum().backward()
@@ -159,11 +159,18 @@ def stats_worker(rank, world_size):
     return forward, backward, transport.stats.take()
 
 
-def test_one_message_per_hop_and_its_bytes():
-    payload = 2 * (2 * 16 * 2 * 8) * 4  # k and v, [2, 16, 2, 8] each, fp32
-    for forward, backward, nothing in run_ranks(stats_worker, 4):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_message_per_hop_each_way_and_its_bytes(dtype):
+    payload = 2 * (2 * 16 * 2 * 8) * dtype.itemsize  # k and v, [2, 16, 2, 8] each; gradients travel in their dtype
+    for forward, backward, nothing in run_ranks(stats_worker, 4, "zigzag", dtype):
         assert (forward.hops, forward.bytes_sent) == (3, 3 * payload)
-        # payloads make 3 hops, the gradient sums (fp32 here) follow in the same messages and go home in a last one
-        assert (backward.hops, backward.bytes_sent) == (5, 3 * payload + 4 * payload)
+        assert (backward.hops, backward.bytes_sent) == (6, 6 * payload)  # payloads there, gradients back
         assert forward.exposed_seconds > 0
         assert (nothing.hops, nothing.bytes_sent, nothing.exposed_seconds) == (0, 0, 0.0)
+
+
+def test_payloads_go_only_to_ranks_that_need_them():
+    payload = 2 * (2 * 16 * 2 * 8) * 4
+    for rank, (forward, backward, _) in enumerate(run_ranks(stats_worker, 4, "contiguous", torch.float32)):
+        assert forward.bytes_sent == (3 - rank) * payload  # causal: to later ranks
+        assert backward.bytes_sent == 3 * payload  # and gradients to earlier ones
