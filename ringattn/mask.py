@@ -115,6 +115,48 @@ def chunk_blocks(q_chunk: range, k_chunk: range, mask: Mask) -> list[Block]:
     return blocks
 
 
+def coalesce(blocks: list[Block]) -> list[Block]:
+    """The same pairs in fewer blocks: each costs launches and a merge.
+
+    Two causal squares on one diagonal with the FULL piece below the first make one bigger square (a zigzag shard
+    against itself is one causal block); FULL neighbours make one rectangle.
+    """
+    full = {(b.q_start, b.q_stop, b.k_start, b.k_stop): b for b in blocks if b.relation is Relation.FULL}
+    squares: list[Block] = []
+    for block in sorted((b for b in blocks if b.relation is Relation.CAUSAL), key=lambda b: (b.q_start, b.k_start)):
+        before = squares[-1] if squares else None
+        meets = before is not None and (before.q_stop, before.k_stop) == (block.q_start, block.k_start)
+        if before is not None and meets and full.pop((*_rows(block), before.k_start, before.k_stop), None):
+            squares[-1] = Block(before.q_start, block.q_stop, before.k_start, block.k_stop, Relation.CAUSAL)
+        else:
+            squares.append(block)
+    rectangles = _joined(list(full.values()), by_rows=True)
+    rectangles = _joined(rectangles, by_rows=False)
+    return squares + rectangles + [b for b in blocks if b.relation is Relation.PARTIAL]
+
+
+def _joined(blocks: list[Block], *, by_rows: bool) -> list[Block]:
+    """Join FULL blocks with the same rows and adjacent columns, or the reverse."""
+    found: list[Block] = []
+    same, run = (_rows, _columns) if by_rows else (_columns, _rows)
+    for block in sorted(blocks, key=lambda b: (same(b), run(b))):
+        last = found[-1] if found else None
+        if last is not None and same(last) == same(block) and run(last)[1] == run(block)[0]:
+            q_start, k_start = last.q_start, last.k_start
+            found[-1] = Block(q_start, block.q_stop, k_start, block.k_stop, Relation.FULL)
+        else:
+            found.append(block)
+    return found
+
+
+def _rows(block: Block) -> tuple[int, int]:
+    return block.q_start, block.q_stop
+
+
+def _columns(block: Block) -> tuple[int, int]:
+    return block.k_start, block.k_stop
+
+
 def _document_runs(
     q_segments: dict[int, tuple[int, int]], k_segments: dict[int, tuple[int, int]]
 ) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ringattn.layout import LAYOUTS, chunks_of
-from ringattn.mask import Block, Mask, Relation, chunk_blocks
+from ringattn.mask import Block, Mask, Relation, chunk_blocks, coalesce
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Plan:
                     found += [block.shifted(q_offset, k_offset) for block in pieces]
                     k_offset += len(k_chunk)
                 q_offset += len(q_chunk)
-            self._blocks[key] = tuple(found)
+            self._blocks[key] = tuple(coalesce(found))
         return self._blocks[key]
 
     def needs(self, rank: int, source: int) -> bool:

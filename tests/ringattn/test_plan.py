@@ -83,6 +83,23 @@ def test_documents_and_causal_pairs_need_no_mask():
     assert relations == {Relation.FULL, Relation.CAUSAL}
 
 
+def blocks_of(plan, rank, source):
+    return [(b.q_start, b.q_stop, b.k_start, b.k_stop, b.relation.value) for b in plan.blocks(rank, source)]
+
+
+def test_a_zigzag_hop_is_one_block():
+    plan = ringattn.Plan(48, 3)  # rank 1 holds positions 8..15 and 32..39
+    assert blocks_of(plan, 1, 1) == [(0, 16, 0, 16, "causal")]
+    assert blocks_of(plan, 1, 0) == [(0, 16, 0, 8, "full")]  # all queries against the earlier of rank 0's chunks
+    assert blocks_of(plan, 1, 2) == [(8, 16, 0, 16, "full")]  # the later queries against both of rank 2's
+    assert blocks_of(ringattn.Plan(48, 3, causal=False), 1, 2) == [(0, 16, 0, 16, "full")]
+
+
+def test_documents_keep_their_blocks_apart():
+    plan = ringattn.Plan(512, 1, documents=(0, 200, 512))
+    assert blocks_of(plan, 0, 0) == [(0, 200, 0, 200, "causal"), (200, 512, 200, 512, "causal")]
+
+
 def test_zigzag_and_striped_balance_the_causal_mask():
     for layout, least, most in (("zigzag", 1.0, 1.001), ("striped", 1.0, 1.01), ("contiguous", 1.7, 1.8)):
         plan = ringattn.Plan(1024, 4, layout=layout)
