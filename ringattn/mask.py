@@ -126,7 +126,7 @@ def coalesce(blocks: list[Block]) -> list[Block]:
     for block in sorted((b for b in blocks if b.relation is Relation.CAUSAL), key=lambda b: (b.q_start, b.k_start)):
         before = squares[-1] if squares else None
         meets = before is not None and (before.q_stop, before.k_stop) == (block.q_start, block.k_start)
-        if before is not None and meets and full.pop((*_rows(block), before.k_start, before.k_stop), None):
+        if before is not None and meets and full.pop((*_rows(block), *_columns(before)), None) is not None:
             squares[-1] = Block(before.q_start, block.q_stop, before.k_start, block.k_stop, Relation.CAUSAL)
         else:
             squares.append(block)
