@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -18,6 +26,11 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
         block_out: the block's output [B, n, H, Dv], any float dtype.
         block_lse: the block's log-sum-exp [B, H, n].
     """
+    if out.is_cuda and out.dtype == torch.float32 and _has_triton():
+        from ringattn.kernels.triton_merge import merge_ as fused  # slow to import, and absent on most CPU machines
+
+        fused(out, lse, block_out, block_lse)
+        return
     merged = torch.logaddexp(lse, block_lse)
     # Where neither side has seen a key, -inf - -inf would be NaN; such a row keeps weight 0.
     reference = torch.where(merged == -torch.inf, torch.zeros_like(merged), merged)
