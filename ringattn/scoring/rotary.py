@@ -1,0 +1,88 @@
+"""Rotary position embedding for what is made on arrival: expanded keys are turned by their own global positions.
+
+RoPE, arXiv:2104.09864, eq. 34, in the half-split pairing of the published Llama and Qwen weights: feature i turns with
+feature i + D/2 by positions * theta^(-2i/D). Angles are float64, without a table over the row: at position 1,000,000 a
+float32 angle is already wrong by up to 0.06 radians. The turning is done in fp32 (fp64 for fp64) whatever the input is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+RotaryFn = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, S, heads, D], positions [S] long) -> x turned, same shape and dtype. `Rope` is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """RoPE as a function of (x, positions).
+
+    Attributes:
+        theta: Base of the frequencies; above 1.
+
+    Raises:
+        ValueError: If theta is not above 1.
+    """
+
+    theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if not self.theta > 1:
+            raise ValueError(f"Rope: theta: expected a number above 1, got {self.theta!r}")
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turn the heads of x [B, S, heads, D], D even, by positions [S] (long, any order); x's shape and dtype."""
+        cos, sin = self.angles(positions.to(x.device), x.shape[-1], torch.promote_types(x.dtype, torch.float32))
+        turned: Tensor = _Turn.apply(x, cos, sin)
+        return turned
+
+    def angles(self, positions: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position and pair of features, [S, width/2] in `dtype`; the angles are float64."""
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        angles = positions.to(torch.float64)[:, None] * self.theta**-exponents
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def check_rotary(what: str, name: str, width: int) -> None:
+    """Refuse a width that cannot be turned in pairs.
+
+    Raises:
+        ValueError: It is odd.
+    """
+    if width % 2:
+        raise ValueError(
+            f"{what}: {name}: RoPE turns pairs of features, expected an even number, got {width}; "
+            f"use {width + 1}, or rope=None"
+        )
+
+
+class _Turn(torch.autograd.Function):
+    """The turning as one node that keeps only cos and sin; its gradient is the turning back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turn(dout, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # One half at a time: the only temporary is half of x in the wider dtype.
+    out = torch.empty_like(x)
+    first, second = x.chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]  # [S, 1, D/2]: the same for all heads
+    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
+    out_second.copy_((second * cos).addcmul_(first, sin))
+    return out

@@ -1,0 +1,336 @@
+"""What travels and what expanding it costs: bytes per hop and time per hop of every attention kind.
+
+python -m tools.bench_payload --tokens 8192 --out runs/payload.csv          # on CPU: --tokens 256 or so
+
+One process, one payload: nothing is sent. A kind's payload of `tokens` tokens is expanded as a rank does on arrival,
+and attended to by as many queries. "of block" sets expanding beside the whole block (tokens x tokens pairs, a hop
+without a causal mask); "of zigzag hop" beside half of the queries, as in a hop of a causal zigzag ring.
+Backward times hold what a hop does there: expanding once more with a graph, and its gradients down to the compact
+payload.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ringattn.kernels import pick_kernel
+from ringattn.scoring.cost import PayloadCost, factor_cost, latent_cost, plain_cost, simulated_cost
+from ringattn.scoring.latent import FactorExpansion, LatentExpansion
+from ringattn.scoring.rotary import Rope
+from ringattn.scoring.simulated import SimulatedScore
+
+KINDS = ("mha", "gqa", "mla", "tpa", "sas")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the kinds are built from: see the options of the command."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    simulated_heads: int
+    simulated_dim: int
+    kernel_size: int
+    latent_dim: int
+    rotary_dim: int
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One payload: shapes of its two parts after [B, S], how it is expanded, and the queries that meet it."""
+
+    name: str
+    parts: tuple[tuple[int, int], tuple[int, int]]
+    expand: nn.Module | None
+    query: tuple[int, int]
+    cost: PayloadCost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A measured line; times in milliseconds (medians), bytes of one payload of one layer."""
+
+    kind: str
+    device: str
+    torch: str
+    dtype: str
+    tokens: int
+    kernel: str
+    compact_bytes: int
+    expanded_bytes: int
+    parameters: int
+    expand_flops_per_token: int
+    expand_ms: float
+    block_ms: float
+    zigzag_hop_ms: float
+    expand_backward_ms: float
+    block_backward_ms: float
+    expand_peak_bytes: int | None
+
+    @property
+    def of_block(self) -> float:
+        return self.expand_ms / self.block_ms
+
+    @property
+    def of_zigzag_hop(self) -> float:
+        return self.expand_ms / self.zigzag_hop_ms
+
+    @property
+    def backward_of_block(self) -> float:
+        return self.expand_backward_ms / self.block_backward_ms
+
+
+@app.command()
+def main(
+    tokens: Annotated[int, typer.Option(help="tokens of one rank, S", min=2)] = 8192,
+    heads: Annotated[int, typer.Option(help="query heads, H", min=1)] = 16,
+    kv_heads: Annotated[int, typer.Option(help="key/value heads of gqa, and of sas with --sas-gqa")] = 4,
+    head_dim: Annotated[int, typer.Option(help="width of a head, D", min=1)] = 128,
+    simulated_heads: Annotated[int, typer.Option(help="sas: H'")] = 32,
+    simulated_dim: Annotated[int | None, typer.Option(help="sas: D' (default: D)")] = None,
+    kernel_size: Annotated[int, typer.Option(help="sas: n, odd")] = 1,
+    sas_gqa: Annotated[bool, typer.Option("--sas-gqa", help="sas: expand from kv_heads instead of all heads")] = False,
+    sas_kernel: Annotated[str, typer.Option(help="sas: auto, torch or triton")] = "auto",
+    latent_dim: Annotated[int, typer.Option(help="mla: width of the latent", min=1)] = 512,
+    rotary_dim: Annotated[int | None, typer.Option(help="mla: of the D features, those with position")] = None,
+    rank: Annotated[int, typer.Option(help="tpa: factors of k and of v", min=1)] = 2,
+    kinds: Annotated[str, typer.Option(help="which, with commas")] = ",".join(KINDS),
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp64")] = "bf16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    repeats: Annotated[int, typer.Option(help="timed repeats; their median counts", min=1)] = 10,
+    out: Annotated[Path | None, typer.Option(help="CSV file to write")] = None,
+) -> None:
+    """Bytes per hop, compact and expanded, and the time of expanding beside the block's attention."""
+    place = torch.device(_device(device))
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    wanted = [name.strip() for name in kinds.split(",")]
+    if unknown := [name for name in wanted if name not in KINDS]:
+        raise typer.BadParameter(f"--kinds: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
+    sizes = Sizes(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        simulated_heads=simulated_heads,
+        simulated_dim=head_dim if simulated_dim is None else simulated_dim,
+        kernel_size=kernel_size,
+        latent_dim=latent_dim,
+        rotary_dim=head_dim // 4 * 2 if rotary_dim is None else rotary_dim,
+        rank=rank,
+    )
+    try:
+        built = [build(name, sizes, sas_gqa=sas_gqa, sas_kernel=sas_kernel) for name in wanted]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    try:
+        rows = [measure(kind, tokens, DTYPES[dtype], place, repeats) for kind in built]
+    except ValueError as error:  # a kernel that is not for these shapes
+        raise typer.BadParameter(str(error)) from error
+    _show(rows)
+    if out is not None:
+        _write(rows, out)
+
+
+def build(name: str, sizes: Sizes, *, sas_gqa: bool = False, sas_kernel: str = "auto") -> Kind:
+    """The payload of one kind. MLA's heads are D wide like the others': D - rotary_dim without position.
+
+    Raises:
+        ValueError: sizes that cannot be.
+    """
+    heads, width, query = sizes.heads, sizes.head_dim, (sizes.heads, sizes.head_dim)
+    if name in ("mha", "gqa"):
+        kv_heads = heads if name == "mha" else sizes.kv_heads
+        cost = plain_cost(kv_heads=kv_heads, head_dim=width)
+        if heads % kv_heads:
+            raise ValueError(f"--kv-heads: expected a divisor of heads = {heads}, got {kv_heads}")
+        return Kind(name=name, parts=((kv_heads, width),) * 2, expand=None, query=query, cost=cost)
+    if name == "mla":
+        shape: dict[str, Any] = {
+            "heads": heads,
+            "latent_dim": sizes.latent_dim,
+            "rotary_dim": sizes.rotary_dim,
+            "nope_dim": width - sizes.rotary_dim,
+            "value_dim": width,
+        }
+        parts = ((1, sizes.latent_dim), (1, sizes.rotary_dim))
+        return Kind(name=name, parts=parts, expand=LatentExpansion(**shape), query=query, cost=latent_cost(**shape))
+    if name == "tpa":
+        cost = factor_cost(heads=heads, key_rank=sizes.rank, value_rank=sizes.rank, head_dim=width)
+        expand = FactorExpansion(heads=heads, rope=Rope())
+        return Kind(name=name, parts=((sizes.rank, heads + width),) * 2, expand=expand, query=query, cost=cost)
+    kv_heads = sizes.kv_heads if sas_gqa else heads
+    shape = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "simulated_heads": sizes.simulated_heads,
+        "head_dim": width,
+        "simulated_dim": sizes.simulated_dim,
+        "kernel_size": sizes.kernel_size,
+    }
+    return Kind(
+        name=name,
+        parts=((kv_heads, width),) * 2,
+        expand=SimulatedScore(**shape, kernel=sas_kernel).key_value,
+        query=(sizes.simulated_heads, sizes.simulated_dim),
+        cost=simulated_cost(**shape),
+    )
+
+
+def measure(kind: Kind, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int) -> Row:
+    """Time one payload of `tokens` tokens, batch 1, expanded and attended to on `device`."""
+    torch.manual_seed(0)
+    positions = torch.arange(tokens, device=device)
+    k, v = (torch.randn(1, tokens, *part, dtype=dtype, device=device) for part in kind.parts)
+    q = torch.randn(1, tokens, *kind.query, dtype=dtype, device=device)
+    expand = None if kind.expand is None else kind.expand.to(device, dtype)
+
+    def arrive() -> tuple[Tensor, Tensor]:
+        return (k, v) if expand is None else expand(k, v, positions)
+
+    def pull_back() -> None:
+        if expand is None:
+            return
+        leaves = [x.detach().requires_grad_() for x in (k, v)]
+        expanded = expand(*leaves, positions)
+        torch.autograd.grad(expanded, [*leaves, *expand.parameters()], cotangents)
+
+    with torch.no_grad():
+        expanded_bytes, peak_bytes = _peak(arrive, device)
+        keys, values = arrive()
+        kernel = pick_kernel("auto", q, keys, values, masked=False)
+        scale = kind.query[1] ** -0.5
+        result = kernel.forward(q, keys, values, causal=False, mask=None, scale=scale)
+        half = q[:, tokens // 2 :]
+        block_ms = _time(lambda: kernel.forward(q, keys, values, causal=False, mask=None, scale=scale), device, repeats)
+        hop_ms = _time(
+            lambda: kernel.forward(half, keys, values, causal=False, mask=None, scale=scale), device, repeats
+        )
+        block_backward_ms = _time(
+            lambda: kernel.backward(result[0], q, keys, values, *result, causal=False, mask=None, scale=scale),
+            device,
+            repeats,
+        )
+        expand_ms = 0.0 if expand is None else _time(arrive, device, repeats)
+    cotangents = [torch.randn_like(x) for x in (keys, values)]
+    expand_backward_ms = 0.0 if expand is None else _time(pull_back, device, repeats)
+    assert expanded_bytes == kind.cost.expanded * tokens * dtype.itemsize
+    return Row(
+        kind=kind.name,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        torch=torch.__version__,
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=tokens,
+        kernel=kernel.name,
+        compact_bytes=kind.cost.compact * tokens * dtype.itemsize,
+        expanded_bytes=expanded_bytes,
+        parameters=kind.cost.parameters,
+        expand_flops_per_token=kind.cost.expand_flops,
+        expand_ms=expand_ms,
+        block_ms=block_ms,
+        zigzag_hop_ms=hop_ms,
+        expand_backward_ms=expand_backward_ms,
+        block_backward_ms=block_backward_ms,
+        expand_peak_bytes=peak_bytes,
+    )
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"--device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: no CUDA device is visible; use --device cpu or auto")
+    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
+
+
+def _peak(arrive: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> tuple[int, int | None]:
+    """Bytes of what `arrive` returns, and on CUDA the most that existed meanwhile."""
+    if device.type != "cuda":
+        return sum(x.nbytes for x in arrive()), None
+    arrive()  # libraries take their workspaces at the first call
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = arrive()
+    return sum(x.nbytes for x in result), torch.cuda.max_memory_allocated(device) - before
+
+
+def _time(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median of milliseconds, after one untimed call (three on CUDA)."""
+    samples = []
+    for number in range(-3 if device.type == "cuda" else -1, repeats):
+        if device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            stop.record()
+            stop.synchronize()
+            sample = start.elapsed_time(stop)
+        else:
+            began = time.perf_counter()
+            work()
+            sample = (time.perf_counter() - began) * 1e3
+        if number >= 0:
+            samples.append(sample)
+    return statistics.median(samples)
+
+
+_DERIVED = ("of_block", "of_zigzag_hop", "backward_of_block")
+
+
+def _show(rows: list[Row]) -> None:
+    first = rows[0]
+    table = Table(
+        "kind",
+        *("wire MB", "expanded MB", "times", "FLOP/token", "expand ms", "block ms", "of block", "of zigzag hop"),
+        *("expand bwd ms", "block bwd ms", "of block", "kernel"),
+        title=f"one payload of {first.tokens} tokens, {first.dtype}, {first.device}, torch {first.torch}",
+        box=None,
+    )
+    for row in rows:
+        table.add_row(
+            row.kind,
+            f"{row.compact_bytes / 1e6:.2f}",
+            f"{row.expanded_bytes / 1e6:.2f}",
+            f"{row.expanded_bytes / row.compact_bytes:.2f}",
+            f"{row.expand_flops_per_token:,}",
+            f"{row.expand_ms:.3f}",
+            f"{row.block_ms:.3f}",
+            f"{row.of_block:.1%}",
+            f"{row.of_zigzag_hop:.1%}",
+            f"{row.expand_backward_ms:.3f}",
+            f"{row.block_backward_ms:.3f}",
+            f"{row.backward_of_block:.1%}",
+            row.kernel,
+        )
+    console = Console(highlight=False)
+    console.width = max(console.width, 160)  # a pipe counts as 80 columns, which would cut the table
+    console.print(table)
+
+
+def _write(rows: list[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), *_DERIVED])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**asdict(row), **{name: getattr(row, name) for name in _DERIVED}})
+
+
+if __name__ == "__main__":
+    app()
