@@ -11,16 +11,21 @@ from ringattn.attention import ring_attention
 from ringattn.errors import PeerError, RingAttnError, TopologyError
 from ringattn.layout import shard, unshard
 from ringattn.plan import Plan
+from ringattn.scoring.latent import FactorExpansion, LatentExpansion
 from ringattn.scoring.selection import Selection, Votes
+from ringattn.scoring.simulated import SimulatedScore
 from ringattn.scoring.statistics import SelectionStatistics, selection_statistics
 from ringattn.transport import make_transport
 
 __all__ = [
+    "FactorExpansion",
+    "LatentExpansion",
     "PeerError",
     "Plan",
     "RingAttnError",
     "Selection",
     "SelectionStatistics",
+    "SimulatedScore",
     "TopologyError",
     "Votes",
     "make_transport",
