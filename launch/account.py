@@ -61,9 +61,12 @@ class Account:
         self._step_seconds += seconds
         self._exposed_seconds += totals.exposed_seconds if totals else 0.0
         bar.update(progress.step, loss_nats_per_token=result.loss, tokens_per_second=tokens / seconds)
+        self._show_selection(progress.step, bar, result)
         if not self._metrics.due(progress.step) and progress.step < self._config.optim.steps:
             return
         mfu = self._utilisation(tokens / seconds)
+        selection = self._model.selection
+        extra = {} if selection is None else {"memory_loss_nats_per_token": result.memory_loss}
         self._metrics.write(
             progress.step,
             {
@@ -84,8 +87,19 @@ class Account:
                 "host_memory_bytes": host_memory_bytes(),
                 "mfu_causal": mfu[0],
                 "mfu_full": mfu[1],
+                **extra,
             },
         )
+
+    def _show_selection(self, step: int, bar: RunProgress, result: StepResult) -> None:
+        """One line and one event per layer: the mean of F by distance, and how many keys are still alive."""
+        for layer, found in enumerate(result.selection):
+            bias = {f"mean_bias_at_{distance}_tokens": value for distance, value in found.mean_bias.items()}
+            alive = {f"alive_below_{bound:g}_keys": count for bound, count in found.alive_keys.items()}
+            self._metrics.event("selection", step=step, layer=layer, visible_keys=found.visible_keys, **bias, **alive)
+            distances = ", ".join(f"{value:.3g} at {distance:,}" for distance, value in found.mean_bias.items())
+            living = ", ".join(f"{count:,.0f} below {bound:g}" for bound, count in found.alive_keys.items())
+            bar.note(f"layer {layer}: mean F {distances}; of {found.visible_keys:,.0f} keys alive: {living}")
 
     def _utilisation(self, tokens_per_second: float) -> tuple[float | None, float | None]:
         peak = self._config.metrics.peak_tflops

@@ -1,27 +1,20 @@
 """Every setting of a run: one frozen pydantic model per section, each field with its range and its meaning.
 
-Read in this order: the sections below are the YAML file's top-level keys. What two fields mean together is checked in
-`launch/config_checks.py`; where a value came from is known to `launch/config_load.py`. No torch is imported here, so a
-mistake is reported at once.
+Read in this order: the sections below are the YAML file's top-level keys (`model` is in `launch/config_model.py`). What
+two fields mean together is checked in `launch/config_checks.py`; where a value came from is known to
+`launch/config_load.py`. No torch is imported here, so a mistake is reported at once.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from launch.config_checks import ConflictingSettings, cross_problems, resolve_mesh
-
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown names are refused, nothing is converted silently, nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from launch.config_checks import cross_problems, resolve_mesh
+from launch.config_model import ModelSection
+from launch.config_problem import ConflictingSettings
+from launch.config_section import PositiveFloat, PositiveInt, Section, Text
 
 
 class RunConfig(Section):
@@ -36,47 +29,6 @@ class RunConfig(Section):
         default="auto",
         description="bitwise repeatable kernels only; slower on GPUs; auto: on the CPU, where it is free",
     )
-
-
-class ModelSection(Section):
-    """Which decoder; everything but the rotary scaling is null, which means: as the preset says."""
-
-    preset: Literal["test", "qwen3-0.6b", "llama-3.2-1b", "llama-3-8b"] = Field(
-        default="test", description="shape to start at"
-    )
-    layers: PositiveInt | None = Field(default=None, description="number of decoder layers")
-    dim: PositiveInt | None = Field(default=None, description="model width")
-    heads: PositiveInt | None = Field(default=None, description="query heads")
-    kv_heads: PositiveInt | None = Field(default=None, description="key/value heads; must divide heads")
-    head_dim: Annotated[int, Field(ge=2, multiple_of=2)] | None = Field(
-        default=None, description="width of one head (even)"
-    )
-    ffn_dim: PositiveInt | None = Field(default=None, description="inner width of the SwiGLU feed-forward")
-    vocab_size: PositiveInt | None = Field(
-        default=None, description="null: from the tokenizer; else at least the tokenizer's"
-    )
-    qk_norm: bool | None = Field(default=None, description="RMSNorm on each head's query and key (as Qwen3 has)")
-    tied_head: bool | None = Field(default=None, description="output projection shares the embedding's weight")
-    norm_eps: PositiveFloat | None = Field(default=None, description="epsilon of RMSNorm")
-    rope_theta: Annotated[float, Field(gt=1)] | None = Field(default=None, description="base of the rotary frequencies")
-    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = Field(
-        default="none", description="stretching of the positions"
-    )
-    rope_factor: float = Field(default=1.0, ge=1, description="how many times longer than rope_original_len (ratio)")
-    rope_original_len: PositiveInt | None = Field(
-        default=None, description="length the rotary base was made for (tokens)"
-    )
-
-    def overrides(self) -> dict[str, Any]:
-        """Fields to lay over the preset: `model.preset(section.preset, **section.overrides())`.
-
-        Unset fields (null) are absent, and so is what the rotary scaling in force does not use: `ModelConfig` refuses
-        it, while here it only is a setting without effect, which the loader warns about.
-        """
-        unused = set() if self.rope_scaling == "yarn" else {"rope_original_len"}
-        if self.rope_scaling == "none":
-            unused.add("rope_factor")
-        return self.model_dump(exclude={"preset", *unused}, exclude_none=True)
 
 
 class DataConfig(Section):
@@ -124,8 +76,8 @@ class ParallelConfig(Section):
         default=None, description="sliding window: a query sees this many keys back (tokens)"
     )
     sinks: int = Field(default=0, ge=0, description="first tokens of a document that every window also sees (tokens)")
-    kernel: Literal["auto", "reference", "cpu", "cudnn", "flash"] = Field(
-        default="auto", description="attention of one block"
+    kernel: Literal["auto", "reference", "cpu", "cudnn", "flash", "tiled", "triton"] = Field(
+        default="auto", description="attention of one block; tiled and triton: selective attention"
     )
     transport: Literal["auto", "p2p"] = Field(default="auto", description="how a payload moves from rank to rank")
     setup_timeout_s: float = Field(default=600.0, gt=0, description="limit on start-up and the first step (seconds)")
@@ -196,6 +148,9 @@ class MetricsConfig(Section):
     """Where numbers go. metrics.jsonl is always written."""
 
     every_steps: int = Field(default=1, ge=1, description="steps between records")
+    selection_every_steps: int = Field(
+        default=50, ge=0, description="steps between looks at what selective attention does in each layer; 0: never"
+    )
     tensorboard: bool = Field(default=False, description="also write TensorBoard events")
     wandb: bool = Field(default=False, description="also log to Weights & Biases, if installed")
     peak_tflops: PositiveFloat | None = Field(

@@ -5,85 +5,34 @@ A check names every key it looked at, so that a key already reported on its own 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch.config_model_checks import idle_selection, model_problems, selection_problems
+from launch.config_problem import Problem
 from launch.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.config import Config
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One finding: `keys[0]` is where to change it, the other keys are what it was compared with."""
-
-    keys: tuple[str, ...]
-    message: str
-
-
-class ConflictingSettings(ValueError):
-    """Raised inside pydantic's validation; carries the problems so that the loader can give each its file line."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("; ".join(f"{problem.keys[0]}: {problem.message}" for problem in problems))
-        self.problems = problems
-
-    def __reduce__(self) -> tuple[type[ConflictingSettings], tuple[list[Problem]]]:
-        return type(self), (self.problems,)  # else it could not pass from one process to another
-
-
 def cross_problems(config: Config) -> list[Problem]:
     """All the combinations that cannot be honoured, in the order of the sections."""
-    checks = (_model_problems, _vocabulary_problems, _data_problems, _kernel_problems, _mesh_problems, _optim_problems)
+    checks = (
+        model_problems,
+        _vocabulary_problems,
+        _data_problems,
+        selection_problems,
+        _kernel_problems,
+        _mesh_problems,
+        _optim_problems,
+    )
     return [problem for check in checks for problem in check(config)]
 
 
 def min_seq_len(layout: str, cp: int) -> int:
     """Shortest row (tokens) with which no rank of a ring of `cp` is left empty: zigzag gives each rank two chunks."""
     return 2 * cp if layout == "zigzag" and cp > 1 else cp
-
-
-def preset_fields(name: str) -> dict[str, Any] | None:
-    """The preset's values, or None in a checkout without `model/`."""
-    if importlib.util.find_spec("model.presets") is None:
-        return None
-    from model.presets import PRESETS  # torch-free by contract; imported late because model/ is above this module
-
-    return dict(PRESETS[name])
-
-
-def _model_problems(config: Config) -> Iterator[Problem]:
-    section = config.model
-    shape = {**(preset_fields(section.preset) or {}), **section.overrides()}
-    heads, kv_heads, head_dim = shape.get("heads"), shape.get("kv_heads"), shape.get("head_dim")
-    origin = f"(null values come from the preset {section.preset})"
-    if heads and kv_heads and heads % kv_heads:
-        valid = [count for count in range(1, heads + 1) if heads % count == 0]
-        key, other = ("kv_heads", "heads") if section.kv_heads is not None else ("heads", "kv_heads")
-        yield Problem(
-            keys=(f"model.{key}", f"model.{other}", "model.preset"),
-            message=f"heads must be a multiple of kv_heads, got heads={heads} and kv_heads={kv_heads} {origin}; "
-            f"for {heads} heads set kv_heads to one of {_listed(valid)}",
-        )
-    if head_dim and head_dim % 2:
-        yield Problem(
-            keys=("model.head_dim", "model.preset"),
-            message=f"head_dim must be even, since rotary positions turn pairs, got {head_dim} {origin}",
-        )
-    if section.rope_scaling == "ntk" and head_dim == 2:
-        yield Problem(
-            keys=("model.head_dim", "model.rope_scaling", "model.preset"),
-            message=f"rope_scaling ntk needs a head_dim of at least 4, got 2 {origin}",
-        )
-    if section.rope_scaling == "yarn" and not shape.get("rope_original_len"):
-        yield Problem(
-            keys=("model.rope_original_len", "model.rope_scaling", "model.preset"),
-            message="rope_scaling yarn needs the length the model was trained at, got null; "
-            "set rope_original_len, for example to 8192",
-        )
 
 
 def _vocabulary_problems(config: Config) -> Iterator[Problem]:
@@ -122,14 +71,14 @@ def _data_problems(config: Config) -> Iterator[Problem]:
 
 def _kernel_problems(config: Config) -> Iterator[Problem]:
     kernel, device, precision = config.parallel.kernel, config.run.device, config.engine.precision
-    wanted = {"cudnn": "cuda", "flash": "cuda", "cpu": "cpu"}.get(kernel)
+    wanted = {"cudnn": "cuda", "flash": "cuda", "triton": "cuda", "cpu": "cpu"}.get(kernel)
     if wanted and device not in ("auto", wanted):
         yield Problem(
             keys=("parallel.kernel", "run.device"),
             message=f"kernel {kernel} runs on {wanted} only, got run.device={device}; set kernel: auto, "
             f"or run.device: {wanted}",
         )
-    if wanted == "cuda" and precision != "bf16":
+    if kernel in ("cudnn", "flash") and precision != "bf16":
         yield Problem(
             keys=("parallel.kernel", "engine.precision"),
             message=f"kernel {kernel} computes in bf16 only, got engine.precision={precision}; set kernel: auto, "
@@ -236,6 +185,8 @@ def _idle_settings(config: Config) -> Iterator[Problem]:
         "model.rope_original_len",
         f"model.rope_scaling is {model.rope_scaling}; only yarn uses it",
     )
+    for condition, key, reason in idle_selection(config):
+        yield from idle(condition, key, reason)
     for key in ("name", "subset", "split", "streaming"):
         value = getattr(data, key)
         if value not in (None, False):

@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from launch.config import SECTIONS, Config
-from launch.config_checks import ConflictingSettings, Problem, without_effect
+from launch.config_checks import without_effect
 from launch.config_describe import describe_field, describe_value, hint
 from launch.config_names import keys_of, override_hint, similar_file, similar_key, unknown_section
+from launch.config_problem import ConflictingSettings, Problem
 from launch.errors import ConfigError
 from launch.yaml_lines import Located, YamlError, parse_yaml, plain
 

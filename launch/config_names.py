@@ -20,12 +20,12 @@ def unknown_section(name: str) -> str:
 
 def similar_key(section: str, key: str) -> str:
     """`; did you mean ...?` for a setting that the section does not have."""
-    near = nearest(key, SECTIONS[section].model_fields)
-    if near:
-        return f"; did you mean {section}.{near}?"
     owners = [name for name, model in SECTIONS.items() if key in model.model_fields]
     if owners:
         return f"; did you mean {owners[0]}.{key}?"
+    near = nearest(key, SECTIONS[section].model_fields)
+    if near:
+        return f"; did you mean {section}.{near}?"
     return f"; {section} has {keys_of(section)}"
 
 

@@ -10,13 +10,20 @@ from pathlib import Path
 
 import ringattn
 from launch.config import Config
+from launch.plan_attention import (
+    attention_lines,
+    column_state_bytes,
+    expanded_bytes,
+    format_count,
+    payload_name,
+    ring_bytes,
+)
 from launch.progress import format_bytes
 from model.config import ModelConfig, preset
 from model.flops import (
     activation_bytes_per_token,
     count_parameters,
     flops_per_token,
-    key_value_bytes_per_token,
     loss_bytes,
 )
 
@@ -42,6 +49,7 @@ def render(config: Config, num_processes: int) -> str:
     sections = (
         ("topology", _topology_lines(config, dp, cp)),
         ("tokens", _token_lines(config, plan)),
+        ("attention", attention_lines(model, config.data.seq_len, element_bytes(config))),
         ("ring", _ring_lines(config, model, plan)),
         ("memory per process (estimate)", _memory_lines(config, model, plan, num_processes)),
         ("compute", _compute_lines(config, model, num_processes)),
@@ -91,15 +99,18 @@ def _ring_lines(config: Config, model: ModelConfig, plan: ringattn.Plan) -> Iter
     if plan.cp_size == 1:
         yield "hops", "none: one process holds the whole row"
         return
-    tokens = max(plan.shard_len(rank) for rank in range(plan.cp_size))
-    payload = tokens * key_value_bytes_per_token(model, element_bytes(config))
-    sums = tokens * key_value_bytes_per_token(model, _FP32)
-    hops = plan.num_hops - 1
-    yield "hops per layer", f"{hops} forward, {hops} backward and one home (fewer where documents end in a shard)"
-    yield "message of a hop, forward", f"{format_bytes(payload)} (k and v of one rank, one message)"
-    yield "message of a hop, backward", f"at most {format_bytes(payload + sums)} (k, v and fp32 gradient sums)"
-    per_row = model.layers * (2 * hops * payload + (hops + 1) * sums)
-    yield "sent per rank and row", f"{format_bytes(per_row)} over {model.layers} layers"
+    sent, hops = ring_bytes(model, plan, element_bytes(config)), plan.num_hops - 1
+    payload = payload_name(model)
+    guided = model.selection is not None and model.selection.guide
+    mean = ", with shallower layers' votes, mean over layers" if guided else ""
+    size = format_bytes(sent.payload)
+    yield "hops per layer", f"{hops} forward, {hops} backward (fewer where documents end in a shard)"
+    yield "message of a hop, forward", f"{size} ({payload} of one rank, one message{mean})"
+    yield "messages of a hop, backward", f"2 x {size} (the same, and its gradients on their way home)"
+    if sent.ballot:
+        ballot = f"{format_bytes(sent.ballot)} a hop (the selection head's keys), as many hops each way"
+        yield "additional passes of selection", f"{ballot}; {format_bytes(sent.states)} of column states"
+    yield "sent per rank and row", f"at most {format_bytes(sent.per_row)} over {model.layers} layers"
     if plan.cp_size <= 64:  # the table of all pairs; beyond, the simulator's business
         work = [sum(plan.visible_pairs(r, s) for s in range(plan.cp_size)) for r in range(plan.cp_size)]
         yield (
@@ -117,15 +128,19 @@ def _memory_lines(
     size = element_bytes(config)
     activations = tokens * activation_bytes_per_token(model, size, recompute=config.engine.recompute)
     tile = loss_bytes(model, min(config.optim.loss_tile, tokens), size)
-    ring = 2 * tokens * (key_value_bytes_per_token(model, size) + key_value_bytes_per_token(model, _FP32))
-    if plan.cp_size == 1:
-        ring = 0
-    total = weights + gradients + 2 * moments + activations + tile + ring
+    sent = ring_bytes(model, plan, size)
+    expanded = expanded_bytes(model, plan, size)
+    states = column_state_bytes(model, plan, recompute=config.engine.recompute)
+    total = weights + gradients + 2 * moments + activations + tile + sent.memory + expanded + states
     yield "parameters", f"{parameters:,} in all"
     yield "weights, gradients, AdamW", " + ".join(format_bytes(part) for part in (weights, gradients, 2 * moments))
     yield "activations", f"{format_bytes(activations)}{' with recompute' if config.engine.recompute else ''}"
     yield "loss tile", f"{format_bytes(tile)} ({config.optim.loss_tile:,} positions at a time)"
-    yield "messages of a hop", f"{format_bytes(ring)} (one held, one arriving)"
+    yield "messages of a hop", f"{format_bytes(sent.memory)} (own, held and arriving; gradients)"
+    if expanded:
+        yield "expanded keys and values", f"{format_bytes(expanded)} of one rank, with gradients"
+    if states:
+        yield "column states of selection", format_bytes(states)
     yield "sum", f"{format_bytes(total)}, without libraries and fragmentation"
 
 
@@ -143,24 +158,11 @@ def _shares(config: Config, num_processes: int) -> tuple[float, float, float]:
 def _compute_lines(config: Config, model: ModelConfig, num_processes: int) -> Iterator[tuple[str, str]]:
     flops = flops_per_token(model, config.data.seq_len)
     tokens = config.optim.rows_per_step * config.data.seq_len
-    yield "FLOPs per token", f"{_si(flops.causal)}FLOP causal, {_si(flops.full)}FLOP full (forward and backward)"
-    yield "FLOPs per step and process", f"{_si(flops.causal * tokens / num_processes)}FLOP causal"
-    yield "in attention", f"{_attention_share(model, config.data.seq_len):.0%} of them (causal)"
-
-
-def _attention_share(model: ModelConfig, seq_len: int) -> float:
-    products = 6.0 * count_parameters(model).products
-    return 1.0 - products / flops_per_token(model, seq_len).causal
+    causal, full = format_count(flops.causal), format_count(flops.full)
+    yield "FLOPs per token", f"{causal}FLOP causal, {full}FLOP full (forward and backward)"
+    yield "FLOPs per step and process", f"{format_count(flops.causal * tokens / num_processes)}FLOP causal"
 
 
 def element_bytes(config: Config) -> int:
     """Bytes of one element of q, k and v on their way through the ring."""
     return 2 if config.engine.precision == "bf16" else 4
-
-
-def _si(value: float) -> str:
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} E"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -59,7 +59,8 @@ def check_and_report(state: Mapping[str, Any], config: Config, model: ModelConfi
     Raises:
         CheckpointError: it holds another model.
     """
-    saved_model = dict(state["model"])
+    # A field that the checkpoint does not know yet had its default then.
+    saved_model = {field.name: field.default for field in fields(model)} | dict(state["model"])
     changed = [
         f"{name}: checkpoint {saved_model.get(name)}, now {value}"
         for name, value in asdict(model).items()

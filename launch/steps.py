@@ -10,20 +10,25 @@ import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import ringattn
+from launch.attention import RowAttention
 from launch.config import Config
 from launch.data import IGNORED, Corpus, Row
 from launch.engine import Engine
 from launch.errors import DataError
 from launch.ranks import Ranks
 from launch.topology import Topology
+from model.attend import AttentionFn
+from model.config import ModelConfig
+from ringattn import SelectionStatistics
 from ringattn.transport import Transport
 
 _NATS_PER_BIT = math.log(2.0)
@@ -40,6 +45,8 @@ class StepResult:
         applied: Whether the weights were updated; False if loss or gradient is not finite on any rank.
         blame: What was not finite and on which ranks, in words; empty if applied.
         data_seconds: Time this rank spent on reading and cutting rows.
+        memory_loss: Selection's memory loss (its weight included) per valid token, which `loss` does not contain.
+        selection: Statistics of selection in each layer for the step's first row, if they were asked for.
     """
 
     loss: float
@@ -48,6 +55,8 @@ class StepResult:
     applied: bool
     blame: str
     data_seconds: float
+    memory_loss: float
+    selection: tuple[SelectionStatistics, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +88,16 @@ class StepRunner:
     """Runs steps of one model. Every method is called by all ranks in the same order."""
 
     def __init__(
-        self, config: Config, topology: Topology, engine: Engine, corpus: Corpus, transport: Transport | None
+        self,
+        config: Config,
+        topology: Topology,
+        engine: Engine,
+        corpus: Corpus,
+        transport: Transport | None,
+        model: ModelConfig,
     ) -> None:
         self._config = config
+        self._model = model
         self._topology = topology
         self._engine = engine
         self._corpus = corpus
@@ -134,19 +150,34 @@ class StepRunner:
         num_valid = sum(ring[0][0] for ring in rings)
         return Batch(rows=rows, num_valid=num_valid, stop=any(values[2] for values in told), data_seconds=seconds)
 
-    def train(self, batch: Batch, learning_rate: float) -> StepResult:
-        """Forward, backward and, if everything is finite on every rank, update."""
-        local_loss = torch.zeros((), dtype=torch.float64, device=self._topology.device)
+    def train(self, batch: Batch, learning_rate: float, *, with_statistics: bool = False) -> StepResult:
+        """Forward, backward and, if everything is finite on every rank, update.
+
+        Args:
+            batch: The step's rows.
+            learning_rate: Of this step.
+            with_statistics: Also look at what selection does in each layer, for the first row.
+        """
+        local_loss, penalty = torch.zeros(2, dtype=torch.float64, device=self._topology.device)
+        statistics: tuple[SelectionStatistics, ...] = ()
         self._probe.reset()
         for number, row in enumerate(batch.rows):
             self.doing = f"forward of row {row.index}"
-            loss_sum = self._forward(row, row.labels)
+            attention = self._attention(row, with_statistics=with_statistics and number == 0)
+            loss_sum = self._forward(row, row.labels, attention)
+            attention.recording = False  # a layer that is run again in the backward counts nothing
             local_loss += loss_sum.detach()
+            penalty += attention.penalty
+            statistics = statistics or tuple(attention.statistics)
             self.doing = f"backward of row {row.index}"
             self._engine.backward(loss_sum, batch.num_valid, last=number + 1 == len(batch.rows))
         self.doing = "summing the loss"
         own_loss = float(local_loss)
         loss = self._topology.sum_of(own_loss) / max(batch.num_valid, 1)
+        memory_loss = 0.0
+        if self._memory_eps:  # the loss that is reported is that of the language model alone
+            memory_loss = self._topology.sum_of(float(penalty)) / max(batch.num_valid, 1)
+            loss -= memory_loss
         self.doing = "taking the gradient norm"
         norm = self._engine.gradient_norm()
         applied = math.isfinite(loss) and math.isfinite(norm)
@@ -165,6 +196,8 @@ class StepRunner:
             applied=applied,
             blame=blame,
             data_seconds=batch.data_seconds,
+            memory_loss=memory_loss,
+            selection=statistics,
         )
 
     @torch.no_grad()
@@ -182,27 +215,36 @@ class StepRunner:
             row = self._corpus.held_out_row(min(index, num_rows - 1))
             labels = row.labels if index < num_rows else torch.full_like(row.labels, IGNORED)
             self.doing = f"evaluating held-out row {index}"
-            loss += self._forward(row, labels)
+            loss += self._forward(row, labels, self._attention(row))
             if index < num_rows and topology.cp_rank == 0:
                 num_valid += int((labels != IGNORED).sum())
                 num_bytes += row.target_bytes
         total, tokens, text = (topology.sum_of(value) for value in (float(loss), float(num_valid), float(num_bytes)))
         return Evaluation(nats_per_token=total / max(tokens, 1.0), bits_per_byte=total / _NATS_PER_BIT / max(text, 1.0))
 
-    def _forward(self, row: Row, labels: Tensor) -> Tensor:
-        """Loss sum of this rank's part of a row."""
-        topology, parallel = self._topology, self._config.parallel
-        plan = self._plan.with_documents(row.documents)
-        attention = functools.partial(
-            ringattn.ring_attention,
-            plan=plan,
-            group=topology.cp_group if topology.cp > 1 else None,
-            kernel=parallel.kernel,
-            transport=self._transport or "auto",
+    @property
+    def _memory_eps(self) -> float:
+        return 0.0 if self._model.selection is None else self._model.selection.memory_eps
+
+    def _attention(self, row: Row, *, with_statistics: bool = False) -> RowAttention:
+        topology = self._topology
+        valid = int((row.labels != IGNORED).sum())
+        return RowAttention(
+            self._plan.with_documents(row.documents),
+            topology.cp_group if topology.cp > 1 else None,
+            topology.cp_rank,
+            kernel=self._config.parallel.kernel,
+            transport=self._transport,
+            penalty_weight=self._memory_eps * valid / (self._model.layers * self._plan.seq_len),
+            with_statistics=with_statistics,
         )
+
+    def _forward(self, row: Row, labels: Tensor, attention: RowAttention) -> Tensor:
+        """Loss sum of this rank's part of a row."""
+        topology = self._topology
         attend = self._probe.watch(attention) if torch.is_grad_enabled() else attention
         tokens, labels = (
-            ringattn.shard(x[None], plan, topology.cp_rank).to(topology.device) for x in (row.tokens, labels)
+            ringattn.shard(x[None], self._plan, topology.cp_rank).to(topology.device) for x in (row.tokens, labels)
         )
         loss = self._engine.forward(
             tokens=tokens,
@@ -253,10 +295,11 @@ class _GradientProbe:
         self._last = None
         self._flags = []
 
-    def watch(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._last = attention(q, k, v)
-            return self._last
+    def watch(self, attention: AttentionFn) -> AttentionFn:
+        def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+            found = attention(q, k, v, **options)
+            self._last = found[0] if isinstance(found, tuple) else found
+            return found
 
         return watched
 

@@ -107,7 +107,7 @@ class Trainer:
             transport = ringattn.make_transport(
                 self.config.parallel.transport, self.topology.cp_group, timeout=lambda: self.topology.timeouts.now
             )
-        self._runner = StepRunner(self.config, self.topology, engine, corpus, transport)
+        self._runner = StepRunner(self.config, self.topology, engine, corpus, transport, model)
         metrics = self._ranks.agree(
             "opening the metrics", lambda: MetricsWriter(self._run_dir, self.config.metrics, enabled=self._leader)
         )
@@ -189,7 +189,7 @@ class Trainer:
                 if batch.stop:
                     return True
                 rate = self._learning_rate(progress.step)
-                result = parts.runner.train(batch, rate)
+                result = parts.runner.train(batch, rate, with_statistics=self._looks_at_selection(progress.step + 1))
                 seconds = time.perf_counter() - began
                 progress.step += 1
                 progress.next_row += optim.rows_per_step
@@ -257,6 +257,10 @@ class Trainer:
         if rank_state is not None:
             restore_random_state(rank_state, self.topology.device)
         self._say(f"resuming after step {self.progress.step} of {self.config.optim.steps} from {found.path}")
+
+    def _looks_at_selection(self, step: int) -> bool:
+        every = self.config.metrics.selection_every_steps
+        return every > 0 and (step % every == 0 or step == 1)
 
     def _learning_rate(self, step: int) -> float:
         optim = self.config.optim

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.attend import AttentionFn, Outcome
+from model.attention_kinds import build_attention
 from model.config import ModelConfig
-from model.layers import AttentionFn, DecoderLayer, RMSNorm
+from model.initial import initial_value
+from model.layers import DecoderLayer, RMSNorm
 from model.loss import IGNORED_LABEL, tiled_cross_entropy
-from model.rope import rotation
-
-_INIT_STD = 0.02  # GPT-2
-_RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight")
+from model.rope import Rotation, rotation
+from model.selector import Carried
 
 
 class LossHead(nn.Module):
@@ -55,7 +54,9 @@ class Decoder(nn.Module):
         self.config = config
         self.recompute = recompute
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, build_attention(config, layer)) for layer in range(config.layers)
+        )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = LossHead(config)
         # noted now: an engine may shard or empty the parameters before their first values are asked for
@@ -70,11 +71,11 @@ class Decoder(nn.Module):
             tokens: [B, S] long; S may be 0, which gives 0.0 and zero gradients for every parameter.
             labels: [B, S] long, the token to predict at each position, -100 where there is none.
             positions: [S] long, global positions in the row, in any order.
-            attention: (q [B, S, H, D], k and v [B, S, G, D]) -> [B, S, H, D] in q's dtype.
+            attention: Whatever computes attention over the whole row; see `model.attend.AttentionFn`.
             loss_tile: Tokens whose logits exist at a time.
 
         Returns:
-            Scalar, fp32 (fp64 for an fp64 model).
+            Scalar, fp32 (fp64 for an fp64 model), penalties of the attention included.
 
         Raises:
             ValueError: If shapes or dtypes do not fit, or (on CPU) a token or label is outside the vocabulary.
@@ -83,14 +84,28 @@ class Decoder(nn.Module):
         hidden = self.embed(tokens)  # [B, S, E]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         turn = rotation(self.config, positions, wide)
+        carried: Carried = ()
+        penalties: list[Tensor] = []
         for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                # no dropout anywhere: random states need not be kept, which saves a device synchronisation per layer
-                hidden = checkpoint(layer, hidden, turn, attention, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden = layer(hidden, turn, attention)
+            hidden, penalty, votes = self._run(layer, hidden, turn, attention, carried)
+            if votes:  # the new factors of all votes so far, and the votes so far with this layer's
+                carried = (votes[0], *carried[1:], *votes[1:])
+            if penalty is not None:
+                penalties.append(penalty)
         tied_weight = self.embed.weight if self.config.tied_head else None
-        return self.head(self.norm(hidden), labels, loss_tile, tied_weight)
+        loss = self.head(self.norm(hidden), labels, loss_tile, tied_weight)
+        return loss + torch.stack(penalties).sum() if penalties else loss
+
+    def _run(
+        self, layer: nn.Module, hidden: Tensor, turn: Rotation, attention: AttentionFn, carried: Carried
+    ) -> Outcome:
+        if self.recompute and torch.is_grad_enabled():
+            # no dropout anywhere: random states need not be kept, which saves a device synchronisation per layer
+            found: Outcome = checkpoint(
+                layer, hidden, turn, attention, carried, use_reentrant=False, preserve_rng_state=False
+            )
+            return found
+        return layer(hidden, turn, attention, carried)
 
     def _check(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> None:
         if tokens.ndim != 2 or labels.shape != tokens.shape or positions.shape != tokens.shape[1:]:
@@ -115,14 +130,13 @@ class Decoder(nn.Module):
         """First values of all parameters, one full fp32 CPU tensor at a time.
 
         Each parameter has its own generator, seeded by (seed, its name): values depend neither on order nor on how an
-        engine shards, and a rank may skip what it does not hold. Matrices are normal with std 0.02; those that write
-        to the residual stream have 0.02 / sqrt(2 layers) (GPT-2, section 2.3); norms are ones.
+        engine shards, and a rank may skip what it does not hold. See `model.initial` for the values.
 
         Yields:
             (name as in named_parameters() of the bare module, values).
         """
-        for name, shape in self._full_shapes.items():
-            yield name, initial_value(name, shape, seed=seed, layers=self.config.layers)
+        for name in self._full_shapes:
+            yield name, initial_value(name, self._full_shapes, seed=seed, config=self.config)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -135,14 +149,3 @@ class Decoder(nn.Module):
                     "call it before the engine shards the module, or distribute initial_values(seed)"
                 )
             parameters[name].copy_(values)
-
-
-def initial_value(name: str, shape: tuple[int, ...], *, seed: int, layers: int) -> Tensor:
-    """First value of one parameter (fp32, CPU): ones for a norm, else normal from a generator of its own."""
-    if len(shape) == 1:
-        return torch.ones(shape)
-    std = _INIT_STD / math.sqrt(2 * layers) if name.endswith(_RESIDUAL_WRITERS) else _INIT_STD
-    # hash() of a string differs between processes; a digest does not
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -7,6 +7,10 @@ them:
 
 - full: every query against all T keys, as PaLM counts;
 - causal: only the keys a query may see, (T + 1) / 2 on average. Windows and documents are not subtracted.
+
+Expansions of a payload (model.kinds) are counted once per token, although in a ring every rank that uses a payload
+expands it. Votes of selective attention are scores that are there anyway; what the ring computes a second time for them
+is no operation of the model, but `selection_overhead`. Votes of shallower layers are products of their own and count.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.config import ModelConfig
+from model.kinds import attention_shape, selection_parameters, vote_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +29,19 @@ class ParameterCount:
         total: All of them, a tied head counted once.
         embedding: The embedding matrix, V * E.
         head: The head's own matrix, 0 if tied.
-        layer: One decoder layer, its norms included.
-        products: Those that every token is multiplied with: the matrices of all layers and the head, tied or not.
+        layer: One decoder layer, its norms included, selection not.
+        attention: The attention of one layer, its norms and expansions included, selection not.
+        selection: Learned gains and factors of votes, all layers together.
+        products: Those that every token is multiplied with once: the matrices of all layers and the head, tied or not.
+            Expansions are not among them: see `AttentionShape.query_flops` and `payload_flops`.
     """
 
     total: int
     embedding: int
     head: int
     layer: int
+    attention: int
+    selection: int
     products: int
 
 
@@ -47,18 +57,20 @@ class FlopsPerToken:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Parameters of `model.Decoder(config)`."""
-    query, key_value = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    matrices = 2 * config.dim * query + 2 * config.dim * key_value + 3 * config.dim * config.ffn_dim
-    norms = 2 * config.dim + (2 * config.head_dim if config.qk_norm else 0)
+    shape = attention_shape(config)
+    feed_forward = 3 * config.dim * config.ffn_dim
     embedding = config.vocab_size * config.dim
     head = 0 if config.tied_head else embedding
-    layer = matrices + norms
+    layer = shape.parameters + feed_forward + 2 * config.dim
+    selection = selection_parameters(config)
     return ParameterCount(
-        total=embedding + config.layers * layer + config.dim + head,
+        total=embedding + config.layers * layer + selection + config.dim + head,
         embedding=embedding,
         head=head,
         layer=layer,
-        products=config.layers * matrices + embedding,
+        attention=shape.parameters,
+        selection=selection,
+        products=config.layers * (shape.projections + feed_forward) + embedding,
     )
 
 
@@ -67,16 +79,70 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> FlopsPerToken:
 
     Multiply by tokens per second and divide by the peak for the utilisation (MFU), and name the convention with it.
     """
-    products = 2.0 * count_parameters(config).products
-    per_key = 4.0 * config.layers * config.heads * config.head_dim  # q.k and p.v, two operations each
+    products = 2.0 * count_parameters(config).products + config.layers * expansion_flops(config)
+    per_key = pair_flops(config)
     full = products + per_key * seq_len
     causal = products + per_key * (seq_len + 1) / 2
     return FlopsPerToken(causal=3 * causal, full=3 * full, forward_causal=causal, forward_full=full)
 
 
-def key_value_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
-    """Bytes of one layer's k and v of one token: what a hop carries per token, `element_bytes` 2 (bf16) or 4 (fp32)."""
-    return 2 * config.kv_heads * config.head_dim * element_bytes
+def pair_flops(config: ModelConfig) -> float:
+    """Operations of one query with one key in all layers, forward: q.k, p.v and the votes of shallower layers."""
+    shape = attention_shape(config)
+    return float(config.layers * shape.flops_per_pair + vote_terms(config) * 2 * shape.score_dim)
+
+
+def expansion_flops(config: ModelConfig) -> float:
+    """Operations that expand one token's query and payload in one layer, forward.
+
+    A layer that guides deeper ones expands its own payload once more for the keys of its votes; that is not counted.
+    """
+    shape = attention_shape(config)
+    return float(shape.query_flops + shape.payload_flops)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOverhead:
+    """Operations per token that selection over a ring computes again, all layers, causal; the model's own are not in.
+
+    Attributes:
+        forward: The votes before the main pass, for the column sums of earlier pieces: 1/(2H) of the attention.
+        backward: The votes once more, and their gradients in queries and keys, for what votes owe to later pieces.
+    """
+
+    forward: float
+    backward: float
+
+
+def selection_overhead(config: ModelConfig, seq_len: int) -> SelectionOverhead:
+    """What the two additional passes of `ringattn.scoring.attention` cost; nothing without selection."""
+    if config.selection is None:
+        return SelectionOverhead(forward=0.0, backward=0.0)
+    terms = config.layers + vote_terms(config)
+    votes = terms * 2.0 * attention_shape(config).score_dim * (seq_len + 1) / 2
+    return SelectionOverhead(forward=votes, backward=3 * votes)
+
+
+def payload_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
+    """Bytes of one layer's payload of one token: what a hop carries per token, `element_bytes` 2 (bf16) or 4 (fp32).
+
+    k and v of grouped heads, compact k and v ("sas"), a latent and a rotary key ("mla"), factors ("tpa"). Backward, the
+    gradient sums of the same elements travel too, in fp32.
+    """
+    return attention_shape(config).payload * element_bytes
+
+
+def guide_bytes_per_token(config: ModelConfig, element_bytes: int) -> float:
+    """Bytes of the keys of shallower layers' votes of one token, which travel with the payload; mean over layers."""
+    return vote_terms(config) * attention_shape(config).score_dim * element_bytes / config.layers
+
+
+def ballot_bytes_per_token(config: ModelConfig, element_bytes: int) -> float:
+    """Bytes per token of what the additional passes of selection carry: all voting keys; mean over layers."""
+    if config.selection is None:
+        return 0.0
+    terms = config.layers + vote_terms(config)
+    return terms * attention_shape(config).score_dim * element_bytes / config.layers
 
 
 def state_bytes(config: ModelConfig) -> int:
@@ -87,22 +153,38 @@ def state_bytes(config: ModelConfig) -> int:
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, *, recompute: bool = False) -> int:
     """Estimate of the peak of activation memory per token of a shard, beside the loss's scratch.
 
-    Per layer: the inputs of both norms and of all products, the inputs of the q/k norms, the attention's q, k, v, out
-    and lse (fp32), and four widths of the SwiGLU. With `recompute` one hidden state per layer and one layer's worth
-    during the backward. Added once: the gradients in flight inside a layer's backward. What a ring holds in flight (two
-    payloads) comes on top. Within 5% of the peak measured on CUDA in bf16; on CPU the norms keep more.
+    Per layer: the inputs of both norms and of all products, what lies between projections and attention (inputs of q/k
+    norms, a query's expansion), the attention's q, payload, out and lse (fp32), and four widths of the SwiGLU. With
+    `recompute` one hidden state per layer and one layer's worth during the backward. Added once: the gradients in
+    flight inside a layer's backward. What a ring holds in flight (two payloads, expanded blocks) comes on top. For
+    grouped heads within 5% of the peak measured on CUDA in bf16; on CPU the norms keep more.
     """
-    query, key_value = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    shape = attention_shape(config)
     hidden = 4 * config.dim
-    attention = 2 * query + 2 * key_value
-    if config.qk_norm:
-        attention += query + key_value  # the norms' inputs
-    layer = (hidden + attention + 4 * config.ffn_dim) * element_bytes + 4 * config.heads
+    attention = shape.heads * (shape.score_dim + shape.value_dim) + shape.payload + _between(config)
+    layer = (hidden + attention + 4 * config.ffn_dim) * element_bytes + 4 * shape.heads
+    guided = config.selection is not None and config.selection.guide
+    votes = 2 * shape.score_dim * element_bytes if guided else 0  # the selection head's q and k, for deeper layers
     # the final norm's input, the loss's gradient of the hidden states; a layer's gradients in flight
     ends = (2 * config.dim + 2 * config.dim + config.ffn_dim) * element_bytes
     if recompute:
-        return config.layers * config.dim * element_bytes + layer + ends
-    return config.layers * layer + ends
+        return config.layers * (config.dim * element_bytes + votes) + layer + ends
+    return config.layers * (layer + votes) + ends
+
+
+def _between(config: ModelConfig) -> int:
+    """Elements per token that a layer keeps between its projections and its attention."""
+    shape = attention_shape(config)
+    if config.attention == "mla":
+        return config.latent_dim or 0  # the norm's input
+    if config.attention == "tpa":
+        # the queries' factors, and once more those over heads, divided by the rank
+        return shape.projected - shape.payload + (config.query_rank or 0) * config.heads
+    normed = (config.heads + config.kv_heads) * config.head_dim if config.qk_norm else 0
+    if config.attention == "sas":
+        # compact queries, two states of the convolutions and one of the features; the mean of the heads' groups
+        return normed + 2 * shape.out + shape.heads * (2 * config.head_dim + shape.score_dim)
+    return normed
 
 
 def loss_bytes(config: ModelConfig, tile: int, element_bytes: int) -> int:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.attend import Attending, AttentionFn, Outcome
 from model.config import ModelConfig
 from model.rope import Rotation
-
-AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [B, S, H, D], k [B, S, G, D], v [B, S, G, D]) -> [B, S, H, D], with a scale of 1/sqrt(D); the ring lives in it."""
+from model.selector import Carried
 
 
 class RMSNorm(nn.Module):
@@ -48,11 +45,11 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Attention(nn.Module):
-    """Grouped-query attention: projections, optional q/k norm and RoPE here; the scores in the callable."""
+class Attention(Attending):
+    """Multi-head, multi-query and grouped-query attention: projections, optional q/k norm and RoPE here."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
@@ -61,31 +58,32 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
         q, k, v = (
             rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotation.apply(self.q_norm(q)), rotation.apply(self.k_norm(k))
-        out = attention(q, k, v)
-        if out.shape != q.shape or out.dtype != q.dtype:
-            raise ValueError(
-                f"attention callable: expected {q.dtype} of shape {list(q.shape)} as q, got {out.dtype} of shape "
-                f"{list(out.shape)}; it must return [B, S, H, D] in q's dtype"
-            )
-        return self.o_proj(rearrange(out, "b s h d -> b s (h d)"))
+        out, penalty, votes = self.attend(q, k, v, rotation, attention, carried)
+        return self.o_proj(rearrange(out, "b s h d -> b s (h d)")), penalty, votes
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the unit that engines shard and that recompute drops."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): the unit that engines shard and that recompute drops.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: The shape.
+        attention: This layer's attention; its parameters are named `attention.*`.
+    """
+
+    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = attention
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.ffn_dim)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention: AttentionFn) -> Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attention)  # [B, S, E]
-        return hidden + self.mlp(self.mlp_norm(hidden))
+    def forward(self, hidden: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+        change, penalty, votes = self.attention(self.attention_norm(hidden), rotation, attention, carried)
+        hidden = hidden + change  # [B, S, E]
+        return hidden + self.mlp(self.mlp_norm(hidden)), penalty, votes

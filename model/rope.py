@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.kinds import attention_shape
 
 _YARN_BETA_FAST = 32.0  # rotations over the original length above which a frequency is kept
 _YARN_BETA_SLOW = 1.0  # rotations below which a frequency is divided by the whole factor
@@ -30,10 +31,12 @@ class Rotation:
     objects alone, and these must stay fp32.
 
     Attributes:
-        cos: [S, D/2], fp32 (fp64 if asked), YaRN's temperature included.
+        positions: [S] long, the shard's global positions in the row.
+        cos: [S, D/2], fp32 (fp64 if asked), YaRN's temperature included (see `rotation`).
         sin: The same of sin.
     """
 
+    positions: Tensor
     cos: Tensor
     sin: Tensor
 
@@ -49,10 +52,11 @@ def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype = torch.
     """The rotation of a shard.
 
     YaRN's attention temperature is applied HERE and nowhere else: cos and sin both carry `attention_factor`, so q and k
-    grow by it and every score by its square. The attention callable keeps its scale of 1/sqrt(D).
+    grow by it and every score by its square. The attention callable keeps its scale of 1/sqrt(D). The exception is
+    "mla", which turns a part of the features only: there the temperature is in the scale (see `LatentAttention`).
 
     Args:
-        config: Gives head_dim, theta and the scaling rule.
+        config: Gives the width that is turned, theta and the scaling rule.
         positions: [S] long, global positions in the row, in any order.
         dtype: Of cos and sin; angles are float64 whatever it is.
 
@@ -65,13 +69,25 @@ def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype = torch.
             "pass plan.positions(rank)"
         )
     angles = positions.to(torch.float64)[:, None] * inverse_frequencies(config, positions.device)
-    factor = attention_factor(config)
-    return Rotation(cos=(angles.cos() * factor).to(dtype), sin=(angles.sin() * factor).to(dtype))
+    factor = 1.0 if config.attention == "mla" else attention_factor(config)
+    return Rotation(positions=positions, cos=(angles.cos() * factor).to(dtype), sin=(angles.sin() * factor).to(dtype))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """RoPE of a configuration as a function: what turns the keys of a visiting block by its own positions."""
+
+    config: ModelConfig
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turn the heads of x [B, S, heads, D] by global positions [S], in fp32 or wider; x's shape and dtype."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return rotation(self.config, positions.to(x.device), dtype).apply(x)
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
     """Radians per position of each feature pair, [D/2] float64, after the configured scaling."""
-    width, theta = config.head_dim, config.rope_theta
+    width, theta = attention_shape(config).rotary_dim, config.rope_theta
     if config.rope_scaling == "ntk":
         theta = theta * config.rope_factor ** (width / (width - 2))
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
@@ -93,7 +109,7 @@ def attention_factor(config: ModelConfig) -> float:
 
 def _yarn_kept(config: ModelConfig, device: torch.device | str) -> Tensor:
     """How much of each frequency stays unscaled, [D/2] from 1 (fast pairs) to 0 (slow pairs)."""
-    width = config.head_dim
+    width = attention_shape(config).rotary_dim
     assert config.rope_original_len is not None  # ModelConfig checks it
 
     def pair_with(rotations: float, length: int) -> float:

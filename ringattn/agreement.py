@@ -42,7 +42,7 @@ def agree(
     scale: float,
     scoring: str,
 ) -> None:
-    """Make sure that all ranks are about to exchange messages of the same kind; a collective, once per plan.
+    """Make sure that all ranks are about to exchange messages of the same kind; a collective, once per plan and scoring.
 
     Args:
         q, k, v: this rank's shards.
@@ -63,7 +63,7 @@ def agree(
             *(q.shape[0], q.shape[2], q.shape[3], _pack(k.shape[2:]), _pack(v.shape[2:]), DTYPES.index(q.dtype)),
             *(plan.documents_fingerprint(), scale_bits, _hash(scoring)),
         )
-    known = plan._agreed.get("shapes")
+    known = plan._agreed.get(scoring)
     if known == own:
         return
     if known is not None:
@@ -87,7 +87,7 @@ def agree(
             f"{', '.join(differing)}\n{lines}\n"
             f"  the scoring of rank {rank}: {scoring}"
         )
-    plan._agreed["shapes"] = own
+    plan._agreed[scoring] = own
 
 
 def _describe(row: tuple[int, ...]) -> str:

@@ -96,6 +96,8 @@ def ring_attention(
     terms = selection_terms(selection, q, keys, scale)
     selective = SelectiveAttention(ring, expansion, kernel, scale, terms)
     own_keys = keys[:, :, terms.key_head].detach()
+    if expand is not None:
+        own_keys = own_keys.clone()  # a view would keep the expanded keys of all heads until the backward
     earlier_q, earlier_k = (
         torch.stack([getattr(votes, name) for votes in selection.earlier], dim=2) if selection.earlier else None
         for name in ("q", "k")
@@ -193,15 +195,17 @@ def _ballot(own: Tensor, earlier: Tensor | None) -> Tensor:
 
 
 def _scoring_description(selection: Selection | None, expand: Expand | None) -> str:
-    """Selection and expansion in words that must be equal on all ranks; a learned gain's value is not among them."""
+    """Selection and expansion in words that must be equal on all ranks, and are in all layers of most models.
+
+    Not among them: the value of a learned gain, and how many layers' votes came before.
+    """
     expansion = "no expand" if expand is None else "with expand"
     if selection is None:
         return f"no selection, {expansion}"
     gain = "learned" if isinstance(selection.gain, Tensor) else f"{float(selection.gain):g}"
-    scales = [votes.scale for votes in selection.earlier]
     return (
         f"selection head {selection.head}, lag {selection.lag}, gain {gain}, protect_first {selection.protect_first}, "
-        f"memory_tau {selection.memory_tau}, earlier votes {scales}, {expansion}"
+        f"memory_tau {selection.memory_tau}, {expansion}"
     )
 
 
@@ -226,7 +230,7 @@ def _expanded(
         )
     if max(k.dim(), v.dim()) > 5:
         return k, v, f"payloads have at most five dimensions, got {shapes}"
-    keys, values, problem = expansion.own(rank, k, v, check="shapes" not in plan._agreed)
+    keys, values, problem = expansion.own(rank, k, v, check=not plan._agreed)
     if problem is not None:
         return k, v, problem
     expected = "expand: expected keys" if expansion.parameters or keys is not k else "expected k"

@@ -53,6 +53,11 @@ class ZeroEngine(Engine):
         # DeepSpeed reads it in later steps too; close() puts it back.
         self._local_rank_before = os.environ.get("LOCAL_RANK")
         os.environ["LOCAL_RANK"] = str(topology.device.index or 0)
+        if config.engine.zero_stage == 3:
+            # A layer's weights are gathered as one: an expansion inside the ring's backward uses some of them between
+            # hops, and a fetch of its own there could wait for ranks that are at another hop.
+            for layer in getattr(module, "layers", ()):
+                deepspeed.utils.set_z3_leaf_module(layer, True)
         self._deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_adamw(module, config),

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ringattn.kernels import accumulator_dtype
 from ringattn.plan import Plan
@@ -74,7 +75,8 @@ class Expansion:
         if self._expand is None:
             return k, v, None
         check = check and torch.is_grad_enabled()
-        with torch.set_grad_enabled(check), self._as_called():
+        # This graph is looked at and dropped; a checkpoint around the call must not count what it would save.
+        with torch.set_grad_enabled(check), self._as_called(), saved_tensors_hooks(_same, _same):
             result = self._expand(k.detach(), v.detach(), self._plan.positions(rank, self._device))
         if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
             return k, v, f"expand: expected a pair of tensors (keys, values), got {type(result).__name__}"
@@ -148,6 +150,10 @@ class Expansion:
 
 def _sum_like(x: Tensor) -> Tensor:
     return torch.zeros(x.shape, dtype=accumulator_dtype(x.dtype), device=x.device)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:

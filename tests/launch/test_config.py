@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from launch.config import SECTIONS, Config
-from launch.config_checks import min_seq_len, preset_fields, without_effect
+from launch.config_checks import min_seq_len, without_effect
 from launch.config_describe import describe_field
+from launch.config_model_checks import preset_fields
 from launch.errors import ConfigError
-from model.config import preset
+from model.config import ModelConfig, SelectionConfig, preset
+
+ON = {"model__selection": True}
+SAS = {"model__attention": "sas", "model__simulated_heads": 12, "model__simulated_dim": 48}
+MLA = {"model__attention": "mla", "model__latent_dim": 32, "model__rope_dim": 8, "model__qk_norm": False}
 
 
 def make(**changes: Any) -> Config:
@@ -91,6 +98,29 @@ def test_values_out_of_range_or_of_another_type_are_refused(key: str, value: obj
         ({"parallel__dp": 2}, "optim.rows_per_step: must be a multiple of dp=2, .* got 1; set it to 2"),
         ({"parallel__dp": 2, "optim__rows_per_step": 5}, "got 5; set it to 4 or 6"),
         ({"optim__warmup_steps": 3}, "optim.warmup_steps: expected at most optim.steps=2, got 3"),
+        (
+            {"model__attention": "mha"},
+            "model.kv_heads: attention 'mha' has .* each of the 6 heads, got 2; .* preset test",
+        ),
+        ({"model__latent_dim": 8}, "model.latent_dim: 8 has no effect without an attention kind; only 'mla' uses it"),
+        (
+            {"model__attention": "sas"},
+            "model.simulated_heads: attention 'sas' needs an integer of at least 1, got None",
+        ),
+        ({**SAS, "model__kernel_size": 2}, "model.kernel_size: 'same' padding needs an odd number, got 2"),
+        ({**SAS, "model__simulated_heads": 13}, "model.simulated_heads: expected a multiple of the 6 heads"),
+        (
+            {**MLA, "model__qk_norm": None},
+            "model.qk_norm: .* set it to false .*null here, so it comes from the preset test",
+        ),
+        ({**ON, "model__selection_head": 6}, "model.selection_head: 6 does not exist, there are 6 heads"),
+        ({**ON, "model__selection_zero_key_init": True}, "model.selection_zero_key_init: qk_norm gives every key"),
+        ({**ON, "model__selection_guide": True, "model__layers": 1}, "model.selection_guide: needs a shallower layer"),
+        ({**ON, "parallel__window": 8}, "parallel.window: selection itself decides what is forgotten, .* got 8"),
+        ({**ON, "parallel__layout": "striped"}, "parallel.layout: exact selection needs contiguous or zigzag"),
+        ({**ON, "parallel__kernel": "cpu"}, "parallel.kernel: selective attention is computed by one of tiled, triton"),
+        ({"parallel__kernel": "tiled"}, "parallel.kernel: kernel tiled computes selective attention only"),
+        ({**ON, "parallel__kernel": "triton", "run__device": "cpu"}, "kernel triton runs on cuda only"),
     ],
 )
 def test_conflicting_settings_are_refused_with_what_to_do(changes: dict[str, Any], expected: str) -> None:
@@ -152,11 +182,17 @@ def test_processes_that_do_not_fit_are_refused(changes: dict[str, Any], processe
         ({"parallel__sinks": 4}, "parallel.sinks: no effect because parallel.window is null"),
         ({"parallel__window": 64}, "parallel.window: no effect because it is not shorter than data.seq_len=64"),
         ({"optim__schedule": "constant", "optim__min_lr_ratio": 0.5}, "optim.min_lr_ratio: no effect because"),
+        ({"model__selection_lag": 4}, "model.selection_lag: no effect because model.selection is false"),
+        ({"model__selection": False, "model__selection_guide": True}, "model.selection_guide: no effect because"),
+        ({**ON, "model__selection_gain_start": 1.0}, "model.selection_gain_start: no effect .* is 1.0, not learned"),
+        ({**ON, "model__selection_memory_tau": 2.0}, "model.selection_memory_tau: no effect because .*_eps is 0"),
+        ({**ON, "model__selection_lag": 64}, "model.selection: no effect because .*_lag is not shorter than .*=64"),
+        ({**ON, "model__selection_gain": 0.0}, "model.selection: no effect because model.selection_gain is 0"),
     ],
 )
 def test_settings_without_effect_are_named_with_the_reason(changes: dict[str, Any], expected: str) -> None:
     (line,) = idle(**changes)
-    assert line.startswith(expected)
+    assert re.match(expected, line)
 
 
 def test_defaults_and_settings_in_use_are_not_called_idle() -> None:
@@ -172,6 +208,37 @@ def test_overrides_build_a_model_whatever_the_scaling() -> None:
     # Without effect here, refused by ModelConfig: so it must not get there.
     unscaled = make(model__rope_factor=4.0, model__rope_original_len=32)
     assert preset("test", **unscaled.model.overrides()) == preset("test")
+
+
+def test_kinds_and_selection_reach_the_model() -> None:
+    config = make(
+        **SAS,
+        **ON,
+        model__selection_gain="learned",
+        model__selection_gain_start=0.5,
+        model__selection_lag=8,
+        model__selection_memory_eps=0.1,
+        model__selection_memory_tau=2.0,
+    )
+    shape = preset("test", **config.model.overrides())
+    assert (shape.attention, shape.simulated_heads, shape.simulated_dim, shape.kernel_size) == ("sas", 12, 48, 5)
+    assert shape.selection == SelectionConfig(gain="learned", gain_start=0.5, lag=8, memory_eps=0.1, memory_tau=2.0)
+    # without effect here, refused by the model: so it must not get there
+    unused = make(**ON, model__selection_gain_start=1.0, model__selection_memory_tau=2.0)
+    assert preset("test", **unused.model.overrides()).selection == SelectionConfig()
+    assert preset("test", **make(model__selection_lag=4).model.overrides()) == preset("test")
+    mla = preset("test", **make(**MLA).model.overrides())
+    assert (mla.attention, mla.latent_dim, mla.rope_dim, mla.qk_norm) == ("mla", 32, 8, False)
+
+
+def test_every_field_of_a_selection_is_a_setting() -> None:
+    names = {f"selection_{field.name}" for field in fields(SelectionConfig)}
+    settings = SECTIONS["model"].model_fields
+    assert {name for name in settings if name.startswith("selection_")} == names
+    kinds = {field.name for field in fields(ModelConfig)} - {"selection"}
+    assert kinds <= set(settings)
+    for field in fields(SelectionConfig):
+        assert settings[f"selection_{field.name}"].default == field.default
 
 
 def test_the_preset_table_is_the_models() -> None:

@@ -1,5 +1,7 @@
 """`--plan` against numbers worked out by hand for a small case, and against what a ring really sends."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,9 @@ import torch.distributed as dist
 import ringattn
 from launch.config import Config
 from launch.errors import ConfigError
-from launch.plan_report import render
+from launch.plan_attention import ring_bytes
+from launch.plan_report import model_of, render
+from model.decoder import Decoder
 from tests.processes import run_ranks
 
 
@@ -27,7 +31,7 @@ def test_the_numbers_of_a_small_case():
     assert "64 tokens, zigzag, 16 per rank" in text
     assert "2 rows, 128 tokens" in text
     assert "10 steps, 1,280 tokens" in text
-    assert "3 forward, 3 backward and one home" in text
+    assert "3 forward, 3 backward (" in text
     assert "2.0 KiB (k and v of one rank" in text  # 16 tokens x 2 x 2 heads x 8 x 4 bytes
     assert "1.000 times the mean attention work" in text
 
@@ -54,7 +58,79 @@ def sent_worker(rank, world_size):
 
 def test_the_bytes_are_those_that_the_transport_counts():
     payload = 16 * 2 * 2 * 8 * 4
-    expected = 2 * 3 * payload + 4 * payload
+    expected = (2 + 1) * 3 * payload  # forward, backward, gradients going home
     assert run_ranks(sent_worker, 4) == [expected] * 4
-    assert expected == 20 * 1024
-    assert "20.0 KiB over 1 layers" in render(config(), 4)
+    assert expected == 18 * 1024
+    assert "at most 18.0 KiB over 1 layers" in render(config(), 4)
+
+
+KINDS = {
+    "gqa": {},
+    "mla": {"latent_dim": 12, "rope_dim": 4, "qk_norm": False},
+    "tpa": {"query_rank": 3, "key_rank": 2, "value_rank": 1, "qk_norm": False},
+    "sas": {"simulated_heads": 8, "simulated_dim": 12, "kernel_size": 3},
+}
+SHAPE = {"layers": 2, "dim": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 16}
+SELECTIONS = ({}, {"selection": True}, {"selection": True, "selection_lag": 12})
+
+
+def settings_of(kind, selection, layout="zigzag"):
+    return config(model={**SHAPE, "attention": kind, **KINDS[kind], **selection}, parallel={"layout": layout})
+
+
+def kinds_worker(rank, world_size, cases):
+    """For each case: what this rank sends in a training step of one row."""
+    found = []
+    for kind, selection, layout in cases:
+        model = model_of(settings_of(kind, selection, layout))
+        module = Decoder(model)
+        module.init_weights(0)
+        plan = ringattn.Plan(64, world_size, layout=layout)
+        transport = ringattn.make_transport("auto", dist.group.WORLD)
+        attention = functools.partial(ringattn.ring_attention, plan=plan, group=dist.group.WORLD, transport=transport)
+        tokens = torch.arange(64 // world_size)[None]
+        module(tokens, tokens, plan.positions(rank), attention, 16).backward()
+        found.append(transport.stats.take().bytes_sent)
+    return found
+
+
+def test_every_kind_sends_the_bytes_of_its_plan():
+    cases = [(kind, selection, "zigzag") for kind in KINDS for selection in SELECTIONS[:2]]
+    cases += [("sas", SELECTIONS[2], "zigzag"), ("gqa", SELECTIONS[1], "contiguous")]
+    sent = run_ranks(kinds_worker, 2, cases)
+    for number, (kind, selection, layout) in enumerate(cases):
+        model = model_of(settings_of(kind, selection, layout))
+        planned = ring_bytes(model, ringattn.Plan(64, 2, layout=layout), 4)
+        assert max(rank[number] for rank in sent) == planned.per_row, (kind, selection, layout)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("gqa", ("gqa: 4 query and 2 key/value heads of 8", "32 elements, 128 bytes per layer", "3,088")),
+        ("mla", ("a latent of 12 and a rotary key of 4 become 2 keys of 8 + 4", "16 elements, 64 bytes", "3,468")),
+        ("tpa", ("queries, keys and values of rank 3, 2 and 1", "30 elements, 120 bytes", "3,136")),
+        ("sas", ("become 8 of 12, kernel 3", "32 elements, 128 bytes per layer; 5 times as many on arrival", "4,432")),
+    ],
+)
+def test_every_kind_is_described(kind, expected):
+    text = render(settings_of(kind, {}), 4)
+    rows = dict(line.strip().split("  ", 1) for line in text.splitlines() if line.startswith("  "))
+    assert all(part in text for part in expected)
+    assert rows["parameters per layer"].strip().startswith(expected[2])
+    assert ("expanded keys and values" in text) == (kind != "gqa")
+    assert "FLOP causal" in rows["FLOPs per token"]
+    assert "selection" not in text
+
+
+def test_selection_is_described():
+    chosen = {"selection": True, "selection_lag": 8, "selection_guide": True, "selection_gain": "learned"}
+    text = render(settings_of("gqa", chosen), 4)
+    assert "head 0, lag 8, gain learned, guided by shallower layers" in text
+    # 16 tokens x 32 elements x 4 bytes, and the keys of half a vote on average: layer 1 counts those of layer 0
+    assert "2.2 KiB (k and v of one rank, one message, with shallower layers' votes, mean over layers)" in text
+    assert "768 B a hop (the selection head's keys)" in text  # 1 and 2 terms of 8 elements
+    assert "column states of selection" in text
+    assert "head 0, exact, gain 0.5" in render(settings_of("sas", {"selection": True, "selection_gain": 0.5}), 2)
+    alone = render(settings_of("gqa", {"selection": True}), 1)
+    assert "none: one process holds the whole row" in alone

@@ -1,17 +1,22 @@
 """What differs on CUDA: the loss multiplies bf16 matrices into fp32, the norms are fused, memory can be measured."""
 
+import functools
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+import ringattn
 from model.config import preset
 from model.decoder import Decoder
 from model.flops import activation_bytes_per_token, loss_bytes
 from model.loss import tiled_cross_entropy
 from tests.model.dense import dense_causal, random_row, tiny
+from tests.model.kinds import kind
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
+SIMULATED = {"simulated_heads": 8, "simulated_dim": 96, "kernel_size": 5}
 MODES = [(torch.float32, False, 1e-6), (torch.bfloat16, False, 3e-3), (torch.float32, True, 3e-3)]
 
 
@@ -52,6 +57,30 @@ def test_bf16_decoder_is_near_fp64(autocast: bool) -> None:
         assert parameter.grad is not None
         assert oracle.grad is not None
         assert (parameter.grad - oracle.grad).norm() < 0.05 * oracle.grad.norm(), name
+
+
+@pytest.mark.parametrize("selection", [None, "lagged", "guided learned"])
+@pytest.mark.parametrize("name", ["gqa", "mla", "tpa", "sas"])
+def test_every_kind_in_bf16_is_near_fp64(name: str, selection: str | None) -> None:
+    wide = {"gqa": {}, "mla": {"latent_dim": 64, "rope_dim": 32, "value_dim": 64}, "tpa": {}, "sas": SIMULATED}
+    config = kind(name, selection, dim=128, heads=4, head_dim=64, ffn_dim=256, **wide[name])
+    row = [x.cuda() for x in random_row(config, 300)]
+    attention = functools.partial(ringattn.ring_attention, plan=ringattn.Plan(300, 1))
+    exact, module = Decoder(config), Decoder(config, recompute=True)
+    exact.init_weights(1)
+    module.init_weights(1)
+    exact, module = exact.double().cuda(), module.to("cuda", torch.bfloat16)
+    loss, expected = module(*row, attention, 64), exact(*row, attention, 64)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
+    for (key, parameter), oracle in zip(module.named_parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert oracle.grad is not None
+        if "selector" in key or "bias" in key:  # scalars and biases, whose terms nearly cancel
+            assert bool(torch.isfinite(parameter.grad).all()), key
+        else:
+            assert (parameter.grad - oracle.grad).norm() < 0.15 * oracle.grad.norm(), key
 
 
 def test_peak_memory_is_as_estimated() -> None:

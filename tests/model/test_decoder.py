@@ -182,7 +182,7 @@ def test_bad_inputs_are_named() -> None:
         module(tokens, labels.clone().index_fill_(1, torch.tensor([0]), -101), positions, dense_causal, 4)
     with pytest.raises(ValueError, match=r"expected tokens as int64, got torch\.int32"):
         module(tokens.int(), labels, positions, dense_causal, 4)
-    with pytest.raises(ValueError, match=r"expected torch.float32 of shape \[1, 6, 4, 8\] as q, got torch.float64"):
+    with pytest.raises(ValueError, match=r"expected torch.float32 of shape \[1, 6, 4, 8\], got torch.float64"):
         module(tokens, labels, positions, lambda q, k, v: q.double(), 4)
     module.head.weight, module.embed.weight = None, torch.nn.Parameter(torch.empty(0))
     with pytest.raises(

@@ -1,0 +1,142 @@
+"""Kinds of attention whose payload is not simply heads of keys and values; and the choice between all kinds.
+
+Each has projections, what travels, an `expand` that makes keys and values of it where it arrives, and an output
+projection. See `ModelConfig` for sources and `model.kinds` for widths and costs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from model.attend import Attending, AttentionFn, Outcome
+from model.config import ModelConfig
+from model.layers import Attention, RMSNorm
+from model.rope import Rope, Rotation, attention_factor
+from model.selector import Carried
+from ringattn.scoring.latent import FactorExpansion, LatentExpansion, combine_factors
+from ringattn.scoring.simulated import SimulatedScore
+
+
+def build_attention(config: ModelConfig, layer: int) -> nn.Module:
+    """The attention of layer number `layer` (from 0), of the configured kind."""
+    kinds: dict[str, type[Attending]] = {"mla": LatentAttention, "tpa": FactorAttention, "sas": SimulatedAttention}
+    return kinds.get(str(config.attention), Attention)(config, layer)
+
+
+class LatentAttention(Attending):
+    """MLA: a normed latent and one rotary key travel, the latent becomes keys and values on arrival.
+
+    Queries and keys are [without | with RoPE]. The rotary key is turned before it travels, once instead of at every
+    hop: no expansion changes it. YaRN's temperature is for whole scores, but only a part of the features is turned, so
+    here it is in the scale.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert config.latent_dim is not None
+        assert config.rope_dim is not None
+        shape = self.shape
+        self.rope_dim = config.rope_dim
+        self.scale = attention_factor(config) ** 2 / math.sqrt(shape.score_dim)
+        self.q_proj = nn.Linear(config.dim, shape.heads * shape.score_dim, bias=False)
+        self.latent_proj = nn.Linear(config.dim, config.latent_dim, bias=False)
+        self.rotary_proj = nn.Linear(config.dim, config.rope_dim, bias=False)
+        self.latent_norm = RMSNorm(config.latent_dim, config.norm_eps)
+        self.expand = LatentExpansion(
+            heads=shape.key_heads,
+            latent_dim=config.latent_dim,
+            rotary_dim=config.rope_dim,
+            nope_dim=config.head_dim,
+            value_dim=shape.value_dim,
+        )
+        self.o_proj = nn.Linear(shape.out, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+        q = rearrange(self.q_proj(x), "b s (h d) -> b s h d", h=self.shape.heads)
+        plain, turned = q.split((q.shape[-1] - self.rope_dim, self.rope_dim), dim=-1)
+        q = torch.cat((plain, rotation.apply(turned)), dim=-1)
+        latent = self.latent_norm(self.latent_proj(x))[:, :, None]  # [B, S, 1, C]
+        rotary = rotation.apply(self.rotary_proj(x)[:, :, None])  # [B, S, 1, Dr]
+        out, penalty, votes = self.attend(
+            q, latent, rotary, rotation, attention, carried, expand=self.expand, scale=self.scale
+        )
+        return self.o_proj(rearrange(out, "b s h d -> b s (h d)")), penalty, votes
+
+
+class FactorAttention(Attending):
+    """TPA: pairs of factors, over heads and over features, travel; keys and values are means of their products.
+
+    The features of the keys' factors are turned before they travel: RoPE acts on them alone.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        shape, width = self.shape, config.head_dim
+        assert config.query_rank is not None
+        assert config.key_rank is not None
+        assert config.value_rank is not None
+        self.q_factors = nn.Linear(config.dim, config.query_rank * (shape.heads + width), bias=False)
+        self.k_factors = nn.Linear(config.dim, config.key_rank * (shape.key_heads + width), bias=False)
+        self.v_factors = nn.Linear(config.dim, config.value_rank * (shape.key_heads + width), bias=False)
+        self.expand = FactorExpansion(heads=shape.key_heads)
+        self.o_proj = nn.Linear(shape.out, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+        width = self.shape.value_dim
+        q, k = (
+            self._turned(rearrange(project(x), "b s (r c) -> b s r c", c=heads + width), heads, rotation)
+            for project, heads in ((self.q_factors, self.shape.heads), (self.k_factors, self.shape.key_heads))
+        )
+        v = rearrange(self.v_factors(x), "b s (r c) -> b s r c", c=self.shape.key_heads + width)
+        q = combine_factors(q, self.shape.heads)
+        out, penalty, votes = self.attend(q, k, v, rotation, attention, carried, expand=self.expand)
+        return self.o_proj(rearrange(out, "b s h d -> b s (h d)")), penalty, votes
+
+    @staticmethod
+    def _turned(factors: Tensor, heads: int, rotation: Rotation) -> Tensor:
+        """[over heads | over features] with the features turned."""
+        return torch.cat((factors[..., :heads], rotation.apply(factors[..., heads:])), dim=-1)
+
+
+class SimulatedAttention(Attending):
+    """SAS: compact heads travel; many, wider heads are made of them on arrival, turned by their own positions.
+
+    RoPE comes after the expansion, the norms of q and k (where configured) before it.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert config.simulated_heads is not None
+        assert config.simulated_dim is not None
+        assert config.kernel_size is not None
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.simulated = SimulatedScore(
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            simulated_heads=config.simulated_heads,
+            head_dim=config.head_dim,
+            simulated_dim=config.simulated_dim,
+            kernel_size=config.kernel_size,
+            rope=Rope(config),
+        )
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+        q, k, v = (
+            rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = self.simulated.expand_query(self.q_norm(q), rotation.positions)
+        out, penalty, votes = self.attend(
+            q, self.k_norm(k), v, rotation, attention, carried, expand=self.simulated.key_value
+        )
+        return self.o_proj(rearrange(self.simulated.aggregate(out), "b s h d -> b s (h d)")), penalty, votes
