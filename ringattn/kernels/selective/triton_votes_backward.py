@@ -1,0 +1,163 @@
+"""The backward kernels of the votes: from the gradient of the bias to gradients of the ballot.
+
+A vote of row m counts for all rows from its next multiple of lag on, so its gradient is a suffix sum of dF over rows:
+a table of sums over later groups, plus, where the lag is shorter than a group, sums inside the group.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ringattn.kernels.selective.triton_tools import (
+    describable,
+    describe,
+    describe_tiles,
+    firsts_of,
+    load_tile,
+    lows_of,
+    rows_of,
+)  # fmt: skip
+from ringattn.kernels.selective.triton_votes import Votes
+
+
+@triton.jit(do_not_specialize=["n", "m", "first_part", "row_high"])
+def _column_sums_kernel(
+    PAIRS, SUMS, n, m, group, first_part, row_low, row_high, parts,
+    p_batch, p_row, s_batch, s_row, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """SUMS[b, g, j] += sum over the rows of group g (those within row_low..row_high) of PAIRS[b, i - row_low, j]."""
+    part = first_part + tl.program_id(1)
+    j = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    batch = tl.program_id(2).to(tl.int64)
+    g = part // parts
+    i = g * group + (part % parts) * ROWS + tl.arange(0, ROWS)
+    held = (i >= row_low) & (i < tl.minimum(tl.minimum((g + 1) * group, row_high), n))
+    at = PAIRS + batch * p_batch + (i - row_low)[:, None] * p_row + j[None, :]
+    sums = tl.sum(tl.load(at, mask=held[:, None] & (j < m)[None, :], other=0.0).to(tl.float32), axis=0)
+    tl.atomic_add(SUMS + batch * s_batch + tl.cast(g, tl.int64) * s_row + j, sums, mask=j < m, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "lag", "row_high", "key_low", "key_high"])
+def _ballot_kernel(
+    QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, TABLE, PAIRS, DQ, DK, DWEIGHTS,
+    n, m, delta, k_start, lag, group, row_low, row_high, key_low, key_high, span,
+    q_batch, q_row, q_term, k_batch, k_row, k_term, t_batch, t_row, p_batch, p_rows, p_row,
+    dq_batch, dq_row, dq_term, dk_batch, dk_row, dk_term,
+    R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PROTECT: tl.constexpr, INNER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the ballot for one part of the rows and `span` keys.
+
+    dS[m, j] = TABLE[b, group of m, j - key_low] - sum over rows i of the group with lag * (i // lag) > m of
+    PAIRS[b, i - row_low, j - key_low].
+    """
+    key_low = tl.multiple_of(key_low, 16)
+    batch = tl.program_id(2).to(tl.int64)
+    stop_key = tl.minimum(key_low + (tl.program_id(0) + 1) * span, tl.minimum(key_high, m))
+    if INNER:
+        row = row_low + tl.program_id(1) * group
+        stop = tl.minimum(row + group, row_high)
+    else:
+        row = row_low + tl.program_id(1) * ROWS
+        stop = tl.minimum(row + ROWS, row_high)
+    i = tl.arange(0, ROWS)
+    low = lows_of(Q_DOCUMENTS, row, stop, k_start, ROWS, HAS_DOCUMENTS)
+    # Only keys strictly before the last row of the part can have its votes.
+    stop_key = tl.minimum(stop_key, stop - 1 + delta)
+    first_key = key_low + tl.program_id(0) * span
+    if HAS_DOCUMENTS:
+        first_key += tl.maximum(tl.min(low, axis=0) - first_key, 0) // KEYS * KEYS
+    pairs = describe_tiles(PAIRS + batch * p_batch, p_rows, p_row, p_row, ROWS, KEYS, DESCRIPTORS)
+    d = tl.arange(0, PADDED)
+    for r in tl.static_range(R):
+        q = rows_of(QB + batch * q_batch + r * q_term, row, stop, q_row, ROWS, WIDTH, PADDED)
+        dk_first = DK + batch * dk_batch + r * dk_term
+        dk_source = describe(dk_first, m, dk_row, KEYS, WIDTH, PADDED, REDUCE)
+        scale = tl.load(SCALES + r)
+        weight = tl.load(WEIGHTS + r)
+        dq = tl.zeros([ROWS, PADDED], tl.float32)
+        dweight = tl.zeros([ROWS], tl.float32)
+        for position in tl.range(first_key, stop_key, KEYS):
+            key = tl.multiple_of(tl.cast(position, tl.int32), 16)
+            j = key + tl.arange(0, KEYS)
+            k = rows_of(KB + batch * k_batch + r * k_term, key, m, k_row, KEYS, WIDTH, PADDED)
+            z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            table = TABLE + batch * t_batch + j - key_low
+            if INNER:
+                # Rows past the group belong to the next one; their counts are 0.
+                later = (tl.arange(0, ROWS)[:, None] < (i // lag * lag)[None, :]) & (row + i < stop)[None, :]
+                tile = load_tile(pairs, row - row_low, key - key_low, p_row, ROWS, KEYS, DESCRIPTORS)
+                dvotes = -tl.dot(later.to(tile.dtype), tile, input_precision=PRECISION)
+                dvotes += tl.load(table + tl.cast(row // group, tl.int64) * t_row, mask=j < key_high, other=0.0)[
+                    None, :
+                ]
+            else:
+                at_row = ((row + i) // group).to(tl.int64)[:, None] * t_row
+                inside = (j < key_high)[None, :] & (row + i < stop)[:, None]
+                dvotes = tl.load(table[None, :] + at_row, mask=inside, other=0.0)
+            may = (j[None, :] < (row + i + delta)[:, None]) & (j[None, :] >= low[:, None])
+            open_to_votes = firsts_of(K_DOCUMENTS, key, m, k_start, KEYS, HAS_DOCUMENTS, PROTECT) & (j < key_high)
+            dvotes = tl.where(may & open_to_votes[None, :] & (z > 0.0), dvotes, 0.0)
+            dweight += tl.sum(dvotes * z, axis=1)
+            dz = (dvotes * weight).to(q.dtype)
+            dq = tl.dot(dz, k, dq, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(dz), q, input_precision=PRECISION) * scale
+            if REDUCE:
+                dk_source.atomic_add([key, 0], dk)
+            else:
+                at_dk = dk_first + j.to(tl.int64)[:, None] * dk_row + d[None, :]
+                tl.atomic_add(at_dk, dk, mask=(j < m)[:, None] & (d < WIDTH)[None, :], sem="relaxed")
+        if stop_key > first_key:
+            at_dq = DQ + batch * dq_batch + r * dq_term + (row + i).to(tl.int64)[:, None] * dq_row + d[None, :]
+            tl.atomic_add(at_dq, dq * scale, mask=(row + i < stop)[:, None] & (d < WIDTH)[None, :], sem="relaxed")
+            tl.atomic_add(DWEIGHTS + r, tl.sum(dweight, axis=0), sem="relaxed")
+
+
+def add_column_sums(votes: Votes, pairs: Tensor, sums: Tensor, rows: tuple[int, int]) -> None:
+    """Add the sums over each group's rows of `pairs` [B, rows, keys] to `sums` [B, groups, keys]."""
+    keys = min(pairs.shape[2], sums.shape[2])
+    size = min(128, max(16, votes.tiles.vote_rows))
+    parts = -(-votes.group // size)
+    first = rows[0] // votes.group
+    last = (rows[1] - 1) // votes.group + 1
+    _column_sums_kernel[(-(-keys // 64), (last - first) * parts, votes.batch)](
+        pairs, sums, votes.n, keys, votes.group, first * parts, *rows, parts, *pairs.stride()[:2],
+        *sums.stride()[:2], ROWS=size, KEYS=64, num_warps=4,
+    )  # fmt: skip
+
+
+def add_ballot_gradients(
+    votes: Votes, table: Tensor, pairs: Tensor | None, rows: tuple[int, int], keys: tuple[int, int],
+    dballot_q: Tensor, dballot_k: Tensor, dweights: Tensor, group: int | None = None,
+) -> None:  # fmt: skip
+    """Gradients of the ballot for rows x keys, given the suffix sums of dF in `table` [B, groups, keys].
+
+    `pairs` [B, rows, keys] is the buffer of E = -dF where F has sums inside groups. `group` overrides the size of a
+    group: with all rows in one, the table is one row that holds for all.
+    """
+    tiles = votes.tiles
+    inner = pairs is not None
+    unit = votes.group if inner else tiles.vote_rows
+    parts = -(-(rows[1] - rows[0]) // unit)
+    # Few keys to a program while there are few programs, more once the processors are full.
+    span = tiles.vote_keys * max(1, min(8, (keys[1] - keys[0]) * parts // (tiles.vote_keys * 1024)))
+    shape = (0, 0, 0) if pairs is None else (pairs.stride(0), *pairs.shape[1:])
+    _ballot_kernel[(-(-(keys[1] - keys[0]) // span), parts, votes.batch)](
+        votes.q, votes.k, votes.weights, votes.scales, *votes._documents(), table, table if pairs is None else pairs,
+        dballot_q, dballot_k, dweights,
+        votes.n, votes.m, votes.delta, votes.geometry.k_start, votes.geometry.lag, group or votes.group, *rows, *keys,
+        span, *votes.q.stride()[:3], *votes.k.stride()[:3], *table.stride()[:2], *shape,
+        *dballot_q.stride()[:3], *dballot_k.stride()[:3],
+        **votes._constants(), PRECISION=votes.precision, INNER=inner,
+        DESCRIPTORS=tiles.descriptors and inner, REDUCE=tiles.descriptors and describable(dballot_k),
+        num_warps=tiles.ballot_warps, num_stages=tiles.ballot_stages,
+    )  # fmt: skip
+
+
+def zeros_table(votes: Votes, keys: int) -> Tensor:
+    """A table [B, groups, keys rounded up to 128] of zeros, fp32."""
+    return torch.zeros(votes.batch, votes.groups, -(-keys // 128) * 128, dtype=torch.float32, device=votes.q.device)

@@ -1,0 +1,60 @@
+"""The compiled Triton kernels of selective attention against the definition in float64."""
+
+import pytest
+import torch
+
+from tests.ringattn.selective_oracle import NAMES, dense, errors, problem, run_pieces
+
+pytestmark = pytest.mark.gpu
+
+CASES = {
+    "exact": {"n": 700, "width": 128},
+    "lag 128": {"n": 700, "width": 128, "lag": 128},
+    "lag 64": {"n": 500, "lag": 64},
+    "lag 200": {"n": 700, "lag": 200},
+    "lag 5": {"n": 333, "lag": 5},
+    "lag 16, documents, cost": {"n": 700, "lag": 16, "documents": (0, 100, 101, 333), "cost": True},
+    "lag 128, documents, cost": {"n": 700, "lag": 128, "documents": (0, 100, 101, 333), "cost": True, "tau": 2.0},
+    "grouped, two terms": {"n": 300, "heads": 4, "groups": 2, "terms": 2, "ballot_width": 32, "weights": [0.3, -0.1]},
+    "one key head, batch, wide values": {"n": 190, "heads": 4, "groups": 1, "batch": 2, "v_width": 128},
+    "width 96": {"n": 300, "width": 96, "lag": 1},
+    "narrow": {"n": 130, "width": 16, "v_width": 32, "protect_first": False},
+}
+# The gradient of the votes is added up over heads in bf16, for fp16 inputs too.
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+
+def compare(case, cuts=((0, None),), key_cuts=((0, None),)):
+    from ringattn.kernels.selective.triton_kernel import TritonSelective
+
+    kernel = TritonSelective()
+    assert kernel.unsupported(case["q"], case["k"], case["v"], case["ballot_q"].shape[-1]) is None
+    found = errors(run_pieces(kernel, case, cuts, key_cuts), dense(case), case)
+    dtype = case["q"].dtype
+    votes = LIMITS[torch.bfloat16 if dtype == torch.float16 else dtype]
+    limits = {name: votes if name in ("dballot_q", "dballot_k", "dweights") else LIMITS[dtype] for name in found}
+    assert {name: error for name, error in found.items() if not error < limits[name]} == {}
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_one_piece(name, dtype):
+    compare(problem(**({"heads": 2, "width": 64} | CASES[name]), dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("lag", [1, 16, 128])
+def test_pieces_make_the_whole(lag):
+    case = problem(n=640, heads=2, width=64, lag=lag, device="cuda", dtype=torch.bfloat16, documents=(0, 200, 201))
+    compare(case, cuts=((0, 256), (256, 384), (384, None)), key_cuts=((0, 250), (250, None)))
+
+
+def test_long_rows_are_taken_in_ranges():
+    """More keys than one range holds (32,768): the tail of a long row, where ranges and spans meet."""
+    case = problem(n=33300, heads=1, width=16, device="cuda", dtype=torch.bfloat16, weights=[0.001], lag=64)
+    from ringattn.kernels.selective.triton_kernel import TritonSelective
+
+    found = run_pieces(TritonSelective(), case)
+    parts = run_pieces(TritonSelective(), case, key_cuts=((0, 16000), (16000, None)))
+    for name in NAMES[:2] + NAMES[3:]:
+        error = (found[name] - parts[name]).norm() / parts[name].norm()
+        assert error < 5e-3, f"{name}: {error:.2e}"
