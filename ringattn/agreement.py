@@ -42,7 +42,7 @@ def agree(
     scale: float,
     scoring: str,
 ) -> None:
-    """Make sure that all ranks are about to exchange messages of the same kind; a collective, once per plan and scoring.
+    """Make sure that all ranks are about to exchange messages of the same kind; once per plan and scoring.
 
     Args:
         q, k, v: this rank's shards.

@@ -62,8 +62,8 @@ def ring_attention(
         ValueError: wrong shapes, dtypes, kernel, transport or selection, before anything is sent (in a group of several
             ranks: TopologyError, so that all of them raise).
         TopologyError: on all ranks, when their first calls under a plan do not agree in shapes, dtypes, plan,
-            documents, scale or scoring. If one rank changes these in a later call it raises at once, and its neighbours a
-            PeerError when it ends or their time is up.
+            documents, scale or scoring. If one rank changes these in a later call it raises at once, and its
+            neighbours a PeerError when it ends or their time is up.
         PeerError: when a neighbour dies or does not answer.
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.

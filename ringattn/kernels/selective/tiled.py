@@ -2,7 +2,8 @@
 
 Row tiles are cut at lag boundaries, so that inside a tile votes either count exactly (a tile of whole lag blocks, the
 matrix `_counts` says which rows count which votes) or not at all (a tile inside one lag block). Forward, tiles go
-up and carry the column state; backward they go down and carry the column sums of dF. bf16 and fp16 are computed in fp32.
+up and carry the column state; backward they go down and carry the column sums of dF. bf16 and fp16 are computed in
+fp32.
 """
 
 from __future__ import annotations
