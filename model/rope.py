@@ -84,6 +84,12 @@ class Rope:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return rotation(self.config, positions.to(x.device), dtype).apply(x)
 
+    def angles(self, positions: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, width/2] of positions [S], as `__call__` uses them, for kernels that turn by themselves."""
+        found = rotation(self.config, positions, dtype)
+        assert 2 * found.cos.shape[1] == width
+        return found.cos, found.sin
+
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
     """Radians per position of each feature pair, [D/2] float64, after the configured scaling."""

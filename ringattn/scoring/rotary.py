@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 RotaryFn = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, S, heads, D], positions [S] long) -> x turned, same shape and dtype. `Rope` is one."""
+"""(x [B, S, heads, D], positions [S] long) -> x turned, same shape and dtype. `Rope` is one.
+
+One that also has `angles(positions, width, dtype) -> (cos, sin)`, [S, width/2] each in half-split pairing, can be fused
+into what comes before it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

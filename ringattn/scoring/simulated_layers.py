@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ringattn.scoring.rotary import Rope, RotaryFn
+from ringattn.scoring.rotary import RotaryFn
 
 KERNELS = ("auto", "torch", "triton")
 
@@ -100,8 +100,9 @@ def _fused_expand(
     x: Tensor, heads: HeadExpansion, features: FeatureExpansion | None, rope: RotaryFn | None, positions: Tensor
 ) -> Tensor:
     turn = None
-    if features is not None and isinstance(rope, Rope):
-        turn = rope.angles(positions.to(x.device), features.first.out_features, torch.float32)
+    angles = getattr(rope, "angles", None)  # a rope that can say its angles is fused too
+    if features is not None and angles is not None:
+        turn = angles(positions.to(x.device), features.first.out_features, torch.float32)
     w1, b1, w2, b2 = (*_cast(heads.first, x.dtype), *_cast(heads.second, x.dtype))
     expanded: Tensor = _fused().expand(
         x.flatten(0, 1),

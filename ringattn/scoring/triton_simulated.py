@@ -53,7 +53,7 @@ TILES = Tiles()
 
 
 def unsupported(x: Tensor, simulated_heads: int, simulated_dim: int | None, *, interpreted: bool = False) -> str | None:
-    """Why the kernels cannot expand x [N, G, D] to these sizes, or None if they can.
+    """Why the kernels cannot expand x [..., G, D] to these sizes, or None if they can.
 
     Args:
         simulated_dim: None without feature expansion.
@@ -63,10 +63,10 @@ def unsupported(x: Tensor, simulated_heads: int, simulated_dim: int | None, *, i
         return f"it needs bf16 or fp16 on CUDA, got {x.dtype} on {x.device.type}"
     if not interpreted and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs compute capability 8.0"
-    if max(x.shape[1], simulated_heads) > _MAX_HEADS:
-        return f"it holds at most {_MAX_HEADS} heads, got {x.shape[1]} and {simulated_heads}"
-    if max(x.shape[2], simulated_dim or 0) > _MAX_WIDTH:
-        return f"it holds at most {_MAX_WIDTH} features, got {x.shape[2]} and {simulated_dim}"
+    if max(x.shape[-2], simulated_heads) > _MAX_HEADS:
+        return f"it holds at most {_MAX_HEADS} heads, got {x.shape[-2]} and {simulated_heads}"
+    if max(x.shape[-1], simulated_dim or 0) > _MAX_WIDTH:
+        return f"it holds at most {_MAX_WIDTH} features, got {x.shape[-1]} and {simulated_dim}"
     if simulated_dim is not None and simulated_dim % 2:
         return f"it works on two halves of the features, got {simulated_dim}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -118,15 +119,21 @@ def pick_selective(name: str, q: Tensor, k: Tensor, v: Tensor, ballot_width: int
     raise AssertionError("the tiled kernel supports everything")
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _kernel_problem(name: str, q: Tensor, k: Tensor, v: Tensor, ballot_width: int) -> str | None:
     if name == "triton":
         if q.device.type != "cuda":
             return f"it runs on CUDA, the tensors are on {q.device.type}"
-        if find_spec("triton") is None:
+        if not _has_triton():
             return "triton is not installed"
     return _make(name).unsupported(q, k, v, ballot_width)
 
 
+@cache
 def _make(name: str) -> SelectiveKernel:
     if name == "tiled":
         return TiledSelective()

@@ -51,6 +51,9 @@ class TritonSelective:
         for width in (q.shape[-1], v.shape[-1], ballot_width):
             if not 8 <= width <= 128 or width % 8:
                 return f"widths must be multiples of 8 from 8 to 128, got {width}"
+        if q.is_cuda and q.dtype == torch.float32 and min(q.shape[-1], k.shape[-1], v.shape[-1]) < 64:
+            # Seen on an H200 with Triton 3.6: at width 16 the compiled kernel reads past its shared memory.
+            return f"fp32 needs widths of at least 64, got {q.shape[-1]} and {v.shape[-1]}"
         if torch.are_deterministic_algorithms_enabled():
             return "it adds gradients in an order that is not repeatable, and deterministic algorithms are asked for"
         return None
