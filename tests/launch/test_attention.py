@@ -1,5 +1,7 @@
 """The memory loss over a ring: its value and all gradients equal those of one process, and of the definition."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,7 +31,7 @@ def expected(documents):
     bias = selection_bias(q, k, selection(), documents=documents)
     cost = memory_cost(bias, visibility(SEQ_LEN, documents=documents), TAU)[0]
     edges = documents or (0, SEQ_LEN)
-    age = torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])
+    age = torch.cat([torch.arange(b - a) for a, b in pairwise(edges)])
     penalty = WEIGHT * (age - cost).max()
     ((out * dout).sum() + penalty).backward()
     return [penalty.detach(), *(x.grad for x in leaves)]

@@ -79,9 +79,9 @@ def kill_in_hop(rank, victim, step, where):
     seen = {"step": 0}
     train, exchange = StepRunner.train, P2PTransport.exchange
 
-    def counting_train(self, *arguments):
+    def counting_train(self, *arguments, **options):
         seen["step"] += 1
-        return train(self, *arguments)
+        return train(self, *arguments, **options)
 
     def deadly_exchange(self, send, send_to, receive, receive_from, label):
         if seen["step"] == step and label.startswith(where):
@@ -94,7 +94,7 @@ def kill_in_hop(rank, victim, step, where):
     return seen
 
 
-@pytest.mark.parametrize("where", ["forward hop 1", "backward hop 2"])
+@pytest.mark.parametrize("where", ["forward hop 1", "backward hop 1"])
 def test_row_1_kill_in_a_hop_then_the_same_command_gives_the_same_bits(corpus, tmp_path, clean, where):
     run = short_run(corpus, tmp_path)
     step = random.Random(where).randint(4, STEPS)  # after the first checkpoint
@@ -116,11 +116,11 @@ def signal_at_step(rank, victim, step, number):
 
     train, seen = StepRunner.train, {"step": 0}
 
-    def signalled_train(self, *arguments):
+    def signalled_train(self, *arguments, **options):
         seen["step"] += 1
         if seen["step"] == step and rank == victim:
             os.kill(os.getpid(), number)
-        return train(self, *arguments)
+        return train(self, *arguments, **options)
 
     StepRunner.train = signalled_train
 
@@ -170,17 +170,17 @@ def nan_on_one_rank(rank, victim, steps, where="loss"):
 
     train, forward, seen = StepRunner.train, StepRunner._forward, {"step": 0, "changed": []}
 
-    def counting_train(self, *arguments):
+    def counting_train(self, *arguments, **options):
         seen["step"] += 1
         before = {name: tensor.clone() for name, tensor in self._engine.state().items()}
-        result = train(self, *arguments)
+        result = train(self, *arguments, **options)
         after = self._engine.state()
         same = all(torch.equal(local(before[name]), local(after[name])) for name in before)
         seen["changed"] += [] if same else [seen["step"]]
         return result
 
-    def poisoned(self, row, labels):
-        loss = forward(self, row, labels)
+    def poisoned(self, row, labels, attention):
+        loss = forward(self, row, labels, attention)
         if rank == victim and seen["step"] in steps and torch.is_grad_enabled():
             if where == "loss":
                 return loss * float("nan")
@@ -236,8 +236,8 @@ def nan_in_the_weights(rank, step):
 
     train, seen = StepRunner.train, {"step": 0}
 
-    def poisoning_train(self, *arguments):
-        result = train(self, *arguments)
+    def poisoning_train(self, *arguments, **options):
+        result = train(self, *arguments, **options)
         seen["step"] += 1
         if seen["step"] == step:
             next(iter(self._engine.state().values())).view(-1)[0] = float("nan")
@@ -278,10 +278,10 @@ def broken_forward(rank, victim):
 
     forward = StepRunner._forward
 
-    def failing(self, row, labels):
+    def failing(self, row, labels, attention):
         if rank == victim and torch.is_grad_enabled():
             raise ZeroDivisionError("planted")
-        return forward(self, row, labels)
+        return forward(self, row, labels, attention)
 
     StepRunner._forward = failing
 
@@ -299,12 +299,12 @@ def sleep_at_step(rank, victim, step, seconds):
 
     train, seen = StepRunner.train, {"step": 0}
 
-    def sleeping_train(self, *arguments):
+    def sleeping_train(self, *arguments, **options):
         seen["step"] += 1
         seen["at"] = time.monotonic()
         if seen["step"] == step and rank == victim:
             time.sleep(seconds)
-        return train(self, *arguments)
+        return train(self, *arguments, **options)
 
     StepRunner.train = sleeping_train
     return seen
