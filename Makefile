@@ -2,7 +2,7 @@
 # already has every package they need (a cluster image, say): then they use it as it is and install nothing.
 PYTHON ?= python3
 TRAIN_NEEDS := torch einops pydantic yaml rich typer numpy psutil datasets tokenizers safetensors
-TEST_NEEDS := $(TRAIN_NEEDS) transformers matplotlib jinja2 tensorboard deepspeed pytest xdist ruff mypy
+TEST_NEEDS := $(TRAIN_NEEDS) transformers matplotlib jinja2 tensorboard deepspeed pytest xdist ruff mypy x_transformers
 
 # The Python for a command that needs the packages $(1), and what must be made first.
 has = $(shell [ ! -e .venv ] && $(PYTHON) -c "import importlib.util as u, sys; \

@@ -1,11 +1,13 @@
 """Every command and every piece of code in README and docs is run, or checked as far as it can be without a GPU."""
 
+import importlib
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import typer
 
 from launch import cli
 from launch.config_load import load_config, split_worker_args
@@ -14,6 +16,7 @@ from tests.launch.runs import settings, train_worker, write_corpus
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parent.parent
+TYPER_TOOLS = ("tools.bench_attention", "tools.bench_payload", "tools.overwritten_variables")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -61,7 +64,10 @@ def check(command, run_dir, tmp_path, monkeypatch):
     if words[0] == "make":
         assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
     elif words[0] in ("torchrun", "deepspeed"):
-        check_worker(words)
+        if "tools.bench_attention" in words:
+            check(f"python -m {shlex.join(words[words.index('-m') + 1 :])}", run_dir, tmp_path, monkeypatch)
+        else:
+            check_worker(words)
     elif words[0] == "sbatch":
         assert (ROOT / words[1]).is_file()
         load_config(str(ROOT / words[2]), [f"run.dir={words[3]}", *words[4:]])
@@ -90,6 +96,14 @@ def check(command, run_dir, tmp_path, monkeypatch):
         from tools.scaling_report import _parser
 
         _parser().parse_args(words[3:])  # measured for real in tests/tools/test_scaling_report.py
+    elif words[:3] == ["python", "-m", "tools.bench_selection"]:
+        from tools.bench_selection import _parser as selection_parser
+
+        selection_parser().parse_args(words[3:])  # needs CUDA
+    elif words[:2] == ["python", "-m"] and words[2] in TYPER_TOOLS:
+        # run for real in tests/tools; here the options are checked
+        command = typer.main.get_command(importlib.import_module(words[2]).app)
+        command.make_context(words[2], words[3:])
     else:
         raise AssertionError(f"no test knows how to run {command!r}: add it here")
 

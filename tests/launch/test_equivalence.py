@@ -45,7 +45,7 @@ def compare(corpus, tmp_path, alone, world_size, variants):
         assert worst <= 1e-5, (world_size, variant, worst)
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("cp_size", [1, pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_every_layout_gives_the_losses_of_one_process(corpus, tmp_path, alone, cp_size):
     layouts = ("zigzag",) if cp_size in (1, 4) else LAYOUTS  # all of them for all sizes in the slow table below
     compare(corpus, tmp_path, alone, cp_size, [(layout, ENGINES[0], 1, {}) for layout in layouts])

@@ -1,0 +1,237 @@
+"""Measuring one variant at one point: is it right, how long does it take, how much memory does it need."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels import KERNELS
+from tools.bench.problem import Case, Cut, Point, Variant
+from tools.bench.ranks import Ranks, VariantError
+
+# Largest error of a token, relative to that token's or the median token's length; rounding stays several times below.
+TOLERANCE = {"bf16": 0.04, "fp16": 0.01, "fp32": 1e-4, "fp64": 1e-10}
+PARTS = ("out", "dq", "dk", "dv")
+
+_MAX_CALLS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        repeat: samples per figure; their median counts.
+        sets: input tensors that take turns, so that no call finds the last one's in a cache.
+        warmup: untimed calls before.
+        sample_seconds: a sample is as many calls as take about this long.
+        check_tokens: tokens per rank at which a variant must prove itself before it is timed.
+    """
+
+    repeat: int
+    sets: int
+    warmup: int
+    sample_seconds: float
+    check_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds per call, of the slowest rank: medians of the samples. Bytes of the rank that takes most.
+
+    Attributes:
+        extra_bytes: most that existed during forward and backward beyond q, k, v and dout; None on the CPU.
+        outside_bytes: what the device has lost meanwhile beside torch's allocator: peer buffers, NCCL's own.
+    """
+
+    forward_ms: float
+    both_ms: float
+    extra_bytes: int | None
+    outside_bytes: int | None
+
+
+class Oracle:
+    """Whole attention at a small size in float64, by the definition, and every variant's inputs for it."""
+
+    def __init__(self, point: Point, effort: Effort, device: torch.device) -> None:
+        self.point = replace(point, tokens_per_rank=effort.check_tokens)
+        generator = torch.Generator().manual_seed(1)
+        point, kernel = self.point, KERNELS["reference"]
+
+        def draw(heads: int) -> Tensor:
+            shape = (1, point.seq_len, heads, point.head_dim)
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return x.to(device, point.torch_dtype)
+
+        self.inputs = tuple(draw(heads) for heads in (point.heads, point.kv_heads, point.kv_heads, point.heads))
+        q, k, v, dout = (x.double() for x in self.inputs)
+        causal, scale = point.causal, point.scale
+        out, lse = kernel.forward(q, k, v, causal=causal, mask=None, scale=scale)
+        gradients = kernel.backward(dout, q, k, v, out, lse, causal=causal, mask=None, scale=scale)
+        self.answers = dict(zip(PARTS, (out, *gradients), strict=True))
+
+    def errors(self, case: Case, ranks: Ranks) -> dict[str, float]:
+        """Of out and of the gradients on this rank; see `TOLERANCE` for how they are measured."""
+        cut = case.cut
+        heads = {"out": cut.heads, "dq": cut.heads, "dk": cut.kv_heads, "dv": cut.kv_heads}
+        q, k, v, dout = (
+            cut.take(x, part)
+            for x, part in zip(self.inputs, (cut.heads, cut.kv_heads, cut.kv_heads, cut.heads), strict=True)
+        )
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = case.attend(*leaves)
+        found = dict(zip(PARTS, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
+        ranks.synchronize()  # not by reading a number, which would wait for ever
+        parts = PARTS if cut.owns_keys(self.point) else PARTS[:2]
+        return {name: _error(found[name], cut.take(self.answers[name], heads[name])) for name in parts}
+
+
+def check(variant: Variant, oracle: Oracle, ranks: Ranks) -> dict[str, float]:
+    """The variant's errors, the largest of all ranks; empty if it claims no answer.
+
+    Raises:
+        VariantError: on all ranks, if it fails on one.
+    """
+    with opened(variant, oracle.point, ranks) as case:
+        if not case.checked:
+            return {}
+        errors = ranks.together(lambda: oracle.errors(case, ranks))
+    largest = ranks.largest([errors.get(name, 0.0) for name in PARTS])
+    return {name: error for name, error in zip(PARTS, largest, strict=True) if name in errors}
+
+
+def verdict(errors: dict[str, float], dtype: str) -> str | None:
+    """What is wrong, or None."""
+    limit = TOLERANCE[dtype]
+    wrong = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= limit]
+    return f"error above {limit:g}: {', '.join(wrong)}" if wrong else None
+
+
+def time_case(case: Case, point: Point, effort: Effort, ranks: Ranks) -> Timing:
+    """Forward, and forward with backward; both with inputs that require gradients, as in training.
+
+    Raises:
+        VariantError: on all ranks, if it fails on one.
+    """
+    sets = ranks.together(lambda: [_inputs(case.cut, point, ranks, number) for number in range(effort.sets)])
+
+    def forward(number: int) -> None:
+        q, k, v, _ = sets[number % len(sets)]
+        case.attend(q, k, v)
+
+    def both(number: int) -> None:
+        q, k, v, dout = sets[number % len(sets)]
+        torch.autograd.grad(case.attend(q, k, v), (q, k, v), dout)
+
+    extra, outside = ranks.together(lambda: _memory(both, effort, ranks))
+    forward_ms = _measure(forward, effort, ranks)
+    both_ms = _measure(both, effort, ranks)
+    most = ranks.largest([extra or 0, outside or 0])
+    return Timing(
+        forward_ms=forward_ms,
+        both_ms=both_ms,
+        extra_bytes=None if extra is None else int(most[0]),
+        outside_bytes=None if outside is None else int(most[1]),
+    )
+
+
+@contextmanager
+def opened(variant: Variant, point: Point, ranks: Ranks) -> Iterator[Case]:
+    """The variant made ready, and closed again, also after a failure. Collective."""
+    made: list[Case] = []
+    try:
+        ranks.together(lambda: made.append(variant.make(point, ranks)))
+        yield made[0]
+        ranks.together(made[0].close)
+    except VariantError as failure:
+        ranks.recover(failure)
+        for case in made:
+            with suppress(Exception):
+                case.close()
+        raise
+
+
+def _inputs(cut: Cut, point: Point, ranks: Ranks, number: int) -> tuple[Tensor, ...]:
+    """q, k, v that require gradients, and dout; random, other ones on every rank."""
+    generator = torch.Generator(ranks.device).manual_seed(1000 * number + ranks.rank)
+
+    def draw(heads: range) -> Tensor:
+        shape = (1, len(cut.positions), len(heads), point.head_dim)
+        return cut.arrange(torch.randn(shape, generator=generator, device=ranks.device, dtype=point.torch_dtype))
+
+    q, k, v = (draw(heads).requires_grad_() for heads in (cut.heads, cut.kv_heads, cut.kv_heads))
+    return q, k, v, draw(cut.heads)
+
+
+def _memory(both: Callable[[int], None], effort: Effort, ranks: Ranks) -> tuple[int | None, int | None]:
+    """Warms up, and finds the most memory that a call needs and what stays taken."""
+    if not ranks.on_cuda:
+        for number in range(effort.warmup):
+            both(number)
+        return None, None
+    device = ranks.device
+    ranks.synchronize()
+    torch.cuda.empty_cache()
+    before, outside = torch.cuda.memory_allocated(device), _outside(device)
+    for number in range(effort.warmup):
+        both(number)
+    ranks.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    both(0)
+    ranks.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before, max(0, _outside(device) - outside)
+
+
+def _outside(device: torch.device) -> int:
+    """Bytes of the device that are taken, but not by torch's allocator."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def _measure(step: Callable[[int], None], effort: Effort, ranks: Ranks) -> float:
+    """Median over samples of the slowest rank's milliseconds per call."""
+    _sample(step, 1, ranks)
+    # The shorter of two: with many calls in a row, launching hides behind the device.
+    once = min(ranks.largest([_sample(step, 2, ranks)])[0] for _ in range(2))
+    calls = max(1, min(_MAX_CALLS, math.ceil(effort.sample_seconds * 1e3 / max(once, 1e-6))))
+    own = [_sample(step, calls, ranks) for _ in range(effort.repeat)]
+    return statistics.median(ranks.largest(own))
+
+
+def _sample(step: Callable[[int], None], calls: int, ranks: Ranks) -> float:
+    """Milliseconds per call on this rank; all ranks start together, as they agreed on something just before."""
+    ranks.gather(None)
+    return ranks.together(lambda: _elapsed_ms(step, calls, ranks)) / calls
+
+
+def _elapsed_ms(step: Callable[[int], None], calls: int, ranks: Ranks) -> float:
+    if not ranks.on_cuda:
+        began = time.perf_counter()
+        for number in range(calls):
+            step(number)
+        return (time.perf_counter() - began) * 1e3
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    ranks.align()
+    start.record()
+    for number in range(calls):
+        step(number)
+    stop.record()
+    ranks.wait(stop)
+    return start.elapsed_time(stop)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Largest over tokens of |found - expected| / max(|expected|, its median over tokens); NaN counts as infinite."""
+    if found.shape != expected.shape:
+        return math.inf
+    difference = (found.double() - expected).flatten(2).norm(dim=-1)
+    length = expected.flatten(2).norm(dim=-1)
+    error = float((difference / length.maximum(length.median())).max())
+    return error if math.isfinite(error) else math.inf

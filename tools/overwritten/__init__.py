@@ -1,0 +1,1 @@
+"""The parts of `tools.overwritten_variables`: rows, training, processes, results."""
