@@ -127,7 +127,7 @@ def payload_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
     """Bytes of one layer's payload of one token: what a hop carries per token, `element_bytes` 2 (bf16) or 4 (fp32).
 
     k and v of grouped heads, compact k and v ("sas"), a latent and a rotary key ("mla"), factors ("tpa"). Backward, the
-    gradient sums of the same elements travel too, in fp32.
+    gradients of the same elements go back to their owner in the same dtype.
     """
     return attention_shape(config).payload * element_bytes
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.errors import TopologyError
+from ringattn.errors import PeerError, TopologyError
 from ringattn.plan import Plan
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,6 +53,7 @@ def agree(
 
     Raises:
         TopologyError: on every rank of the group.
+        PeerError: the others do not come here.
     """
     rank = dist.get_rank(group)
     own = (plan.fingerprint(), int(problem is not None), *([0] * (len(_NAMES) - 2)))
@@ -75,7 +76,14 @@ def agree(
     device = q.device if dist.get_backend(group) == "nccl" else torch.device("cpu")
     mine = torch.tensor(own, dtype=torch.long, device=device)
     everyone = [torch.empty_like(mine) for _ in range(plan.cp_size)]
-    dist.all_gather(everyone, mine, group=group)
+    try:
+        dist.all_gather(everyone, mine, group=group)
+    except RuntimeError as error:
+        raise PeerError(
+            f"ring_attention: rank {rank}: the others did not come to agree on a call with: {scoring}: "
+            f"{str(error).strip().splitlines()[0]}. A rank died, or the ranks make different calls (selection or "
+            "expand on some of them only)"
+        ) from error
     if problem is not None:
         raise TopologyError(f"ring_attention: rank {rank}: {problem}")
     rows = [tuple(row.tolist()) for row in everyone]

@@ -62,8 +62,8 @@ def ring_attention(
         ValueError: wrong shapes, dtypes, kernel, transport or selection, before anything is sent (in a group of several
             ranks: TopologyError, so that all of them raise).
         TopologyError: on all ranks, when their first calls under a plan do not agree in shapes, dtypes, plan,
-            documents, scale or scoring. If one rank changes these in a later call it raises at once, and its
-            neighbours a PeerError when it ends or their time is up.
+            documents, scale or scoring. If one rank changes shapes in a later call it raises at once, and its
+            neighbours a PeerError when it ends or their time is up; if it comes with another scoring, all of them do.
         PeerError: when a neighbour dies or does not answer.
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.
@@ -172,10 +172,12 @@ class _SelectiveRingAttention(torch.autograd.Function):
         work.expansion.start_backward()
         with torch.autocast(q.device.type, enabled=False):
             found = work.backward(dout, dcost, q, payload, ballot_q, ballot_k, weights, out, lse, carries)
-            # The selection head's key was made from the own payload here, so its late gradients go back through that.
-            with work.expansion.backward(work.ring.rank, payload) as visiting:
-                visiting.gradients[0][:, :, key_head] += found.ballot_k[:, :, 0]
-        dk, dv = (x + late for x, late in zip(found.payload[:2], visiting.payload_gradients, strict=True))
+            dk, dv = found.payload[:2]
+            if len(work.pieces) > 1:  # else nothing is owed to later pieces
+                # The selection head's key was made from the own payload here: its late gradients go back through that.
+                with work.expansion.backward(work.ring.rank, payload) as visiting:
+                    visiting.gradients[0][:, :, key_head] += found.ballot_k[:, :, 0]
+                dk, dv = (x + late for x, late in zip((dk, dv), visiting.payload_gradients, strict=True))
         found.q[:, :, head] += found.ballot_q[:, :, 0]
         earlier: tuple[Tensor | None, Tensor | None] = (None, None)
         if earlier_k is not None:
@@ -230,7 +232,7 @@ def _expanded(
         )
     if max(k.dim(), v.dim()) > 5:
         return k, v, f"payloads have at most five dimensions, got {shapes}"
-    keys, values, problem = expansion.own(rank, k, v, check=not plan._agreed)
+    keys, values, problem = expansion.own(rank, k, v)
     if problem is not None:
         return k, v, problem
     expected = "expand: expected keys" if expansion.parameters or keys is not k else "expected k"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,8 @@ class Plan:
     # What follows from the fields above, filled when first asked for.
     _blocks: dict[tuple[int, int], tuple[Block, ...]] = field(default_factory=dict, repr=False, compare=False)
     _starts: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    # What `expand` functions were looked at for hidden gradients; the same set for all rows of a run.
+    _checked: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, repr=False, compare=False)
     # What the ranks agreed on in the first call under this plan (see agreement.py).
     _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
 

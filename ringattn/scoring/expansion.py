@@ -61,20 +61,22 @@ class Expansion:
             self.parameters = tuple(p for p in owner.parameters() if p.requires_grad)
         self.parameter_gradients: list[Tensor | None] = []
 
-    def own(self, rank: int, k: Tensor, v: Tensor, *, check: bool) -> tuple[Tensor, Tensor, str | None]:
+    def own(self, rank: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str | None]:
         """Expand the own payload before any hop, so that a wrong shape is found there; hop 0 uses the result.
+
+        The first time with gradients on, also look for tensors with gradients that it uses but the ring cannot see.
 
         Args:
             rank: the own rank.
             k, v: the own payload.
-            check: also look for tensors with gradients that `expand` uses but the ring cannot see.
 
         Returns:
             Keys, values (without a graph), and a problem or None.
         """
         if self._expand is None:
             return k, v, None
-        check = check and torch.is_grad_enabled()
+        owner = getattr(self._expand, "__self__", self._expand)  # a bound method is a new object every time
+        check = torch.is_grad_enabled() and owner not in self._plan._checked
         # This graph is looked at and dropped; a checkpoint around the call must not count what it would save.
         with torch.set_grad_enabled(check), self._as_called(), saved_tensors_hooks(_same, _same):
             result = self._expand(k.detach(), v.detach(), self._plan.positions(rank, self._device))
@@ -88,6 +90,8 @@ class Expansion:
                 f"expand: it uses {hidden} tensors with gradients that the ring cannot see, so that these gradients "
                 "would be lost; pass an nn.Module that owns them as parameters, or a method of one",
             )
+        if check:
+            self._plan._checked.add(owner)
         self._own = (rank, (result[0].detach(), result[1].detach()))
         return *self._own[1], None
 

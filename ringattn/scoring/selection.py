@@ -12,6 +12,7 @@ Term r = 0 is the selection head's own scaled score with weight `gain`; further 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,10 @@ class Votes:
     weight: Tensor
     scale: float | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, Tensor) or self.weight.numel() != 1 or not self.weight.is_floating_point():
+            raise ValueError(f"Votes: weight: expected a one-element float tensor, got {_shown(self.weight)}")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
@@ -48,7 +53,7 @@ class Selection:
         lag: votes count from the next position divisible by `lag` on; 1 is the exact form. A lag of at least the
             sequence length is plain attention. Positions are those of the row, also in packed rows.
         gain: w_0, factor of the votes; a one-element tensor gets its gradient. 0 is plain attention.
-        earlier: votes of earlier layers that count too (`Votes`).
+        earlier: votes of earlier layers that count too (`Votes`), as many on every rank of a ring.
         memory_tau: if set, `ring_attention` also returns each token's memory cost [B, S]: the sum over the keys it sees
             of min(F, memory_tau) / memory_tau, for the memory loss; differentiable.
 
@@ -64,33 +69,37 @@ class Selection:
     memory_tau: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.head, int) or self.head < 0:
+        if not _is_number(self.head, int) or self.head < 0:
             raise ValueError(f"Selection: head: expected the number of a query head, 0 or more, got {self.head!r}")
-        if not isinstance(self.lag, int) or self.lag < 1:
+        if not _is_number(self.lag, int) or not 1 <= self.lag < 2**31:
             raise ValueError(
-                f"Selection: lag: expected an integer of at least 1 (1 is the exact form), got {self.lag!r}"
+                "Selection: lag: expected an integer of at least 1 (1 is the exact form) and below 2^31, "
+                f"got {self.lag!r}"
             )
         if isinstance(self.gain, Tensor):
             if self.gain.numel() != 1 or not self.gain.is_floating_point():
                 raise ValueError(
-                    f"Selection: gain: expected a number or a one-element float tensor, got {self.gain.dtype} of shape "
-                    f"{tuple(self.gain.shape)}"
+                    f"Selection: gain: expected a number or a one-element float tensor, got {_shown(self.gain)}"
                 )
-        elif not abs(float(self.gain)) < float("inf"):
-            raise ValueError(f"Selection: gain: expected a finite number, got {self.gain!r}")
-        if self.memory_tau is not None and not 0 < self.memory_tau < float("inf"):
-            raise ValueError(f"Selection: memory_tau: expected a number above 0 or None, got {self.memory_tau!r}")
-
-    @property
-    def num_terms(self) -> int:
-        """R: the own term and those of earlier layers."""
-        return 1 + len(self.earlier)
+        elif not _is_number(self.gain, (int, float)) or not math.isfinite(self.gain):
+            raise ValueError(f"Selection: gain: expected a finite number or a one-element tensor, got {self.gain!r}")
+        tau = self.memory_tau
+        if tau is not None and not (_is_number(tau, (int, float)) and 0 < tau < math.inf):
+            raise ValueError(f"Selection: memory_tau: expected a number above 0 or None, got {tau!r}")
 
     def weights(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """[R]: the factors of all terms, differentiable."""
         gain = self.gain if isinstance(self.gain, Tensor) else torch.tensor(float(self.gain), dtype=torch.float64)
         parts = [gain, *(votes.weight for votes in self.earlier)]
         return torch.stack([part.reshape(()).to(device=like.device, dtype=dtype) for part in parts])
+
+
+def _is_number(x: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(x, kind) and not isinstance(x, bool)
+
+
+def _shown(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
 def selection_problem(selection: Selection, plan: Plan, q: Tensor, keys: Tensor, rank: int) -> str | None:
@@ -122,6 +131,4 @@ def selection_problem(selection: Selection, plan: Plan, q: Tensor, keys: Tensor,
                     f"selection.earlier[{number}].{name}: expected {q.dtype} of shape {list(expected)} on {q.device}, "
                     f"got {x.dtype} of shape {list(x.shape)} on {x.device}"
                 )
-        if votes.weight.numel() != 1:
-            return f"selection.earlier[{number}].weight: expected one element, got shape {tuple(votes.weight.shape)}"
     return None

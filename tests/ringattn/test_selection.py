@@ -67,7 +67,11 @@ def votes(seq_len=8, width=8, dtype=torch.float32, weight=None):
         ({"head": -1}, "head: expected the number of a query head, 0 or more, got -1"),
         ({"lag": 0}, "lag: expected an integer of at least 1 .* got 0"),
         ({"lag": 2.0}, "lag: expected an integer"),
-        ({"gain": float("nan")}, "gain: expected a finite number, got nan"),
+        ({"head": True}, "head: expected the number of a query head"),
+        ({"lag": 10**20}, r"lag: .* below 2\^31"),
+        ({"gain": float("nan")}, "gain: expected a finite number or a one-element tensor, got nan"),
+        ({"gain": "learned"}, "gain: expected a finite number or a one-element tensor, got 'learned'"),
+        ({"memory_tau": "x"}, "memory_tau: expected a number above 0"),
         ({"gain": torch.ones(2)}, r"gain: .* one-element float tensor, got torch.float32 of shape \(2,\)"),
         ({"memory_tau": 0.0}, "memory_tau: expected a number above 0"),
     ],
@@ -87,7 +91,6 @@ def test_a_selection_that_cannot_be(options, message):
         ({}, {}, "triton", "kernel: 'triton' cannot do this: it runs on CUDA, the tensors are on cpu"),
         ({"earlier": (votes(7),)}, {}, "auto", r"earlier\[0\].q: expected torch.float32 of shape \[1, 8, 8\].*got"),
         ({"earlier": (votes(dtype=torch.float64),)}, {}, "auto", r"earlier\[0\].q: .* got torch.float64"),
-        ({"earlier": (votes(weight=torch.ones(3)),)}, {}, "auto", r"earlier\[0\].weight: expected one element"),
     ],
 )
 def test_a_selection_that_does_not_fit(selection, plan, kernel, message):
@@ -95,6 +98,12 @@ def test_a_selection_that_does_not_fit(selection, plan, kernel, message):
         ringattn.ring_attention(
             *tensors(), ringattn.Plan(8, 1, **plan), selection=ringattn.Selection(**selection), kernel=kernel
         )
+
+
+@pytest.mark.parametrize(("weight", "shown"), [(torch.ones(3), r"torch.float32 of shape \(3,\)"), (0.5, "0.5")])
+def test_a_weight_of_votes_is_one_number(weight, shown):
+    with pytest.raises(ValueError, match=f"Votes: weight: expected a one-element float tensor, got {shown}"):
+        votes(weight=weight)
 
 
 def refused_worker(rank, world_size, kind):
@@ -141,8 +150,13 @@ def test_an_expansion_with_gradients_the_ring_cannot_see_is_refused():
     with pytest.raises(ValueError, match=r"it uses 1 tensors with gradients that the ring cannot see.*nn.Module"):
         ringattn.ring_attention(*tensors(), ringattn.Plan(8, 1), expand=lambda k, v, p: hidden(k, v, p))
     ringattn.ring_attention(*tensors(), ringattn.Plan(8, 1), expand=hidden.forward)  # a method of a module: seen
+    plan = ringattn.Plan(8, 1)
     with torch.no_grad():
-        ringattn.ring_attention(*tensors(), ringattn.Plan(8, 1), expand=lambda k, v, p: hidden(k, v, p))
+        ringattn.ring_attention(*tensors(), plan, expand=lambda k, v, p: hidden(k, v, p))
+    ringattn.ring_attention(*tensors(), plan)  # neither an earlier call without gradients nor another one hides it
+    ringattn.ring_attention(*tensors(), plan, expand=hidden.forward)
+    with pytest.raises(ValueError, match="the ring cannot see"):
+        ringattn.ring_attention(*tensors(), plan.with_documents((0, 4, 8)), expand=lambda k, v, p: hidden(k, v, p))
 
 
 @pytest.mark.parametrize(

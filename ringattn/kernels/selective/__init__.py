@@ -113,10 +113,12 @@ def selective_problem(name: str, q: Tensor, k: Tensor, v: Tensor, ballot_width: 
 def pick_selective(name: str, q: Tensor, k: Tensor, v: Tensor, ballot_width: int) -> SelectiveKernel:
     """The kernel called `name` (see `selective_problem`), or for "auto" the first of the table that can."""
     names = SELECTIVE_KERNELS if name == "auto" else (name,)
+    reason = None
     for candidate in names:
-        if _kernel_problem(candidate, q, k, v, ballot_width) is None:
+        reason = _kernel_problem(candidate, q, k, v, ballot_width)
+        if reason is None:
             return _make(candidate)
-    raise AssertionError("the tiled kernel supports everything")
+    raise ValueError(f"kernel: {name!r} cannot do this block: {reason}; use kernel='auto' or 'tiled'")
 
 
 @cache
