@@ -1,0 +1,126 @@
+"""Predicted against measured: the rows of a result of tools.bench_attention, simulated."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ringattn
+from tools.bench.variants import IDEAL
+from tools.simulate.case import Case
+from tools.simulate.machine import Machine, MachineFile
+from tools.simulate.predict import predict
+
+_SIZES = ("num_ranks", "tokens_per_rank", "heads", "kv_heads", "head_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One figure of one row, milliseconds."""
+
+    variant: str
+    transport: str
+    num_ranks: int
+    tokens_per_rank: int
+    heads: int
+    kv_heads: int
+    what: str
+    measured_ms: float
+    predicted_ms: float
+    measured_percent: float | None
+    predicted_percent: float
+
+    @property
+    def error_percent(self) -> float:
+        """Of the time: above 0 means that the prediction is too slow."""
+        return 100.0 * (self.predicted_ms / self.measured_ms - 1.0)
+
+
+def compare(path: Path, file: MachineFile, machine: Machine, transport: str | None) -> list[Pair]:
+    """Every measured row that the simulation knows: the ideal and ours.
+
+    Args:
+        path: attention.json or attention.csv.
+        machine: rates and links; its transport is that of the row (see `MachineFile.transport_of`) unless named.
+
+    Raises:
+        ValueError: one line, if the file is none of these or has no such row.
+    """
+    pairs: list[Pair] = []
+    for number, row in enumerate(read_rows(path), start=1):
+        try:
+            pairs += _pairs(row, file, machine, transport)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: row {number}: {_reason(error)}") from error
+    if not pairs:
+        raise ValueError(f"{path}: no timed row of {IDEAL!r} or of ours")
+    return pairs
+
+
+def read_rows(path: Path) -> Sequence[dict[str, Any]]:
+    """The rows of either file; in CSV all values are text."""
+    try:
+        if path.suffix == ".csv":
+            with open(path, newline="") as file:
+                return list(csv.DictReader(file))
+        rows = json.loads(path.read_text())["rows"]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError
+        return rows
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected attention.json or attention.csv of tools.bench_attention") from error
+
+
+def _pairs(row: dict[str, Any], file: MachineFile, machine: Machine, transport: str | None) -> list[Pair]:
+    if row["status"] != "ok":
+        return []
+    variant = str(row["variant"])
+    used = file.transport(transport) if transport else file.transport_of(variant)
+    if variant != IDEAL and (used is None or not variant.startswith("ours")):
+        return []
+    sizes = {name: int(row[name]) for name in _SIZES}
+    plan = ringattn.Plan(
+        sizes["num_ranks"] * sizes["tokens_per_rank"],
+        sizes["num_ranks"],
+        layout=str(row["layout"]),
+        causal=str(row["causal"]) == "True",
+    )
+    case = Case(
+        plan=plan,
+        heads=sizes["heads"],
+        kv_heads=sizes["kv_heads"],
+        head_dim=sizes["head_dim"],
+        dtype=str(row["dtype"]),
+    )
+    file.check(case)
+    found = predict(case, replace(machine, transport=used or machine.transport, per_host=plan.cp_size)).summary
+    shared = {name: sizes[name] for name in ("num_ranks", "tokens_per_rank", "heads", "kv_heads")}
+    predicted = {
+        "forward": (found.forward_ms, found.forward_percent),
+        "both": (found.both_ms, found.both_percent),
+    }
+    if variant == IDEAL:
+        predicted = {"forward": (found.ideal_forward_ms, 100.0), "both": (found.ideal_both_ms, 100.0)}
+    return [
+        Pair(
+            variant=variant,
+            transport="-" if variant == IDEAL else found.transport,
+            what="forward" if what == "forward" else "fwd+bwd",
+            measured_ms=float(row[f"{what}_ms"]),
+            predicted_ms=milliseconds,
+            measured_percent=float(row[f"{what}_percent"]) if row[f"{what}_percent"] not in (None, "") else None,
+            predicted_percent=percent,
+            **shared,
+        )
+        for what, (milliseconds, percent) in predicted.items()
+    ]
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
