@@ -80,6 +80,10 @@ class ParallelConfig(Section):
         default="auto", description="attention of one block; tiled and triton: selective attention"
     )
     transport: Literal["auto", "p2p"] = Field(default="auto", description="how a payload moves from rank to rank")
+    self_check: bool = Field(
+        default=True,
+        description="before the first step, prove attention of this run at small size against its definition",
+    )
     setup_timeout_s: float = Field(default=600.0, gt=0, description="limit on start-up and the first step (seconds)")
     hop_timeout_s: float = Field(default=120.0, gt=0, description="limit on a hop or collective after that (seconds)")
 

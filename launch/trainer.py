@@ -27,6 +27,7 @@ from launch.ranks import Ranks
 from launch.run_state import Progress, check_and_report, describe_run, restore_random_state
 from launch.saver import Saver
 from launch.schedule import learning_rate
+from launch.selfcheck import check_attention
 from launch.signals import StopRequest
 from launch.steps import Batch, Evaluation, StepResult, StepRunner
 from launch.topology import Topology
@@ -107,6 +108,9 @@ class Trainer:
             transport = ringattn.make_transport(
                 self.config.parallel.transport, self.topology.cp_group, timeout=lambda: self.topology.timeouts.now
             )
+        if self.config.parallel.self_check:
+            self._starting = "checking attention at small size (parallel.self_check)"
+            self._say(check_attention(self.config, self.topology, model, transport, self._ranks))
         self._runner = StepRunner(self.config, self.topology, engine, corpus, transport, model)
         metrics = self._ranks.agree(
             "opening the metrics", lambda: MetricsWriter(self._run_dir, self.config.metrics, enabled=self._leader)

@@ -15,6 +15,7 @@ from ringattn.scoring.latent import FactorExpansion, LatentExpansion
 from ringattn.scoring.selection import Selection, Votes
 from ringattn.scoring.simulated import SimulatedScore
 from ringattn.scoring.statistics import SelectionStatistics, selection_statistics
+from ringattn.selfcheck import SelfCheckError, self_check
 from ringattn.transport import make_transport
 
 __all__ = [
@@ -25,12 +26,14 @@ __all__ = [
     "RingAttnError",
     "Selection",
     "SelectionStatistics",
+    "SelfCheckError",
     "SimulatedScore",
     "TopologyError",
     "Votes",
     "make_transport",
     "ring_attention",
     "selection_statistics",
+    "self_check",
     "shard",
     "testing",
     "unshard",

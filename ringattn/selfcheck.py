@@ -1,0 +1,264 @@
+"""`self_check`: before a run trusts its ring, small problems through the run's own parts against the float64 oracle.
+
+It uses the run's real mask, layout, kernel, transport, process group and scoring, forward and backward, on all ranks at
+once; only the sizes are small. A mismatch is one error on all ranks that says what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringattn.errors import RingAttnError
+from ringattn.plan import Plan
+from ringattn.scoring.expansion import Expand
+from ringattn.scoring.selection import Selection
+from ringattn.selfcheck_case import Case, Errors, Parts, compare, make_case
+from ringattn.testing import visibility
+from ringattn.transport import Transport
+
+# Tokens of a rank: enough for several tiles of a GPU kernel, few enough for the oracle, whose cost is their square.
+_TOKENS = {"cuda": 64, "cpu": 24}
+_MOST_TOKENS = 2048
+
+
+class SelfCheckError(RingAttnError):
+    """Attention as this run would compute it is not what its definition says. Raised on all ranks of the ring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfCheck:
+    """A check that passed: seconds it took, tokens of its sequence, ranks, and errors beside what is tolerated, by name
+    (out, dq, dk, dv and the gradients of what scoring learns), each the worst of all ranks and cases."""
+
+    seconds: float
+    seq_len: int
+    cp_size: int
+    errors: dict[str, float]
+    tolerances: dict[str, float]
+
+
+def self_check(
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    layout: str = "zigzag",
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    documents: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    scale: float | None = None,
+    kernel: str = "auto",
+    transport: str | Transport = "auto",
+    selection: Selection | None = None,
+    guided: bool = False,
+    expand: Callable[[], Expand] | None = None,
+    payload: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> SelfCheck:
+    """Prove attention as a run is about to use it, on this machine, at small size. A collective of `group`.
+
+    Two problems at most: one document, and (with `documents`) several in a row, one of them a single token; B is 1, the
+    length is odd and divides by nothing. Errors may be twice those of dense attention in the same dtype, and a floor.
+    A window, sinks, the lag and the gain of selection are cut down to the length, `memory_tau` is left out, and without
+    `expand` two key/value heads and their query heads stand for all. Nothing of it is random, and the run's random
+    state stays as it was; counts of `transport` are zero afterwards.
+
+    Args:
+        heads, kv_heads: query and key/value heads (after the expansion).
+        head_dim, value_dim: widths of q and k, and of v; None is head_dim.
+        group: process group of the ring, or None for a single process.
+        layout, causal, window, sinks: as in `Plan`.
+        documents: whether rows hold several documents.
+        dtype, device: of q, k and v in the run.
+        scale, kernel, transport: as in `ring_attention`; a transport is the run's own.
+        selection: the run's; a tensor as gain is checked as a learned one.
+        guided: with selection: votes of shallower layers come along.
+        expand: makes the run's `expand` anew, in the run's dtype; called a few times. Its parameters are filled here.
+        payload: with `expand`: trailing shapes of k and v as they travel, [B, S, *shape].
+
+    Returns:
+        What was measured.
+
+    Raises:
+        SelfCheckError: on all ranks: what is wrong (out, dq, dk, dv, ...), on which rank, between which ranks' queries
+            and keys, the tolerance and the error, and what to try next.
+        ValueError, TopologyError, PeerError: as `ring_attention`.
+    """
+    began = time.perf_counter()
+    parts = Parts(
+        group=group,
+        device=torch.device(device),
+        dtype=dtype,
+        scale=scale,
+        kernel=kernel,
+        transport=transport,
+        selection=selection,
+        guided=guided,
+        expand=expand,
+    )
+    if expand is None:
+        payload = None
+        if kv_heads > 0 and heads % kv_heads == 0:
+            heads, kv_heads = heads // kv_heads * min(kv_heads, 2), min(kv_heads, 2)
+    seq_len = _length(parts.size, parts.device.type)
+    if selection is not None:
+        lag = min(selection.lag, seq_len // 4)
+        parts = replace(parts, selection=replace(selection, head=selection.head % heads, lag=lag))
+    window = None if window is None else min(window, seq_len // 3)
+    plan = Plan(seq_len, parts.size, layout=layout, causal=causal, window=window, sinks=min(sinks, 3))
+    third = seq_len // 3
+    plans = [plan, plan.with_documents([0, third, third + 1, seq_len - 3, seq_len])][: 1 + documents]
+    widths = (head_dim, head_dim if value_dim is None else value_dim)
+    found: list[tuple[Case, Errors]] = []
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(parts.device.type, enabled=False))
+        for one in plans:
+            case = make_case(one, parts, (heads, kv_heads), widths, payload)
+            found.append((case, compare(case, parts)))
+        bad = [(case, errors) for case, errors in found if bool(errors.wrong().any())]
+        if bad:
+            raise SelfCheckError(_report(*bad[0], parts))
+    if not isinstance(transport, str):
+        transport.stats.take()
+    return SelfCheck(
+        seconds=time.perf_counter() - began,
+        seq_len=seq_len,
+        cp_size=parts.size,
+        errors=_worst(found[0][1].names, [errors.errors.amax(dim=0) for _, errors in found]),
+        tolerances=_worst(found[0][1].names, [errors.tolerances for _, errors in found]),
+    )
+
+
+def _length(size: int, device: str) -> int:
+    """An odd number of tokens that does not divide by the number of ranks."""
+    per_rank = max(5, min(_TOKENS.get(device, 24), _MOST_TOKENS // size))
+    length = max(65, per_rank * size) | 1
+    while size > 1 and length % size == 0:
+        length += 2
+    return length
+
+
+def _worst(names: tuple[str, ...], rows: list[Tensor]) -> dict[str, float]:
+    return dict(zip(names, torch.stack(rows).amax(dim=0).tolist(), strict=True))
+
+
+def _report(case: Case, errors: Errors, parts: Parts) -> str:
+    """The message; every rank of the ring comes here, and makes the same one."""
+    wrong = errors.wrong()
+    # Of what is wrong the first in the order of computation: what follows from it may be further off.
+    column = int(wrong.any(dim=0).to(torch.uint8).argmax())
+    rank = int(errors.excess()[:, column].argmax())
+    name = errors.names[column]
+    listed = "; ".join(
+        f"rank {r}: " + ", ".join(f"{errors.names[c]} {errors.errors[r, c]:.2g}" for c in row.nonzero().flatten())
+        for r, row in enumerate(wrong)
+        if row.any()
+    )
+    scored = parts.selection is not None or parts.expand is not None
+    kernel = "auto" if parts.selection is not None else parts.kernel  # kernels of selection do nothing else
+    plain = replace(parts, selection=None, expand=None, kernel=kernel)
+    where, plain_is_right = _located(case, plain, name, rank)
+    if scored and plain_is_right:
+        where = "without selection and expand the same ring is right, so the fault is in these"
+    expected, got = errors.tolerances[column], errors.errors[rank, column]
+    return (
+        f"self_check: attention as this run would compute it is wrong: {name} on rank {rank}, expected within "
+        f"{expected:.2g} of the float64 definition, got an error of {got:.2g}; {where}.\n"
+        f"  All that is wrong: {listed}.\n  Checked: {_described(case, parts)}.\n  Next: {_advice(case, parts)}"
+    )
+
+
+def _advice(case: Case, parts: Parts) -> str:
+    """What to change, after a look at whether the plainest kernel helps."""
+    plainest = "reference" if parts.selection is None else "tiled"
+    if parts.kernel != plainest and not bool(compare(case, replace(parts, kernel=plainest)).wrong().any()):
+        return f"with kernel={plainest!r} it is right, so the kernel is wrong here: use that one, and report this"
+    carrier = "" if parts.size == 1 else "what carries the payloads (try transport='p2p'), then at "
+    return (
+        f"with kernel={plainest!r} it is wrong too, so look at {carrier}the mask and this installation of torch; "
+        "the library's own tests (tests/ringattn) show which part it is"
+    )
+
+
+def _described(case: Case, parts: Parts) -> str:
+    plan = case.plan
+    transport = parts.transport if isinstance(parts.transport, str) else type(parts.transport).__name__
+    words = [
+        f"{plan.seq_len} tokens over {plan.cp_size} rank{'s' if plan.cp_size > 1 else ''}",
+        f"layout {plan.layout}",
+        "causal" if plan.causal else "not causal",
+        "" if plan.window is None else f"window {plan.window} and {plan.sinks} sinks",
+        "one document" if plan.documents is None else f"documents {list(plan.documents)}",
+        f"q {list(case.leaves['q'].shape[2:])}, k {list(case.leaves['k'].shape[2:])}, v "
+        f"{list(case.leaves['v'].shape[2:])}",
+        f"{str(parts.dtype).removeprefix('torch.')} on {parts.device.type}",
+        f"kernel {parts.kernel}",
+        f"transport {transport}",
+        "no selection" if parts.selection is None else f"selection head {parts.selection.head}",
+        "no expand" if parts.expand is None else "with expand",
+    ]
+    return ", ".join(word for word in words if word)
+
+
+def _located(case: Case, parts: Parts, name: str, rank: int) -> tuple[str, bool]:
+    """In words: between which ranks' queries and keys plain attention is wrong; and whether it is right altogether.
+
+    Each pair of ranks in question is looked at alone: keys of all other ranks get scores so low that they weigh
+    nothing, and values that would be noticed at once, and only those queries that see the pair's keys count.
+    """
+    num_heads, width = case.leaves["q"].shape[2:]
+    plan = case.plan.with_documents(case.plan.documents)  # a new agreement: other shapes may travel
+    plain = make_case(plan, parts, (num_heads, num_heads), (width, width), None)
+    by_query = name not in ("dk", "dv")
+    visible = visibility(case.plan.seq_len, **case.mask)
+    worst: tuple[float, str] = (0.0, "")
+    all_right = not bool(compare(plain, parts).wrong().any())
+    for other in range(parts.size):
+        visitor, source = (rank, other) if by_query else (other, rank)
+        probe = _probe(plain, visitor, source, visible, parts)
+        if probe is None:
+            continue
+        errors = compare(probe, parts)
+        excess = errors.excess()[rank]
+        column = errors.names.index(name if name in errors.names else "out")
+        hop = (visitor - source) % parts.size
+        words = f"what is wrong is what queries of rank {visitor} get from keys of rank {source} (hop {hop})"
+        if not by_query:
+            words = f"what is wrong is what keys of rank {source} get back from queries of rank {visitor} (hop {hop})"
+        if excess[column] > max(1.0, worst[0]):
+            worst = (float(excess[column]), words)
+    return worst[1] or "no single pair of ranks shows it alone", all_right
+
+
+def _probe(plain: Case, visitor: int, source: int, visible: Tensor, parts: Parts) -> Case | None:
+    """`plain` with only the keys of `source` near and only the queries of `visitor` that see them watched."""
+    plan = plain.plan
+    rows, columns = plan.positions(visitor), plan.positions(source)
+    watched = torch.zeros(plan.seq_len, dtype=torch.bool)
+    watched[rows] = visible[rows][:, columns].any(dim=1)
+    if not watched.any():
+        return None
+    far = torch.ones(plan.seq_len, dtype=torch.bool)
+    far[columns] = False
+    q, k, v = (plain.leaves[name].clone() for name in ("q", "k", "v"))
+    # One feature of the score is 0 for near keys and about -60 for far ones. A far token is the same as any other, and
+    # its key the same as its value, so that payloads that are mixed up do no harm but where near ones are among them.
+    scale = q.shape[3] ** -0.5 if parts.scale is None else parts.scale
+    reach = (60.0 / scale) ** 0.5
+    q[..., 0], k[..., 0] = reach, 0.0
+    for x in (k, v):
+        x[:, far] = 0.0
+        x[:, far, :, 0] = -reach
+    return replace(plain, leaves={"q": q, "k": k, "v": v}, watched=watched)
