@@ -33,6 +33,8 @@ from tools.simulate.show import show, show_pairs, show_step, write_files, write_
 
 T = TypeVar("T")
 
+_MOST_RANKS = 16_384
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -214,6 +216,8 @@ def _counts(text: str | None, hosts: int) -> tuple[int, ...]:
     if text is None:
         raise typer.BadParameter("--ranks: say how many ranks to simulate, or --compare a result")
     counts = tuple(sorted({_whole("--ranks", part) for part in text.split(",")}))
+    if counts[-1] > _MOST_RANKS:
+        raise typer.BadParameter(f"--ranks: expected at most {_MOST_RANKS:,} (time grows with the square), got {text}")
     if counts[-1] % hosts:
         raise typer.BadParameter(f"--hosts: {counts[-1]:,} ranks do not divide over {hosts:,} hosts")
     per_host = counts[-1] // hosts

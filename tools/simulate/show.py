@@ -46,9 +46,8 @@ def show(found: Sequence[Prediction], title: str, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "ms of one layer; exposed, host and uneven: the mean rank's waits in fwd+bwd for bytes, for the host,"
+        "ms of one layer; exposed, host, uneven: the mean rank's waits in fwd+bwd for bytes, the host, busier ranks"
     )
-    console.print("and for ranks with more work. % ideal: as in tools.bench_attention.")
 
 
 def show_step(name: str, one: Prediction, step: Step, layers: int, console: Console) -> None:
