@@ -56,13 +56,13 @@ def agree(
         PeerError: the others do not come here.
     """
     rank = dist.get_rank(group)
-    own = (plan.fingerprint(), int(problem is not None), *([0] * (len(_NAMES) - 2)))
+    own = (plan.fingerprint, int(problem is not None), *([0] * (len(_NAMES) - 2)))
     if problem is None:
         (scale_bits,) = struct.unpack("q", struct.pack("d", scale))
         own = (
             *own[:2],
             *(q.shape[0], q.shape[2], q.shape[3], _pack(k.shape[2:]), _pack(v.shape[2:]), DTYPES.index(q.dtype)),
-            *(plan.documents_fingerprint(), scale_bits, _hash(scoring)),
+            *(plan.documents_fingerprint, scale_bits, _hash(scoring)),
         )
     known = plan._agreed.get(scoring)
     if known == own:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from ringattn.kernels import accumulator_dtype, check_kernel
 from ringattn.kernels.selective import selective_problem
 from ringattn.plan import Plan
 from ringattn.ring import Ring
+from ringattn.schedule import plain_schedule
 from ringattn.scoring.attention import SelectiveAttention, selection_terms
 from ringattn.scoring.expansion import Expand, Expansion
 from ringattn.scoring.selection import Selection, selection_problem
 from ringattn.softmax import SoftmaxAttention
-from ringattn.transport import Transport, make_transport
+from ringattn.transport import Payload, Step, Transport, transport_of
 
 
 def ring_attention(
@@ -53,7 +56,8 @@ def ring_attention(
             method of one), its parameters get this rank's share of their gradients, complete after the usual sum over
             ranks. It runs again in the backward pass.
         kernel: "auto", or a name of `ringattn.kernels.KERNELS`; with selection one of SELECTIVE_KERNELS.
-        transport: "auto", a name, or a transport made once by `ringattn.make_transport` (it keeps counts).
+        transport: "auto", a name, or a transport made once by `ringattn.make_transport` (it keeps counts, and serves
+            any number of plans; by name, each plan and those derived from it have one of their own).
 
     Returns:
         [B, S, H, Dv] in q's dtype. If `selection.memory_tau` is set: a pair of that and the tokens' memory cost [B, S].
@@ -84,11 +88,7 @@ def ring_attention(
         agree(q, k, v, plan, group, problem, scale, scoring)
     elif problem is not None:
         raise ValueError(f"ring_attention: {problem}")
-    channel: Transport | None
-    if isinstance(transport, str):
-        channel = make_transport(transport, group) if group is not None and size > 1 else None
-    else:
-        channel = transport
+    channel = transport_of(transport, plan, group) if group is not None and size > 1 else None
     ring = Ring(plan=plan, rank=rank, transport=channel)
     if selection is None:
         work = SoftmaxAttention(ring, expansion, kernel, scale)
@@ -115,7 +115,8 @@ class _RingAttention(torch.autograd.Function):
     ) -> Tensor:
         # Autocast would turn the fp32 sums of a block into bf16.
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = work.forward(q, (k, v), width)
+            step = partial(work.forward, width)
+            out, lse = _run(work, ("forward", width), step, (q,), (k, v))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.work = work
         return out
@@ -127,9 +128,19 @@ class _RingAttention(torch.autograd.Function):
         work: SoftmaxAttention = ctx.work
         work.expansion.start_backward()
         with torch.autocast(q.device.type, enabled=False):
-            dq, (dk, dv) = work.backward(dout.to(q.dtype), q, (k, v), out, lse)
+            dq, dk, dv = _run(work, "backward", work.backward, (dout.to(q.dtype), q, out, lse), (k, v))
         parameters = work.expansion.finished_parameter_gradients()
-        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *parameters
+        return None, None, dq, dk, dv, *parameters
+
+
+def _run(
+    work: SoftmaxAttention, name: Hashable, step: Step, inputs: tuple[Tensor, ...], payload: Payload
+) -> tuple[Tensor, ...]:
+    """A pass, by the transport's leave as a captured graph. What `expand` does may differ from call to call."""
+    channel = work.ring.transport
+    if channel is None or not work.expansion.plain:
+        return step(*inputs, payload)
+    return channel.run((name, work.kernel, work.scale), work.ring.plan, step, inputs, payload)
 
 
 class _SelectiveRingAttention(torch.autograd.Function):
@@ -175,8 +186,9 @@ class _SelectiveRingAttention(torch.autograd.Function):
             dk, dv = found.payload[:2]
             if len(work.pieces) > 1:  # else nothing is owed to later pieces
                 # The selection head's key was made from the own payload here: its late gradients go back through that.
-                with work.expansion.backward(work.ring.rank, payload) as visiting:
-                    visiting.gradients[0][:, :, key_head] += found.ballot_k[:, :, 0]
+                local = plain_schedule(work.ring.plan, work.ring.rank)[0]
+                with work.expansion.backward(local, payload) as visiting:
+                    visiting.sums[0].running()[:, :, key_head] += found.ballot_k[:, :, 0]
                 dk, dv = (x + late for x, late in zip((dk, dv), visiting.payload_gradients, strict=True))
         found.q[:, :, head] += found.ballot_q[:, :, 0]
         earlier: tuple[Tensor | None, Tensor | None] = (None, None)

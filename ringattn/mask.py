@@ -34,7 +34,7 @@ class Relation(enum.Enum):
 class Block:
     """A piece of attention work: rows [q_start, q_stop) of one shard against rows [k_start, k_stop) of another.
 
-    Indices count inside the shards. CAUSAL blocks are square. No two blocks of a plan share a (query, key) pair.
+    Indices count inside the shards. CAUSAL blocks are square here. No two blocks of a plan share a (query, key) pair.
     """
 
     q_start: int

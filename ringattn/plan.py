@@ -11,6 +11,7 @@ import hashlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -48,9 +49,15 @@ class Plan:
     documents: tuple[int, ...] | None = None
     # What follows from the fields above, filled when first asked for.
     _blocks: dict[tuple[int, int], tuple[Block, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _columns: dict[tuple[int, int], range] = field(default_factory=dict, repr=False, compare=False)
+    _schedules: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # see softmax.py
     _starts: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    # Also found under what they follow from: the same for all rows of a run, and for whatever else is replaced.
+    _positions: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
     # What `expand` functions were looked at for hidden gradients; the same set for all rows of a run.
     _checked: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, repr=False, compare=False)
+    # Transports that were asked for by name, by group (its id) and name; the same for all rows of a run.
+    _transports: dict[tuple[int, str], Any] = field(default_factory=dict, repr=False, compare=False)
     # What the ranks agreed on in the first call under this plan (see agreement.py).
     _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -77,7 +84,7 @@ class Plan:
 
     def with_documents(self, documents: Sequence[int] | Tensor | None) -> Plan:
         """The same plan for another row with other documents. As a plan of its own, it is agreed between ranks anew."""
-        return replace(self, documents=documents, _blocks={}, _starts={}, _agreed={})  # type: ignore[arg-type]
+        return replace(self, documents=documents, _blocks={}, _columns={}, _schedules={}, _starts={}, _agreed={})  # type: ignore[arg-type]
 
     def chunks(self, rank: int) -> tuple[range, ...]:
         """Chunks of global positions that `rank` holds, in storage order."""
@@ -89,10 +96,23 @@ class Plan:
         """Tokens S that `rank` holds."""
         return sum(len(chunk) for chunk in self.chunks(rank))
 
+    @cached_property
+    def longest_shard(self) -> int:
+        """Tokens of the rank that holds most."""
+        return max(self.shard_len(rank) for rank in range(self.cp_size))
+
     def positions(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
-        """LongTensor [S]: the global positions of the rank's tokens, in storage order, made on `device`."""
-        runs = [torch.arange(chunk.start, chunk.stop, chunk.step, device=device) for chunk in self.chunks(rank)]
-        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.long, device=device)
+        """LongTensor [S]: the global positions of the rank's tokens, in storage order, on `device`.
+
+        Made once: every call returns the same tensor, which is not to be written to.
+        """
+        key = (self.seq_len, self.cp_size, self.layout, rank, torch.device(device))
+        if key not in self._positions:
+            with torch.inference_mode(False):  # of use to any later caller
+                runs = [torch.arange(chunk.start, chunk.stop, chunk.step, device=device) for chunk in self.chunks(rank)]
+                made = torch.cat(runs) if runs else torch.empty(0, dtype=torch.long, device=device)
+            self._positions[key] = made
+        return self._positions[key]
 
     def document_start(self, position: int) -> int:
         """The position at which the document of `position` starts."""
@@ -129,11 +149,23 @@ class Plan:
             self._blocks[key] = tuple(coalesce(found))
         return self._blocks[key]
 
+    def columns(self, rank: int, source: int) -> range:
+        """The run of `source`'s tokens, as places in its shard, that holds every key `rank`'s queries see.
+
+        What is outside of it is not sent there; empty if nothing is visible.
+        """
+        key = (rank, source)
+        if key not in self._columns:
+            blocks = self.blocks(rank, source)
+            first = min((block.k_start for block in blocks), default=0)
+            self._columns[key] = range(first, max((block.k_stop for block in blocks), default=0))
+        return self._columns[key]
+
     def needs(self, rank: int, source: int) -> bool:
         """Whether any query of `rank` sees a key of `source`; otherwise that payload is not sent there."""
-        return bool(self.blocks(rank, source))
+        return len(self.columns(rank, source)) > 0
 
-    @property
+    @cached_property
     def num_hops(self) -> int:
         """Hops the ring makes, the local hop 0 included: later hops would bring payloads that no query needs."""
         if self.window is None and self.documents is None:
@@ -160,10 +192,12 @@ class Plan:
                 total += int(self.mask.visible(q, k).sum())
         return total
 
+    @cached_property
     def fingerprint(self) -> int:
         """63-bit hash of all fields but the documents; equal on all ranks of a ring."""
         return _hash((self.seq_len, self.cp_size, self.layout, self.causal, self.window, self.sinks))
 
+    @cached_property
     def documents_fingerprint(self) -> int:
         """63-bit hash of the documents; equal on all ranks of a ring."""
         return _hash(self.documents)

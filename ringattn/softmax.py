@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ringattn.kernels import accumulator_dtype, pick_kernel
 from ringattn.mask import Block, Relation
-from ringattn.merge import merge_
-from ringattn.plan import Plan
-from ringattn.ring import Payload, Ring, ring_backward, ring_forward
+from ringattn.merge import RowMerge, RowSum
+from ringattn.ring import Ring, ring_backward, ring_forward
+from ringattn.schedule import Stop, joined_schedule, plain_schedule
 from ringattn.scoring.expansion import Expansion
+from ringattn.transport import Payload
+
+# Of queries or of a payload that go around at once. More is not faster, and what a ring needs beside its results (peer
+# buffers, payloads on their way, partial results) is some fifteen times this.
+_GROUP_BYTES = 2**26
 
 
 class SoftmaxAttention:
@@ -29,88 +36,124 @@ class SoftmaxAttention:
         self.kernel = kernel
         self.scale = scale
 
-    def forward(self, q: Tensor, payload: Payload, width: int) -> tuple[Tensor, Tensor]:
+    def forward(self, width: int, q: Tensor, payload: Payload) -> tuple[Tensor, Tensor]:
         """Out [B, S, H, Dv = width] in q's dtype, and lse [B, H, S] in the accumulator dtype."""
-        out, lse = empty_result(q, width)
+        out = torch.empty(*q.shape[:3], width, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulator_dtype(q.dtype), device=q.device)
+        for heads, kv_heads in self._head_groups(q, payload):
+            part = _heads(payload, kv_heads)
+            self._forward(q[:, :, heads], part, out[:, :, heads], lse[:, heads])
+        return out, lse
 
-        def visit(source: int, held: Payload) -> None:
-            blocks = self.ring.plan.blocks(self.ring.rank, source)
-            if not blocks:
-                return
-            k, v = self.expansion.forward(source, held)
-            for block in blocks:
-                self._block_forward(block, source, q, k, v, out, lse)
+    def backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, payload: Payload) -> tuple[Tensor, ...]:
+        """Gradients of q and of the own payload, in their dtypes."""
+        groups = list(self._head_groups(q, payload))
+        if len(groups) == 1:
+            return self._backward(dout, q, payload, out, lse, None)
+        found = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, *payload))
+        for heads, kv_heads in groups:
+            into = (found[0][:, :, heads], *_heads(found[1:], kv_heads))
+            own = (dout[:, :, heads], q[:, :, heads], _heads(payload, kv_heads), out[:, :, heads], lse[:, heads])
+            self._backward(*own, into)
+        return found
 
-        ring_forward(self.ring, payload, visit)
-        return out.to(q.dtype), lse
+    def _forward(self, q: Tensor, payload: Payload, out: Tensor, lse: Tensor) -> None:
+        merged = RowMerge(q, out.shape[3])
 
-    def backward(self, dout: Tensor, q: Tensor, payload: Payload, out: Tensor, lse: Tensor) -> tuple[Tensor, Payload]:
-        """Gradients of q and of the own payload, in the accumulator dtype."""
-        dq = torch.zeros(q.shape, dtype=accumulator_dtype(q.dtype), device=q.device)
+        def visit(stop: Stop, held: Payload) -> None:
+            k, v = self.expansion.forward(stop, held)
+            for block in stop.blocks:
+                rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+                here = (q[:, rows], k[:, keys], v[:, keys])
+                mask = self._mask(block, stop, q.device)
+                kernel = pick_kernel(self.kernel, *here, mask is not None)
+                causal = block.relation is Relation.CAUSAL
+                merged.add(rows, *kernel.forward(*here, causal=causal, mask=mask, scale=self.scale))
 
-        def visit(source: int, held: Payload) -> Payload:
-            blocks = self.ring.plan.blocks(self.ring.rank, source)
-            if not blocks:
-                return zeros_like_payload(held)
-            with self.expansion.backward(source, held) as visiting:
-                for block in blocks:
-                    own = (dout, q, out, lse)
-                    self._block_backward(block, source, own, visiting.keys, visiting.values, (dq, *visiting.gradients))
+        ring_forward(self.ring, payload, visit, stops=self._stops(q, payload, backward=False))
+        merged.result(out, lse)
+
+    def _backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        payload: Payload,
+        out: Tensor,
+        lse: Tensor,
+        into: tuple[Tensor, ...] | None,
+    ) -> tuple[Tensor, ...]:
+        dq = RowSum(q.shape, q.dtype, q.device)
+        lse_rows: dict[tuple[int, int], Tensor] = {}  # contiguous, as kernels want it; few different ones
+
+        def visit(stop: Stop, held: Payload) -> Payload:
+            with self.expansion.backward(stop, held) as visiting:
+                for block in stop.blocks:
+                    rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+                    span = (rows.start, rows.stop)
+                    if span not in lse_rows:
+                        lse_rows[span] = lse[:, :, rows].contiguous()
+                    here = (q[:, rows], visiting.keys[:, keys], visiting.values[:, keys])
+                    mask = self._mask(block, stop, q.device)
+                    kernel = pick_kernel(self.kernel, *here, mask is not None)
+                    causal = block.relation is Relation.CAUSAL
+                    rest = (out[:, rows], lse_rows[span])
+                    found = kernel.backward(dout[:, rows], *here, *rest, causal=causal, mask=mask, scale=self.scale)
+                    for total, where, part in zip((dq, *visiting.sums), (rows, keys, keys), found, strict=True):
+                        total.add(where, part)
             return visiting.payload_gradients
 
-        gradients = ring_backward(self.ring, payload, visit)
-        return dq, gradients
+        stops = self._stops(q, payload, backward=True)
+        rooms = (None, None) if into is None else (into[0], into[1:])
+        found = ring_backward(self.ring, payload, visit, stops=stops, dtype=payload[0].dtype, into=rooms[1])
+        return dq.result(q.dtype, rooms[0]), *found
 
-    def _block_forward(
-        self, block: Block, source: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> None:
-        rows, columns = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-        q, k, v = q[:, rows], k[:, columns], v[:, columns]
-        mask = _block_mask(self.ring.plan, block, self.ring.rank, source, q.device)
-        kernel = pick_kernel(self.kernel, q, k, v, mask is not None)
-        causal = block.relation is Relation.CAUSAL
-        block_out, block_lse = kernel.forward(q, k, v, causal=causal, mask=mask, scale=self.scale)
-        merge_(out[:, rows], lse[:, :, rows], block_out, block_lse)
+    def _stops(self, q: Tensor, payload: Payload, *, backward: bool) -> tuple[Stop, ...]:
+        """What expands meets one source at a time, since positions come with the source."""
+        plan, rank, channel = self.ring.plan, self.ring.rank, self.ring.transport
+        if channel is None or not channel.joins or not self.expansion.plain:
+            return plain_schedule(plan, rank)
+        k, v = payload
+        kernel = pick_kernel(self.kernel, q, k, v, False)
+        token_bytes = sum(x.nbytes for x in payload) // max(1, q.shape[1])
+        pair_flops = q.shape[0] * q.shape[2] * (q.shape[3] + v.shape[3]) * (5 if backward else 2)
+        key = (rank, token_bytes, pair_flops, backward, kernel.tall_causal)
+        if key not in plan._schedules:
+            plan._schedules[key] = joined_schedule(
+                plan,
+                rank,
+                token_bytes=token_bytes,
+                pair_flops=pair_flops,
+                backward=backward,
+                tall=kernel.tall_causal,
+            )
+        return plan._schedules[key]
 
-    def _block_backward(
-        self,
-        block: Block,
-        source: int,
-        own: tuple[Tensor, Tensor, Tensor, Tensor],
-        k: Tensor,
-        v: Tensor,
-        gradients: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
-        rows, columns = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-        dout, q, out = (x[:, rows] for x in own[:3])
-        lse = own[3][:, :, rows]
-        k, v = k[:, columns], v[:, columns]
-        mask = _block_mask(self.ring.plan, block, self.ring.rank, source, q.device)
-        kernel = pick_kernel(self.kernel, q, k, v, mask is not None)
-        causal = block.relation is Relation.CAUSAL
-        block_grads = kernel.backward(dout, q, k, v, out, lse, causal=causal, mask=mask, scale=self.scale)
-        dq, dk, dv = gradients
-        dq[:, rows] += block_grads[0]
-        dk[:, columns] += block_grads[1]
-        dv[:, columns] += block_grads[2]
+    def _mask(self, block: Block, stop: Stop, device: torch.device) -> Tensor | None:
+        if block.relation is not Relation.PARTIAL:
+            return None
+        plan, (source, columns) = self.ring.plan, stop.only
+        q_positions = plan.positions(self.ring.rank, device)[block.q_start : block.q_stop]
+        k_positions = plan.positions(source, device)[columns.start : columns.stop][block.k_start : block.k_stop]
+        return plan.mask.visible(q_positions, k_positions)
+
+    def _head_groups(self, q: Tensor, payload: Payload) -> Iterator[tuple[slice, slice]]:
+        """(query heads, key/value heads) that go around together: what travels and what waits must stay small."""
+        heads, kv_heads = q.shape[2], payload[0].shape[2]
+        if not self.expansion.plain or not q.is_cuda:
+            yield slice(0, heads), slice(0, kv_heads)
+            return
+        plan = self.ring.plan
+        widths = max(heads * q.shape[3], sum(x.shape[2] * x.shape[3] for x in payload))
+        wanted = q.shape[0] * plan.longest_shard * widths * q.element_size() / _GROUP_BYTES
+        count = next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n >= wanted or n == kv_heads))
+        for n in range(count):
+            yield (
+                slice(n * heads // count, (n + 1) * heads // count),
+                slice(n * kv_heads // count, (n + 1) * kv_heads // count),
+            )
 
 
-def empty_result(q: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Running out [B, S, H, width] and lse [B, H, S] of queries that have seen no key, in the accumulator dtype."""
-    dtype = accumulator_dtype(q.dtype)
-    out = torch.zeros(*q.shape[:3], width, dtype=dtype, device=q.device)
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype, device=q.device)
-    return out, lse
-
-
-def zeros_like_payload(held: Payload) -> Payload:
-    """Gradients of a payload that this rank has no use for, in the accumulator dtype."""
-    return tuple(torch.zeros(x.shape, dtype=accumulator_dtype(x.dtype), device=x.device) for x in held)
-
-
-def _block_mask(plan: Plan, block: Block, rank: int, source: int, device: torch.device) -> Tensor | None:
-    if block.relation is not Relation.PARTIAL:
-        return None
-    q_positions = plan.positions(rank, device)[block.q_start : block.q_stop]
-    k_positions = plan.positions(source, device)[block.k_start : block.k_stop]
-    return plan.mask.visible(q_positions, k_positions)
+def _heads(payload: Payload, heads: slice) -> Payload:
+    if heads.start == 0 and heads.stop == payload[0].shape[2]:
+        return payload
+    return tuple(x[:, :, heads] for x in payload)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 class CudnnKernel:
     """`aten._scaled_dot_product_cudnn_attention`: bf16 and fp16 on compute capability 9.0, no masks, grouped heads."""
 
     name = "cudnn"
+    tall_causal = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         if q.device.type != "cuda":
@@ -18,7 +26,7 @@ class CudnnKernel:
             return "this torch has no cuDNN"
         if q.dtype not in (torch.bfloat16, torch.float16):
             return f"it has no {q.dtype}, only bf16 and fp16"
-        if torch.cuda.get_device_capability(q.device)[0] < 9:
+        if _capability(q.device) < 9:
             return "it is used on Hopper and later only"
         if q.shape[-1] % 8 or v.shape[-1] % 8 or q.shape[-1] > 128 or v.shape[-1] > 128:
             return f"head widths must be multiples of 8 up to 128, got {q.shape[-1]} and {v.shape[-1]}"

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ringattn.kernels import accumulator_dtype
 from ringattn.kernels.selective import Ballot, Geometry, SelectiveKernel, pick_selective
-from ringattn.ring import Payload, Ring, ring_backward, ring_forward
+from ringattn.merge import empty_result
+from ringattn.ring import Ring, ring_backward, ring_forward
+from ringattn.schedule import Stop
 from ringattn.scoring.columns import Table, prefixes, suffixes
 from ringattn.scoring.expansion import Expansion
 from ringattn.scoring.pieces import Piece, all_pieces
 from ringattn.scoring.selection import Selection
-from ringattn.softmax import empty_result, zeros_like_payload
+from ringattn.transport import Payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +95,19 @@ class SelectiveAttention:
         carries = self.carries(ballot_q, ballot_k, weights)
         cost = None if self.terms.tau is None else lse.new_zeros(q.shape[:2])
 
-        def visit(source: int, held: Payload) -> None:
-            blocks = list(self._blocks(source, q.device))
-            if not blocks:
-                return
-            k, v = self.expansion.forward(source, held)
+        def visit(stop: Stop, held: Payload) -> None:
+            source, columns = stop.only
+            k, v = self.expansion.forward(stop, held)
             voting = self._ballot_keys(k, held)
             kernel = self._kernel(q, k, v, ballot_q)
-            for index, rows, columns, geometry in blocks:
-                ballot = self._ballot(ballot_q[:, rows], voting[:, columns], weights)
+            for index, rows, keys, here, geometry in self._blocks(source, columns, q.device):
+                ballot = self._ballot(ballot_q[:, rows], voting[:, here], weights)
                 kernel.forward_(
                     q[:, rows],
-                    k[:, columns],
-                    v[:, columns],
+                    k[:, here],
+                    v[:, here],
                     ballot,
-                    carries[source][index][:, columns],
+                    carries[source][index][:, keys],
                     geometry,
                     self.scale,
                     out[:, rows],
@@ -139,38 +139,37 @@ class SelectiveAttention:
         columns_sums = [torch.zeros_like(table) for table in carries]
         tau = self.terms.tau or 1.0
 
-        def visit(source: int, held: Payload) -> Payload:
-            blocks = list(self._blocks(source, q.device))
-            if not blocks:
-                return zeros_like_payload(held)
-            with self.expansion.backward(source, held) as visiting:
+        def visit(stop: Stop, held: Payload) -> Payload:
+            source, columns = stop.only
+            with self.expansion.backward(stop, held) as visiting:
                 k, v = visiting.keys, visiting.values
+                dk, dv = (total.running() for total in visiting.sums)
                 voting = self._ballot_keys(k, held)
                 dvoting = torch.zeros(voting.shape, dtype=dtype, device=q.device)
                 kernel = self._kernel(q, k, v, ballot_q)
-                for index, rows, columns, geometry in blocks:
-                    ballot = self._ballot(ballot_q[:, rows], voting[:, columns], weights)
-                    columns_sums[source][index][:, columns] = kernel.backward_(
+                for index, rows, keys, here, geometry in self._blocks(source, columns, q.device):
+                    ballot = self._ballot(ballot_q[:, rows], voting[:, here], weights)
+                    columns_sums[source][index][:, keys] = kernel.backward_(
                         dout[:, rows],
                         q[:, rows],
-                        k[:, columns],
-                        v[:, columns],
+                        k[:, here],
+                        v[:, here],
                         ballot,
-                        carries[source][index][:, columns],
+                        carries[source][index][:, keys],
                         geometry,
                         self.scale,
                         out[:, rows],
                         lse[:, :, rows],
                         dq[:, rows],
-                        visiting.gradients[0][:, columns],
-                        visiting.gradients[1][:, columns],
+                        dk[:, here],
+                        dv[:, here],
                         dballot_q[:, rows],
-                        dvoting[:, columns],
+                        dvoting[:, here],
                         dweights,
                         dcost=None if dcost is None else dcost[:, rows],
                         tau=tau,
                     )
-                visiting.gradients[0][:, :, self.terms.key_head] += dvoting[:, :, 0]
+                dk[:, :, self.terms.key_head] += dvoting[:, :, 0]
             return (*visiting.payload_gradients, *((dvoting[:, :, 1:],) if len(held) > 2 else ()))
 
         dpayload = ring_backward(self.ring, payload, visit)
@@ -187,13 +186,13 @@ class SelectiveAttention:
             return sums
         last = max(piece.counted for piece in self.pieces)  # votes of later pieces count nowhere else
 
-        def visit(source: int, held: Payload) -> None:
-            (voting,) = held
-            for index, rows, columns, geometry in self._blocks(source, ballot_q.device):
+        def visit(stop: Stop, held: Payload) -> None:
+            (source, columns), (voting,) = stop.only, held
+            for index, rows, keys, here, geometry in self._blocks(source, columns, ballot_q.device):
                 if self.pieces.index(self.own[index]) < last:
-                    ballot = self._ballot(ballot_q[:, rows], voting[:, columns], weights)
+                    ballot = self._ballot(ballot_q[:, rows], voting[:, here], weights)
                     kernel = self._ballot_kernel(ballot)
-                    sums[source][index][:, columns] = kernel.sums(ballot, geometry)
+                    sums[source][index][:, keys] = kernel.sums(ballot, geometry)
 
         ring_forward(self.ring, (ballot_k,), visit, "selection")
         return prefixes(self.ring, self.pieces, sums)
@@ -212,17 +211,17 @@ class SelectiveAttention:
             return torch.zeros(ballot_k.shape, dtype=weights.dtype, device=weights.device)
         later = suffixes(self.ring, self.pieces, columns_sums)
 
-        def visit(source: int, held: Payload) -> Payload:
-            (voting,) = held
+        def visit(stop: Stop, held: Payload) -> Payload:
+            (source, columns), (voting,) = stop.only, held
             dvoting = torch.zeros(voting.shape, dtype=weights.dtype, device=weights.device)
-            for index, rows, columns, geometry in self._blocks(source, ballot_q.device):
-                ballot = self._ballot(ballot_q[:, rows], voting[:, columns], weights)
+            for index, rows, keys, here, geometry in self._blocks(source, columns, ballot_q.device):
+                ballot = self._ballot(ballot_q[:, rows], voting[:, here], weights)
                 self._ballot_kernel(ballot).suffix_(
                     ballot,
-                    later[source][index][:, columns],
+                    later[source][index][:, keys],
                     geometry,
                     dballot_q[:, rows],
-                    dvoting[:, columns],
+                    dvoting[:, here],
                     dweights,
                 )
             return (dvoting,)
@@ -243,8 +242,10 @@ class SelectiveAttention:
     def _ballot_kernel(self, ballot: Ballot) -> SelectiveKernel:
         return pick_selective(self.kernel, ballot.q, ballot.k, ballot.k, ballot.q.shape[-1])
 
-    def _blocks(self, source: int, device: torch.device) -> Iterator[tuple[int, slice, slice, Geometry]]:
-        """(own piece, its rows, key columns of `source` that some row may see, where that lies)."""
+    def _blocks(
+        self, source: int, visiting: range, device: torch.device
+    ) -> Iterator[tuple[int, slice, slice, slice, Geometry]]:
+        """(own piece, its rows, keys of `source` that some row may see, the same among the visiting ones, where)."""
         plan = self.ring.plan
         for index, piece in enumerate(self.own):
             offset = 0
@@ -252,9 +253,11 @@ class SelectiveAttention:
             for chunk in plan.chunks(source):
                 start, stop = max(chunk.start, first_visible), min(chunk.stop, piece.stop)
                 if start < stop:
-                    columns = slice(offset + start - chunk.start, offset + stop - chunk.start)
+                    keys = slice(offset + start - chunk.start, offset + stop - chunk.start)
+                    assert visiting.start <= keys.start < keys.stop <= visiting.stop
+                    here = slice(keys.start - visiting.start, keys.stop - visiting.start)
                     rows = slice(piece.rows.start, piece.rows.stop)
-                    yield index, rows, columns, self._geometry(piece, start, stop, device)
+                    yield index, rows, keys, here, self._geometry(piece, start, stop, device)
                 offset += len(chunk)
 
     def _geometry(self, piece: Piece, k_start: int, k_stop: int, device: torch.device) -> Geometry:

@@ -16,26 +16,29 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ringattn.kernels import accumulator_dtype
+from ringattn.merge import RowSum
 from ringattn.plan import Plan
+from ringattn.schedule import Stop
 
 Expand = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(k [B, S, ...], v [B, S, ...], positions [S]) -> (keys [B, S, G, D], values [B, S, G, Dv])."""
 
 
 class Visiting:
-    """A visiting payload, expanded for a backward: keys, values, and room for their gradients.
+    """A visiting payload, expanded for a backward: keys, values, and sums of their gradients.
 
     Attributes:
-        keys: [B, S, G, D]; values: [B, S, G, Dv], without a graph.
-        gradients: of keys and values, accumulator dtype, to be added to in place.
-        payload_gradients: of the payload, accumulator dtype, complete when the context ends.
+        keys: [B, n, G, D]; values: [B, n, G, Dv], without a graph.
+        sums: take the gradients of keys and values.
+        payload_gradients: of the payload, once the context has ended: in the accumulator dtype, or as a kernel gave
+            them where nothing was to be added up.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys = keys
         self.values = values
-        self.gradients: tuple[Tensor, Tensor] = (_sum_like(keys), _sum_like(values))
-        self.payload_gradients: tuple[Tensor, ...] = self.gradients
+        self.sums = (RowSum(keys.shape, keys.dtype, keys.device), RowSum(values.shape, values.dtype, values.device))
+        self.payload_gradients: tuple[Tensor, ...] = ()
 
 
 class Expansion:
@@ -95,38 +98,47 @@ class Expansion:
         self._own = (rank, (result[0].detach(), result[1].detach()))
         return *self._own[1], None
 
-    def forward(self, source: int, held: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Keys and values of a visiting payload, without a graph."""
+    @property
+    def plain(self) -> bool:
+        """Whether keys and values travel as they are."""
+        return self._expand is None
+
+    def forward(self, stop: Stop, held: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens that visit, without a graph."""
         if self._expand is None:
             return held[0], held[1]
+        source, columns = stop.only
         if self._own is not None and self._own[0] == source:
             expanded, self._own = self._own[1], None
             return expanded
         with torch.no_grad(), self._as_called():
-            return self._expand(held[0], held[1], self._plan.positions(source, self._device))
+            return self._expand(held[0], held[1], self._positions(source, columns))
 
     @contextmanager
-    def backward(self, source: int, held: tuple[Tensor, ...]) -> Iterator[Visiting]:
+    def backward(self, stop: Stop, held: tuple[Tensor, ...]) -> Iterator[Visiting]:
         """Expanded payload whose gradients, added inside the context, are turned into compact ones at its end."""
         if self._expand is None:
-            yield Visiting(held[0], held[1])
+            visiting = Visiting(held[0], held[1])
+            yield visiting
+            visiting.payload_gradients = tuple(total.result() for total in visiting.sums)
             return
+        source, columns = stop.only
         leaves = [x.detach().requires_grad_() for x in held[:2]]
         with torch.enable_grad(), self._as_called():
-            expanded = self._expand(leaves[0], leaves[1], self._plan.positions(source, self._device))
+            expanded = self._expand(leaves[0], leaves[1], self._positions(source, columns))
         visiting = Visiting(expanded[0].detach(), expanded[1].detach())
         yield visiting
         self._pull_back(leaves, expanded, visiting)
 
     def _pull_back(self, leaves: list[Tensor], expanded: tuple[Tensor, Tensor], visiting: Visiting) -> None:
-        pairs = [(x, dx.to(x.dtype)) for x, dx in zip(expanded, visiting.gradients, strict=True) if x.requires_grad]
+        pairs = [(x, dx.result(x.dtype)) for x, dx in zip(expanded, visiting.sums, strict=True) if x.requires_grad]
         found: tuple[Tensor | None, ...] = (None,) * (len(leaves) + len(self.parameters))
         if pairs:
             found = torch.autograd.grad(
                 [x for x, _ in pairs], [*leaves, *self.parameters], [dx for _, dx in pairs], allow_unused=True
             )
         visiting.payload_gradients = tuple(
-            _sum_like(leaf) if grad is None else grad.to(accumulator_dtype(leaf.dtype))
+            torch.zeros_like(leaf) if grad is None else grad
             for leaf, grad in zip(leaves, found[: len(leaves)], strict=True)
         )
         self._add_parameter_gradients(found[len(leaves) :])
@@ -147,13 +159,12 @@ class Expansion:
             for parameter, grad in zip(self.parameters, self.parameter_gradients, strict=True)
         )
 
+    def _positions(self, source: int, columns: range) -> Tensor:
+        return self._plan.positions(source, self._device)[columns.start : columns.stop]
+
     def _as_called(self) -> AbstractContextManager[object]:
         enabled, dtype = self._autocast
         return torch.autocast(self._device.type, dtype=dtype, enabled=enabled)
-
-
-def _sum_like(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape, dtype=accumulator_dtype(x.dtype), device=x.device)
 
 
 def _same(x: Tensor) -> Tensor:

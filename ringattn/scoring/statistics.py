@@ -12,11 +12,12 @@ from torch import Tensor
 from ringattn.kernels import accumulator_dtype
 from ringattn.plan import Plan
 from ringattn.ring import Ring
+from ringattn.schedule import plain_schedule
 from ringattn.scoring.attention import SelectiveAttention, selection_terms
 from ringattn.scoring.expansion import Expand, Expansion
 from ringattn.scoring.pieces import all_pieces
 from ringattn.scoring.selection import Selection
-from ringattn.transport import Transport, make_transport
+from ringattn.transport import Transport, transport_of
 
 _PARTS = 4  # queries looked at per chunk
 
@@ -59,11 +60,9 @@ def selection_statistics(
         The same on every rank.
     """
     rank = 0 if group is None else dist.get_rank(group)
-    channel = (
-        (make_transport(transport, group) if group is not None else None) if isinstance(transport, str) else transport
-    )
+    channel = transport_of(transport, plan, group) if group is not None and plan.cp_size > 1 else None
     ring = Ring(plan=plan, rank=rank, transport=channel)
-    keys, _ = Expansion(expand, plan, q.device).forward(rank, (k, v))
+    keys, _ = Expansion(expand, plan, q.device).forward(plain_schedule(plan, rank)[0], (k, v))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     terms = selection_terms(selection, q, keys, scale)
     pieces = all_pieces(plan, selection.lag, parts=_PARTS)

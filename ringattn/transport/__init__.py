@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.errors import TopologyError
+from ringattn.merge import RowSum
+from ringattn.plan import Plan
+from ringattn.schedule import Stop
+from ringattn.transport.copy_engine import CopyEngineTransport
+from ringattn.transport.graphs import Step
 from ringattn.transport.p2p import P2PTransport
+from ringattn.transport.peer_memory import CudaPeerMemory, peer_memory_problem
 from ringattn.transport.stats import RingStats
 
-TRANSPORTS = ("p2p",)
+TRANSPORTS = ("copy_engine", "p2p")
 
-__all__ = ["TRANSPORTS", "Pending", "RingStats", "Transport", "make_transport"]
+__all__ = [
+    "TRANSPORTS",
+    "Passage",
+    "Payload",
+    "Pending",
+    "RingStats",
+    "Step",
+    "Transport",
+    "make_transport",
+    "transport_of",
+]
+
+Payload = tuple[Tensor, ...]
+"""Tensors [B, S, ...] of one rank's tokens that travel together."""
 
 
 class Pending(Protocol):
@@ -24,10 +45,59 @@ class Pending(Protocol):
         """Return when the message received may be read and the one sent may be overwritten (in stream order)."""
 
 
+class Passage(Protocol):
+    """One time around the ring: what every rank holds, past every rank that needs it; and gradients back.
+
+    All ranks open the same passages in the same order. Each calls for its stops in turn `arrival`, `give_back` (if the
+    passage returns gradients, and not for its own tokens) and `leave`, then `close`.
+    """
+
+    def arrival(self, stop: Stop) -> Payload | None:
+        """The payload of the stop's tokens, side by side, [B, those, ...] of each tensor; None if there are none.
+
+        It may be read until `leave`, and what is to come later is on its way meanwhile.
+        """
+
+    def leave(self, stop: Stop) -> None:
+        """The work on this stop has been issued."""
+
+    def give_back(self, stop: Stop, found: Payload | None, totals: Sequence[RowSum]) -> None:
+        """Start sending the gradients of a stop's tokens (same shapes, any float dtype) to their owners.
+
+        Gradients of the own payload that have arrived meanwhile are added to `totals`.
+        """
+
+    def close(self, totals: Sequence[RowSum] = ()) -> None:
+        """Wait (in stream order) for what is under way; the last gradients are added to `totals`."""
+
+
 class Transport(Protocol):
-    """Moves bytes between the ranks of one ring and counts what that costs."""
+    """Moves payloads between the ranks of one ring and counts what that costs.
+
+    Attributes:
+        stats: counts.
+        description: which it is and why, for the log.
+        joins: can bring payloads of several hops side by side; else a stop has one hop, and hops come in order.
+    """
 
     stats: RingStats
+    description: str
+    joins: bool
+
+    def run(
+        self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: Payload
+    ) -> tuple[Tensor, ...]:
+        """`step(*inputs, payload)`, which opens passages of this transport; perhaps from a captured graph.
+
+        Args:
+            key: all that matters besides plan, shapes and dtypes.
+        """
+
+    def open(self, plan: Plan, stops: Sequence[Stop], payload: Payload, what: str, *, returns: bool) -> Passage:
+        """Begin a passage of payloads past these stops of this rank, all hops of the plan among them.
+
+        `what` names it in errors. The payload must not change before `close`.
+        """
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> Pending:
         """Start sending `send` to rank `send_to` of the ring and filling `receive` from rank `receive_from`.
@@ -42,18 +112,52 @@ class Transport(Protocol):
         """
 
 
-def make_transport(name: str, group: dist.ProcessGroup, timeout: Callable[[], timedelta] | None = None) -> Transport:
-    """Build the transport called `name` ("auto" or one of `TRANSPORTS`) for a ring's process group.
+def make_transport(
+    name: str,
+    group: dist.ProcessGroup,
+    timeout: Callable[[], timedelta] | None = None,
+    *,
+    graphs: bool | None = None,
+    timed: bool = True,
+) -> Transport:
+    """Build the transport called `name` ("auto" or one of `TRANSPORTS`) for a ring's process group. Collective.
 
     Args:
-        name: Which.
+        name: Which. "copy_engine" moves payloads between GPUs of one host without taking multiprocessors from
+            attention; "p2p" is the process group's own sends and receives, NCCL or gloo. "auto" takes the first where
+            every rank can reach every other one's memory.
         group: The ring.
         timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` was made with.
             NCCL keeps the group's own limit, since waiting on the host would hold up the queue of kernels.
+        graphs: copy_engine only: run passes as CUDA graphs. None: those of short shards, where launching would take
+            longer than computing.
+        timed: measure how long compute stands waiting, see `RingStats`.
 
     Raises:
         ValueError: for an unknown name.
+        TopologyError: on all ranks, if "copy_engine" is asked for and cannot be had.
     """
     if name not in ("auto", *TRANSPORTS):
         raise ValueError(f"transport: expected auto or one of {', '.join(TRANSPORTS)}, got {name!r}")
-    return P2PTransport(group, timeout)
+    control = P2PTransport(group, timeout)
+    control.stats.timed = timed
+    if name == "p2p":
+        return control
+    problem = peer_memory_problem(group)
+    if problem is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        return CopyEngineTransport(CudaPeerMemory(group, device, timeout), control, graphs)
+    if name == "copy_engine":
+        raise TopologyError(f"transport: copy_engine cannot be had: {problem}; use transport='auto' or 'p2p'")
+    control.description += f" (copy_engine cannot be had: {problem})"
+    return control
+
+
+def transport_of(transport: str | Transport, plan: Plan, group: dist.ProcessGroup) -> Transport:
+    """The transport itself, or the one of that name that the plan keeps for the group: some are costly to make."""
+    if not isinstance(transport, str):
+        return transport
+    key = (id(group), transport)
+    if key not in plan._transports:
+        plan._transports[key] = make_transport(transport, group)  # it holds the group, so that the id stays its own
+    return plan._transports[key]

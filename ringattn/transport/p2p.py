@@ -1,13 +1,12 @@
 """Point-to-point messages of a process group: NCCL between GPUs, gloo between CPUs.
 
 gloo checks neither size nor dtype of a message, so everything travels as bytes, of sizes that both sides derive from
-the plan, after the shapes and dtypes were agreed once (attention.py).
+the plan, after the shapes and dtypes were agreed once (agreement.py).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,18 +15,59 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.errors import PeerError
+from ringattn.merge import RowSum
+from ringattn.plan import Plan
+from ringattn.schedule import Stop, own_tokens
+from ringattn.transport.graphs import Step
 from ringattn.transport.stats import RingStats
+
+
+class Message:
+    """A flat byte buffer that holds several tensors side by side, so that a hop needs one message only."""
+
+    def __init__(self, like: Sequence[Tensor], tokens: int) -> None:
+        """Allocate room for `tokens` tokens of tensors [B, S, ...] like these, each aligned to 16 bytes."""
+        parts = [((x.shape[0], tokens, *x.shape[2:]), x.dtype) for x in like]
+        offsets, total = [], 0
+        for shape, dtype in parts:
+            offsets.append(total)
+            size = torch.Size(shape).numel() * dtype.itemsize
+            total += -(-size // 16) * 16
+        self.buffer = torch.empty(total, dtype=torch.uint8, device=like[0].device)
+        self.parts = tuple(
+            self.buffer[offset : offset + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+            for offset, (shape, dtype) in zip(offsets, parts, strict=True)
+        )
+
+    def fill(self, tensors: Sequence[Tensor]) -> Message:
+        for part, tensor in zip(self.parts, tensors, strict=True):
+            part.copy_(tensor)
+        return self
 
 
 class P2PTransport:
     """Sends and receives of a process group, one message each way per exchange."""
 
+    joins = False
+
     def __init__(self, group: dist.ProcessGroup, timeout: Callable[[], timedelta] | None = None) -> None:
         self._timeout = timeout
         self.stats = RingStats()
         self._group = group
-        self._rank = dist.get_rank(group)
+        self.rank = dist.get_rank(group)
         self._batched = dist.get_backend(group) == "nccl"  # NCCL needs both directions in one launch
+        self.description = f"p2p over {dist.get_backend(group)}"
+
+    def run(
+        self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        return step(*inputs, payload)
+
+    def open(
+        self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
+    ) -> P2PPassage:
+        assert [stop.hops for stop in stops] == [(hop,) for hop in range(plan.num_hops)]
+        return P2PPassage(self, plan, payload, what)
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
         operations: list[tuple[Any, Tensor, int]] = []
@@ -37,7 +77,7 @@ class P2PTransport:
         if receive.numel():
             operations.append((dist.irecv, receive, receive_from))
         peers = f"(sends to {send_to}, receives from {receive_from})"
-        label = f"ring rank {self._rank}, {where} {peers}"
+        label = f"ring rank {self.rank}, {where} {peers}"
         try:
             works = self._start(operations)
         except (RuntimeError, ValueError) as error:
@@ -62,6 +102,88 @@ class P2PTransport:
         return works
 
 
+class P2PPassage:
+    """A passage by messages: the exchange of the next hop is issued before a hop's payload is handed out."""
+
+    def __init__(self, transport: P2PTransport, plan: Plan, payload: tuple[Tensor, ...], what: str) -> None:
+        self._transport = transport
+        self._plan = plan
+        self._payload = payload
+        self._what = what
+        self._outgoing: dict[range, Message] = {}  # by the part of the own payload that it holds
+        self._arriving: _Arriving | None = None
+        self._returning: tuple[_Arriving, range] | None = None  # gradients of the hop before, on their way
+
+    def arrival(self, stop: Stop) -> tuple[Tensor, ...] | None:
+        (hop,) = stop.hops
+        held = own_tokens(self._payload, stop) if self._arriving is None else self._arriving.wait()
+        self._arriving = self._fetch(hop + 1)
+        return held
+
+    def leave(self, stop: Stop) -> None:
+        pass
+
+    def give_back(self, stop: Stop, found: tuple[Tensor, ...] | None, totals: Sequence[RowSum]) -> None:
+        (hop,) = stop.hops
+        self._collect(totals)
+        visitor, source = self._peers(hop)
+        wanted = self._plan.columns(visitor, self._transport.rank)
+        sent = None if found is None else Message(self._payload, found[0].shape[1]).fill(found)
+        message = Message(self._payload, len(wanted)) if wanted else None
+        where = f"{self._what} hop {hop} of {self._plan.num_hops - 1}, gradients"
+        self._returning = self._exchange(sent, source, message, visitor, where), wanted
+
+    def close(self, totals: Sequence[RowSum] = ()) -> None:
+        self._collect(totals)
+
+    def _collect(self, totals: Sequence[RowSum]) -> None:
+        if self._returning is not None:
+            arriving, rows = self._returning
+            parts = arriving.wait()
+            for total, part in zip(totals, parts or (), strict=parts is not None):
+                total.add(rows, part)
+            self._returning = None
+
+    def _peers(self, hop: int) -> tuple[int, int]:
+        """At `hop`: the rank that needs the own payload, and the one whose payload is needed here."""
+        size, rank = self._plan.cp_size, self._transport.rank
+        return (rank + hop) % size, (rank - hop) % size
+
+    def _fetch(self, hop: int) -> _Arriving | None:
+        """Start giving the own payload to the rank that needs it at `hop` and receiving what is needed here then."""
+        if hop >= self._plan.num_hops:
+            return None
+        rank = self._transport.rank
+        to, source = self._peers(hop)
+        given, needed = self._plan.columns(to, rank), self._plan.columns(rank, source)
+        if given and given not in self._outgoing:
+            parts = [x[:, given.start : given.stop] for x in self._payload]
+            self._outgoing[given] = Message(self._payload, len(given)).fill(parts)
+        message = Message(self._payload, len(needed)) if needed else None
+        where = f"{self._what} hop {hop} of {self._plan.num_hops - 1}"
+        return self._exchange(self._outgoing[given] if given else None, to, message, source, where)
+
+    def _exchange(self, sent: Message | None, to: int, message: Message | None, source: int, where: str) -> _Arriving:
+        if sent is None and message is None:
+            return _Arriving(None, None, None)
+        send, receive = (torch.empty(0, dtype=torch.uint8) if part is None else part.buffer for part in (sent, message))
+        return _Arriving(self._transport.exchange(send, to, receive, source, where), message, sent)
+
+
+class _Arriving:
+    """A message under way to this rank: its parts once it is here, or None if none was to come."""
+
+    def __init__(self, pending: P2PPending | None, message: Message | None, kept: Message | None) -> None:
+        self._pending = pending
+        self._message = message
+        self._kept = kept  # what is being sent must live until it is
+
+    def wait(self) -> tuple[Tensor, ...] | None:
+        if self._pending is not None:
+            self._pending.wait()
+        return None if self._message is None else self._message.parts
+
+
 class P2PPending:
     """The works of one exchange."""
 
@@ -75,23 +197,15 @@ class P2PPending:
         self._limit = limit
 
     def wait(self) -> None:
-        if self._on_cuda:
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-        started = time.perf_counter()
-        try:
-            for work in self._works:
-                if self._limit is None:
-                    work.wait()
-                else:
-                    work.wait(self._limit)
-        except RuntimeError as error:
-            raise _peer_error(self._label, error) from error
-        if self._on_cuda:
-            after.record()
-            self._stats.add_events(before, after)
-        else:
-            self._stats.waited_seconds += time.perf_counter() - started
+        with self._stats.waiting(self._on_cuda):
+            try:
+                for work in self._works:
+                    if self._limit is None:
+                        work.wait()
+                    else:
+                        work.wait(self._limit)
+            except RuntimeError as error:
+                raise _peer_error(self._label, error) from error
 
 
 def _peer_error(label: str, error: Exception) -> PeerError:

@@ -20,10 +20,10 @@ def problem(dtype, heads=(8, 2), seq_len=257, width=64):
     return [torch.randn(*s, generator=generator, dtype=torch.float64).to("cuda", dtype) for s in shapes]
 
 
-def attend(tensors, plan, group, rank, kernel):
+def attend(tensors, plan, group, rank, kernel, transport="auto"):
     q, k, v, dout = (ringattn.shard(x, plan, rank) for x in tensors)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = ringattn.ring_attention(*leaves, plan, group=group, kernel=kernel)
+    out = ringattn.ring_attention(*leaves, plan, group=group, kernel=kernel, transport=transport)
     out.backward(dout)
     return [ringattn.unshard(x.detach(), plan, group).cpu() for x in (out, *(x.grad for x in leaves))]
 
@@ -85,35 +85,42 @@ def test_deterministic_algorithms_leave_out_cudnn_and_repeat_bits():
         torch.use_deterministic_algorithms(False)
 
 
-def nccl_worker(rank, world_size, cases):
+def nccl_worker(rank, world_size, transport, cases):
     torch.cuda.set_device(rank)
     group = dist.new_group(backend="nccl")
+    channel = ringattn.make_transport(transport, group)
     results = []
     for layout, dtype, mask in cases:
         plan = ringattn.Plan(257, world_size, layout=layout, **mask)
-        results.append(attend(problem(dtype), plan, group, rank, "auto"))
-    transport = ringattn.make_transport("auto", group)
+        results.append(attend(problem(dtype), plan, group, rank, "auto", channel))
+    channel.stats.take()
     plan = ringattn.Plan(4096, world_size)
     q, k, v = (ringattn.shard(x, plan, rank) for x in problem(torch.bfloat16, seq_len=4096)[:3])
-    ringattn.ring_attention(q, k, v, plan, group=group, transport=transport)
-    totals = transport.stats.take()
+    ringattn.ring_attention(q, k, v, plan, group=group, transport=channel)
+    totals = channel.stats.take()
     torch.cuda.synchronize()
     dist.destroy_process_group(group)
     return results, (totals.hops, totals.bytes_sent, totals.exposed_seconds)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_rings_over_nccl(world_size):
+def needs_gpus(world_size):
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("transport", ["copy_engine", "p2p"])
+def test_rings_over_nccl(world_size, transport):
+    needs_gpus(world_size)
     cases = [
         (layout, dtype, mask)
         for layout in ("contiguous", "zigzag", "striped")
         for dtype in (torch.bfloat16, torch.float64)
         for mask in MASKS
     ]
-    results, (hops, sent, exposed) = run_ranks(nccl_worker, world_size, cases, timeout=300)[0]
-    assert (hops, sent) == (world_size - 1, (world_size - 1) * 2 * (4096 // world_size) * 2 * 64 * 2)
+    results, (hops, sent, exposed) = run_ranks(nccl_worker, world_size, transport, cases, timeout=300)[0]
+    # Rank 0 sends its first chunk to each later rank.
+    assert (hops, sent) == (world_size - 1, (world_size - 1) * (4096 // world_size) * 2 * 64 * 2)
     assert 0 <= exposed < 60
     for (layout, dtype, mask), found in zip(cases, results, strict=True):
         tensors = problem(dtype)
@@ -125,3 +132,74 @@ def test_rings_over_nccl(world_size):
             else:
                 errors = error(actual, expected), error(same, expected)
                 assert within_twice(actual, same, expected, floor=1e-5), (layout, mask, label, errors)
+
+
+def steps_worker(rank, world_size, graphs):
+    """Many steps of two layers with other inputs each time and ranks that drift apart, and each step's inputs."""
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="nccl")
+    channel = ringattn.make_transport("copy_engine", group, graphs=graphs)
+    plans = [ringattn.Plan(1030, world_size), ringattn.Plan(1030, world_size, causal=False)]
+    worst = 0.0
+    for step in range(12):
+        generator = torch.Generator("cuda").manual_seed(step)
+        shapes = [(1, 1030, h, 64) for h in (8, 2, 2, 8)]
+        tensors = [torch.randn(*s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes]
+        truths = [attend(tensors, ringattn.Plan(1030, 1, causal=plan.causal), None, 0, "auto") for plan in plans]
+        if step % world_size == rank:
+            torch.cuda._sleep(20_000_000)  # this rank comes late
+        shards = [[ringattn.shard(x, plan, rank) for x in tensors] for plan in plans]
+        outs = []
+        for plan, (q, k, v, _) in zip(plans, shards, strict=True):
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            outs.append((leaves, ringattn.ring_attention(*leaves, plan, group=group, transport=channel)))
+        for (_, out), (*_, dout) in zip(outs, shards, strict=True):
+            out.backward(dout)
+        for plan, (leaves, out), truth in zip(plans, outs, truths, strict=True):
+            for x, expected in zip((out, *(leaf.grad for leaf in leaves)), truth, strict=True):
+                expected = expected[:, plan.positions(rank)]
+                difference = x.detach().cpu().double() - expected
+                worst = max(worst, float(difference.norm() / expected.double().norm()))
+    torch.cuda.synchronize()
+    dist.destroy_process_group(group)
+    return worst
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_buffers_are_used_again_and_again_by_ranks_that_drift_apart(world_size, graphs):
+    needs_gpus(world_size)
+    assert max(run_ranks(steps_worker, world_size, graphs, timeout=300)) < 0.01  # roundings to bf16, of both
+
+
+def sums_on_gpu(count, rows=300):
+    generator = torch.Generator("cuda").manual_seed(count)
+    spans = [(0, rows), (rows // 2, rows), (0, 150), (7, 8), (0, rows)]
+    parts = [
+        torch.randn(2, b - a, 5, 72, generator=generator, device="cuda", dtype=torch.bfloat16) for a, b in spans[:count]
+    ]
+    lses = [10 * torch.randn(2, 5, b - a, generator=generator, device="cuda") for a, b in spans[:count]]
+    return [slice(a, b) for a, b in spans[:count]], parts, lses
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_fused_sums_and_merges_equal_the_plain_ones(count):
+    from ringattn.merge import RowMerge, RowSum, merge_
+
+    spans, parts, lses = sums_on_gpu(count)
+    total, merged = (
+        RowSum((2, 300, 5, 72), torch.bfloat16, parts[0].device),
+        RowMerge(parts[0].new_empty(2, 300, 5, 8), 72),
+    )
+    plain = torch.zeros(2, 300, 5, 72, device="cuda")
+    plain_out, plain_lse = torch.zeros_like(plain), torch.full((2, 5, 300), -torch.inf, device="cuda")
+    for span, part, lse in zip(spans, parts, lses, strict=True):
+        total.add(span, part)
+        merged.add(span, part, lse)
+        plain[:, span] += part
+        merge_(plain_out[:, span], plain_lse[:, :, span], part, lse)
+    out, lse = torch.empty_like(plain), torch.empty_like(plain_lse)
+    merged.result(out, lse)
+    torch.testing.assert_close(total.result(torch.float32), plain, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(out, plain_out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, plain_lse, rtol=1e-5, atol=1e-5)

@@ -162,9 +162,12 @@ def stats_worker(rank, world_size, layout, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_message_per_hop_each_way_and_its_bytes(dtype):
     payload = 2 * (2 * 16 * 2 * 8) * dtype.itemsize  # k and v, [2, 16, 2, 8] each; gradients travel in their dtype
-    for forward, backward, nothing in run_ranks(stats_worker, 4, "zigzag", dtype):
-        assert (forward.hops, forward.bytes_sent) == (3, 3 * payload)
-        assert (backward.hops, backward.bytes_sent) == (6, 6 * payload)  # payloads there, gradients back
+    for rank, (forward, backward, nothing) in enumerate(run_ranks(stats_worker, 4, "zigzag", dtype)):
+        # A later rank sees the first of two chunks only, an earlier one with its last chunk both.
+        there = rank * payload + (3 - rank) * payload // 2
+        back = rank * payload // 2 + (3 - rank) * payload
+        assert (forward.hops, forward.bytes_sent) == (3, there)
+        assert (backward.hops, backward.bytes_sent) == (6, there + back)
         assert forward.exposed_seconds > 0
         assert (nothing.hops, nothing.bytes_sent, nothing.exposed_seconds) == (0, 0, 0.0)
 

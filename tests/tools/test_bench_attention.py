@@ -149,7 +149,7 @@ def test_the_command_starts_its_own_ranks(tmp_path: Path) -> None:
     sizes = ("--tokens-per-rank", "16", "--heads", "4/2", "--head-dim", "8", "--dtype", "fp32", "--check-tokens", "8")
     little = ("--repeat", "1", "--warmup", "1", "--sample-seconds", "0.001", "--device", "cpu", "--non-causal")
     result = CliRunner().invoke(
-        app, ["--nproc", "2", *sizes, *little, "--variants", "ours*,all*", "--out", str(tmp_path / "new")]
+        app, ["--nproc", "2", *sizes, *little, "--variants", "ours p2p,all*", "--out", str(tmp_path / "new")]
     )
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"attention.csv", "attention.json", "attention.png"}

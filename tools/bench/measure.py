@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -131,8 +132,10 @@ def time_case(case: Case, point: Point, effort: Effort, ranks: Ranks) -> Timing:
         torch.autograd.grad(case.attend(q, k, v), (q, k, v), dout)
 
     extra, outside = ranks.together(lambda: _memory(both, effort, ranks))
-    forward_ms = _measure(forward, effort, ranks)
-    both_ms = _measure(both, effort, ranks)
+    forward_ms, both_ms = (
+        _measure(ranks.together(partial(_captured, step, len(sets), effort)) if case.captured else step, effort, ranks)
+        for step in (forward, both)
+    )
     most = ranks.largest([extra or 0, outside or 0])
     return Timing(
         forward_ms=forward_ms,
@@ -187,6 +190,23 @@ def _memory(both: Callable[[int], None], effort: Effort, ranks: Ranks) -> tuple[
     both(0)
     ranks.synchronize()
     return torch.cuda.max_memory_allocated(device) - before, max(0, _outside(device) - outside)
+
+
+def _captured(step: Callable[[int], None], count: int, effort: Effort) -> Callable[[int], None]:
+    """The step as one CUDA graph per set of inputs."""
+    graphs = []
+    for number in range(count):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(effort.warmup):
+                step(number)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step(number)
+        graphs.append(graph)
+    return lambda number: graphs[number % count].replay()
 
 
 def _outside(device: torch.device) -> int:

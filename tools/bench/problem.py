@@ -103,6 +103,8 @@ class Case:
     Attributes:
         attend: q, k, v [B, S, H or G, D] of `cut` -> out of `cut`; differentiable.
         checked: whether `attend` claims to give the right answer.
+        captured: on CUDA it is timed as a graph that holds everything from the inputs to the gradients, as in a program
+            that captures its whole step.
         note: what one should know of it, for the table.
         close: undoes what making it ready did.
     """
@@ -110,6 +112,7 @@ class Case:
     cut: Cut
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     checked: bool = True
+    captured: bool = False
     note: str = ""
     close: Callable[[], None] = field(default=lambda: None)
 

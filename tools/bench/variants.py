@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,20 +12,27 @@ from torch import Tensor
 import ringattn
 from ringattn.kernels import Kernel, pick_kernel
 from ringattn.mask import Block, Relation
-from ringattn.transport import TRANSPORTS
+from ringattn.transport import Transport
 from tools.bench.problem import Case, Cut, Point, Variant
-from tools.bench.ranks import Ranks
+from tools.bench.ranks import Ranks, UnsupportedError
 
 IDEAL = "ideal"
 
-# Name of the row -> arguments of `ring_attention`. A new option of the library is one more line here.
-OURS: dict[str, dict[str, Any]] = {f"ours {name}": {"transport": name} for name in TRANSPORTS}
+# Name of the row -> arguments of `make_transport`. A new option of the library is one more line here.
+OURS: dict[str, dict[str, Any]] = {
+    "ours copy_engine": {"name": "copy_engine"},
+    "ours copy_engine, no graphs": {"name": "copy_engine", "graphs": False},
+    "ours p2p": {"name": "p2p"},
+}
+CAPTURED = ", captured"  # end of a name
 
 
 def own_variants() -> list[Variant]:
     """The ideal first: everything else is a percentage of it."""
     ours = [Variant(name=name, make=_Ours(options)) for name, options in OURS.items()]
-    return [Variant(name=IDEAL, make=_ideal), *ours, Variant(name="blocks", make=_blocks)]
+    found = [Variant(name=IDEAL, make=_ideal), *ours, Variant(name="blocks", make=_blocks)]
+    captured = (found[0], found[1], found[-1])
+    return [*found, *(Variant(name=v.name + CAPTURED, make=_AsGraph(v.make)) for v in captured)]
 
 
 def block_kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool = False) -> Kernel:
@@ -63,15 +72,31 @@ class _Ours:
 
     def __call__(self, point: Point, ranks: Ranks) -> Case:
         plan = _plan(point)
-        options = dict(self._options)
         # Made once, as a training run does.
-        transport = ringattn.make_transport(options.pop("transport"), ranks.group) if ranks.size > 1 else "auto"
+        transport = self._transport(ranks) if ranks.size > 1 else "auto"
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ringattn.ring_attention(q, k, v, plan, group=ranks.group, transport=transport, **options)
+            return ringattn.ring_attention(q, k, v, plan, group=ranks.group, transport=transport)
 
-        close = getattr(transport, "close", lambda: None)
-        return Case(cut=Cut.of_tokens(point, plan.positions(ranks.rank)), attend=attend, close=close)
+        return Case(cut=Cut.of_tokens(point, plan.positions(ranks.rank)), attend=attend)
+
+    def _transport(self, ranks: Ranks) -> Transport:
+        try:
+            return ringattn.make_transport(**self._options, group=ranks.group, timed=False)
+        except ringattn.TopologyError as error:
+            raise UnsupportedError(str(error)) from error
+
+
+class _AsGraph:
+    """A variant as a program has it that captures its whole step."""
+
+    def __init__(self, make: Callable[[Point, Ranks], Case]) -> None:
+        self._make = make
+
+    def __call__(self, point: Point, ranks: Ranks) -> Case:
+        if not ranks.on_cuda:
+            raise UnsupportedError("there are no CUDA graphs on a CPU")
+        return replace(self._make(point, ranks), captured=True)
 
 
 def _blocks(point: Point, ranks: Ranks) -> Case:

@@ -1,0 +1,173 @@
+"""In which order, and how much at once, a rank works on what travels past it.
+
+The plain schedule has one stop per hop, the local one first. Where a transport can bring payloads of several hops side
+by side, and blocks are whole rectangles of the same queries, they are joined: one kernel call in place of several, and
+one partial result less. How many: as many as will have arrived by the time the kernel before ends, by rough rates.
+
+Backward, the local work of a zigzag or contiguous shard is cut in two, of which the smaller part comes first, while
+payloads are under way, and the bigger one last, while gradients are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from ringattn.mask import Block, Relation
+from ringattn.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Rough speeds of a GPU and its links, to decide what is joined; results do not depend on them."""
+
+    link_bytes: float = 250e9  # per second, where several ranks read from one
+    flops: float = 550e12  # per second
+    start: float = 30e-6  # until the first payload is under way, seconds
+    launch: float = 5e-6  # of a kernel, seconds
+
+
+_RATES = Rates()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Tokens that are worked on at once.
+
+    Attributes:
+        hops: with which they come; 0 is the own payload.
+        sources: (rank, which of its tokens, as places in its shard), side by side in this order.
+        blocks: of attention; keys are counted among these tokens, queries in the own shard.
+    """
+
+    hops: tuple[int, ...]
+    sources: tuple[tuple[int, range], ...]
+    blocks: tuple[Block, ...]
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(len(columns) for _, columns in self.sources)
+
+    @property
+    def only(self) -> tuple[int, range]:
+        """The one source of a plain stop and its tokens."""
+        (source,) = self.sources
+        return source
+
+
+def plain_schedule(plan: Plan, rank: int) -> tuple[Stop, ...]:
+    """One stop per hop, in the order of hops; those of which nothing is needed have no tokens."""
+    return tuple(_stop(plan, rank, hop) for hop in range(plan.num_hops))
+
+
+def joined_schedule(
+    plan: Plan,
+    rank: int,
+    *,
+    token_bytes: int,
+    pair_flops: float,
+    backward: bool,
+    tall: bool,
+    most: int = 3,
+    rates: Rates = _RATES,
+) -> tuple[Stop, ...]:
+    """Stops of several hops where that is possible and does not wait longer.
+
+    Args:
+        plan, rank: what and where.
+        token_bytes: that travel per token.
+        pair_flops: per (query, key) pair of all heads.
+        backward: gradients return, and the local work is cut in two.
+        tall: the kernel takes causal blocks of more rows than keys.
+        most: hops that may be joined; runs end at multiples of it.
+        rates: see `Rates`.
+    """
+    local, *remote = plain_schedule(plan, rank)
+    first, last = _halves(local, tall) if backward and remote else (local, None)
+    free = rates.launch + _pairs(first) * pair_flops / rates.flops
+    arrived, stops = rates.start, [first]
+    run: list[Stop] = []
+    run_arrived = 0.0
+    for stop in remote:
+        arrived += stop.tokens * token_bytes / rates.link_bytes
+        joins = run and len(run) < most and (stop.hops[0] - 1) % most and _joinable(run[-1], stop) and arrived <= free
+        if run and not joins:
+            free = max(free, run_arrived) + rates.launch + sum(map(_pairs, run)) * pair_flops / rates.flops
+            stops.append(_joined(run))
+            run = []
+        run.append(stop)
+        run_arrived = arrived
+    stops += [_joined(run)] if run else []
+    return (*stops, last) if last is not None else tuple(stops)
+
+
+def own_tokens(payload: tuple[Tensor, ...], stop: Stop) -> tuple[Tensor, ...] | None:
+    """What a local stop works on; None if that is nothing."""
+    columns = stop.only[1]
+    if not columns:
+        return None
+    if len(columns) == payload[0].shape[1]:
+        return payload
+    return tuple(x[:, columns.start : columns.stop] for x in payload)
+
+
+def _stop(plan: Plan, rank: int, hop: int) -> Stop:
+    source = plan.source(rank, hop)
+    columns = plan.columns(rank, source)
+    blocks = tuple(block.shifted(0, -columns.start) for block in plan.blocks(rank, source))
+    return Stop(hops=(hop,), sources=((source, columns),), blocks=blocks)
+
+
+def _joinable(one: Stop, other: Stop) -> bool:
+    if not (len(one.blocks) == len(other.blocks) == 1):
+        return False
+    (a,), (b,) = one.blocks, other.blocks
+    whole = (a.k_start, a.k_stop) == (0, one.tokens) and (b.k_start, b.k_stop) == (0, other.tokens)
+    same_rows = (a.q_start, a.q_stop) == (b.q_start, b.q_stop)
+    return a.relation is b.relation is Relation.FULL and whole and same_rows
+
+
+def _joined(run: Sequence[Stop]) -> Stop:
+    if len(run) == 1:
+        return run[0]
+    tokens = sum(stop.tokens for stop in run)
+    return Stop(
+        hops=tuple(hop for stop in run for hop in stop.hops),
+        sources=tuple(source for stop in run for source in stop.sources),
+        blocks=(replace(run[0].blocks[0], k_start=0, k_stop=tokens),),
+    )
+
+
+def _halves(local: Stop, tall: bool) -> tuple[Stop, Stop | None]:
+    """The later half of the keys and the earlier one. A causal square falls into a smaller one and a trapezium.
+
+    The trapezium, all rows by the earlier keys, is a causal block too: row i sees keys 0 .. i, as far as there are any.
+    """
+    whole = len(local.blocks) == 1 and local.blocks[0].relation is Relation.CAUSAL and local.tokens >= 2
+    if not whole or local.blocks[0] != Block(0, local.tokens, 0, local.tokens, Relation.CAUSAL):
+        return local, None
+    source, columns = local.only
+    half = (local.tokens + 1) // 2
+    later, earlier = local.tokens - half, half
+    square = Block(half, local.tokens, 0, later, Relation.CAUSAL)
+    trapezium: tuple[Block, ...] = (Block(0, local.tokens, 0, earlier, Relation.CAUSAL),)
+    if not tall:
+        trapezium = (
+            Block(0, half, 0, earlier, Relation.CAUSAL),
+            Block(half, local.tokens, 0, earlier, Relation.FULL),
+        )
+    return (
+        replace(local, sources=((source, columns[half:]),), blocks=(square,)),
+        replace(local, sources=((source, columns[:half]),), blocks=trapezium),
+    )
+
+
+def _pairs(stop: Stop) -> float:
+    pairs = 0.0
+    for block in stop.blocks:
+        rows, keys = block.q_stop - block.q_start, block.k_stop - block.k_start
+        pairs += rows * keys if block.relation is Relation.FULL else keys * (rows - keys / 2)
+    return pairs

@@ -1,0 +1,272 @@
+"""Payloads between the GPUs of one host by their copy engines, which take no multiprocessors from attention.
+
+Every rank puts its payload into its own region of peer memory. A barrier later each rank pulls what it needs straight
+from the owners, on a lane of its own, a few hops ahead of the compute. Gradients are pushed into an inbox in the
+owner's region, one slot per hop. A second barrier ends the passage: all pulls and pushes of all ranks are done, and the
+regions may be filled anew. So a passage is correct however far the ranks drift apart inside it.
+
+    region of a rank:  | payload | inbox slot 0 | slot 1 | slot 2 |
+
+In a ring of more than four, slots are used again: every third hop the arrivals are added up, between two barriers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ringattn.merge import RowSum, copy_
+from ringattn.plan import Plan
+from ringattn.schedule import Stop, own_tokens
+from ringattn.transport.graphs import PassGraphs, Step
+from ringattn.transport.p2p import P2PPending, P2PTransport
+from ringattn.transport.peer_memory import Mark, PeerMemory
+
+GRAPH_BYTES = 2**26  # of a payload, or of what stays here; longer shards keep the GPU busy without graphs
+
+_ALIGN = 256
+_SLOTS = 3
+_AHEAD_BYTES = 2**26  # payloads on their way to a rank at a time; at least two
+_PULL, _PUSH = 0, 1  # channels of the barriers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Where in a region payload tensors of some shapes and dtypes lie.
+
+    Attributes:
+        tails: of each tensor: batch, sizes after the tokens, dtype.
+        slot: bytes of a payload of the longest shard.
+    """
+
+    tails: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+    slot: int
+
+    @staticmethod
+    def of(plan: Plan, payload: Sequence[Tensor]) -> Room:
+        tails = tuple((x.shape[0], tuple(x.shape[2:]), x.dtype) for x in payload)
+        return Room(tails=tails, slot=sum(_aligned(tail, plan.longest_shard) for tail in tails))
+
+    def views(self, region: Tensor, number: int, tokens: int) -> tuple[Tensor, ...]:
+        """Tensors [B, tokens, ...] in room `number` of a region: 0 is the payload, then the inbox slots."""
+        offset, found = number * self.slot, []
+        for tail in self.tails:
+            batch, sizes, dtype = tail
+            size = batch * tokens * prod(sizes) * dtype.itemsize
+            found.append(region[offset : offset + size].view(dtype).view(batch, tokens, *sizes))
+            offset += _aligned(tail, tokens)
+        return tuple(found)
+
+
+def _aligned(tail: tuple[int, tuple[int, ...], torch.dtype], tokens: int) -> int:
+    batch, sizes, dtype = tail
+    return -(-batch * tokens * prod(sizes) * dtype.itemsize // _ALIGN) * _ALIGN
+
+
+class CopyEngineTransport:
+    """See the file's text.
+
+    Args:
+        memory: of all ranks.
+        control: carries what is not a payload: the small exchanges of selection.
+        graphs: run passes as CUDA graphs. None: those of short shards.
+    """
+
+    joins = True
+
+    def __init__(self, memory: PeerMemory, control: P2PTransport, graphs: bool | None = None) -> None:
+        self.memory = memory
+        self.stats = control.stats
+        self.description = "copy_engine: pulls between the GPUs of this host"
+        self._control = control
+        self.pulls = memory.lane()
+        self.pushes = memory.lane()
+        self._graphs = PassGraphs(self.stats)
+        self._capture = graphs
+
+    def run(
+        self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        if not self._captures(plan, inputs, payload):
+            return step(*inputs, payload)
+        generation = self.memory.generation
+        return self._graphs.run((key, plan), generation, step, inputs, payload, lambda: self._place(plan, payload)[1])
+
+    def _captures(self, plan: Plan, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> bool:
+        """The same on all ranks, but for empty shards; capturing is no collective."""
+        tokens = payload[0].shape[1]
+        if not payload[0].is_cuda or not tokens or plan.num_hops == 1 or torch.cuda.is_current_stream_capturing():
+            return False
+        if plan.documents is not None:  # another plan with every row
+            return False
+        most = max(*(x.nbytes for x in inputs), sum(x.nbytes for x in payload)) / tokens * plan.longest_shard
+        return most <= GRAPH_BYTES if self._capture is None else self._capture
+
+    def open(
+        self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
+    ) -> CopyEnginePassage:
+        room, own = self._place(plan, payload)
+        return CopyEnginePassage(self, plan, stops, room, payload, own, returns=returns)
+
+    def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
+        return self._control.exchange(send, send_to, receive, receive_from, where)
+
+    def _place(self, plan: Plan, payload: Sequence[Tensor]) -> tuple[Room, tuple[Tensor, ...]]:
+        room = Room.of(plan, payload)
+        self.memory.reserve(room.slot * (1 + min(_SLOTS, plan.cp_size - 1)))
+        return room, room.views(self.memory.region(self.memory.rank), 0, payload[0].shape[1])
+
+
+class CopyEnginePassage:
+    """One passage. Everything is issued without waiting on the host; orders between streams are kept by marks."""
+
+    def __init__(
+        self,
+        transport: CopyEngineTransport,
+        plan: Plan,
+        stops: Sequence[Stop],
+        room: Room,
+        payload: tuple[Tensor, ...],
+        own: tuple[Tensor, ...],
+        *,
+        returns: bool,
+    ) -> None:
+        self._memory = transport.memory
+        self._stats = transport.stats
+        self._pulls, self._pushes = transport.pulls, transport.pushes
+        self._plan, self._room, self._payload = plan, room, payload
+        self._rank = transport.memory.rank
+        self._alone = plan.num_hops == 1
+        self._buffers: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # by the stop's hops
+        self._here: dict[tuple[int, ...], Mark] = {}
+        self._pushed: tuple[Mark, tuple[Tensor, ...]] | None = None  # tensors must live until they are
+        self._arrived: list[int] = []  # hops whose gradients are in the inbox, or will be
+        self._returns = returns
+        if self._alone:
+            return
+        self._main = self._memory.caller()
+        for mine, x in zip(own, payload, strict=True):
+            if mine.data_ptr() != x.data_ptr():  # as in a graph
+                copy_(mine, x)
+        filled = self._main.mark()
+        self._pulls.after(filled)
+        if returns:
+            self._pushes.after(filled)
+        with self._pulls:
+            self._memory.barrier(_PULL)
+        per_token = sum(batch * prod(sizes) * dtype.itemsize for batch, sizes, dtype in room.tails)
+        given = [plan.columns(rank, self._rank) for rank in range(plan.cp_size) if rank != self._rank]
+        self._stats.bytes_sent += per_token * sum(map(len, given))  # the readers do the work
+        self._coming = [stop for stop in stops if stop.tokens and stop.hops != (0,)]  # not yet pulled
+        # Room for the first ones is made now, and their copies are issued once the first stop's work is: a GPU begins
+        # what was issued first, and this rank's own tokens need no copy.
+        most = max((stop.tokens for stop in self._coming), default=0)
+        self._first = self._coming[: max(2, _AHEAD_BYTES // max(1, most * per_token))]
+        for stop in self._first:
+            self._buffers[stop.hops] = self._buffer(stop)
+
+    def arrival(self, stop: Stop) -> tuple[Tensor, ...] | None:
+        if stop.hops == (0,):
+            return own_tokens(self._payload, stop)
+        if not stop.tokens:
+            return None
+        with self._stats.waiting(self._memory.device.type == "cuda"):
+            self._main.after(self._here.pop(stop.hops))
+        return self._buffers[stop.hops]
+
+    def leave(self, stop: Stop) -> None:
+        if self._alone:
+            return
+        for first in self._first:
+            self._pull(first)
+        self._first = []
+        if self._buffers.pop(stop.hops, None) is not None and self._coming:
+            following = self._coming[0]
+            self._buffers[following.hops] = self._buffer(following)
+            self._pulls.after(self._main.mark())  # the new buffer may be where the old one was
+            self._pull(following)
+
+    def give_back(self, stop: Stop, found: tuple[Tensor, ...] | None, totals: Sequence[RowSum]) -> None:
+        slots = min(_SLOTS, self._plan.cp_size - 1)
+        if stop.hops[0] > 1 and (stop.hops[0] - 1) % slots == 0:
+            self._collect(totals)
+            for total in totals:
+                total.settle()
+            self._pushes.after(self._main.mark())
+            with self._pushes:
+                self._memory.barrier(_PUSH)
+        if found is not None:
+            self._push(stop, found)
+        for hop in stop.hops:
+            if self._plan.needs((self._rank + hop) % self._plan.cp_size, self._rank):
+                self._arrived.append(hop)
+
+    def close(self, totals: Sequence[RowSum] = ()) -> None:
+        if self._alone:
+            return
+        if self._returns:
+            self._collect(totals)
+        with self._pulls:
+            self._memory.barrier(_PULL)
+        self._main.after(self._pulls.mark())
+
+    def _pull(self, stop: Stop) -> None:
+        """Start bringing the tokens of the next stop."""
+        self._coming.remove(stop)
+        with self._pulls:
+            begin = 0
+            for source, columns in stop.sources:
+                end = begin + len(columns)
+                theirs = self._room.views(self._memory.region(source), 0, self._plan.shard_len(source))
+                for mine, other in zip(self._buffers[stop.hops], theirs, strict=True):
+                    for row in range(mine.shape[0]):  # one run of memory each, as copy engines like it
+                        mine[row, begin:end].copy_(other[row, columns.start : columns.stop])
+                begin = end
+        self._here[stop.hops] = self._pulls.mark()
+        self._stats.hops += len(stop.sources)
+
+    def _push(self, stop: Stop, found: tuple[Tensor, ...]) -> None:
+        """Start writing gradients into the inboxes of the stop's sources."""
+        slots = min(_SLOTS, self._plan.cp_size - 1)
+        found = tuple(x.to(dtype).contiguous() for x, (_, _, dtype) in zip(found, self._room.tails, strict=True))
+        if self._pushed is not None:
+            self._main.after(self._pushed[0])  # then its memory may be used again
+        self._pushes.after(self._main.mark())
+        with self._pushes:
+            begin = 0
+            for hop, (source, columns) in zip(stop.hops, stop.sources, strict=True):
+                end = begin + len(columns)
+                theirs = self._room.views(self._memory.region(source), 1 + (hop - 1) % slots, len(columns))
+                for other, mine in zip(theirs, found, strict=True):
+                    for row in range(mine.shape[0]):
+                        other[row].copy_(mine[row, begin:end])
+                begin = end
+        self._pushed = (self._pushes.mark(), found)
+        self._stats.hops += len(stop.hops)
+        self._stats.bytes_sent += sum(x.nbytes for x in found)
+
+    def _collect(self, totals: Sequence[RowSum]) -> None:
+        """Add up what is in the inbox once all ranks have pushed it."""
+        with self._pushes:
+            self._memory.barrier(_PUSH)
+        with self._stats.waiting(self._memory.device.type == "cuda"):
+            self._main.after(self._pushes.mark())
+        slots = min(_SLOTS, self._plan.cp_size - 1)
+        region = self._memory.region(self._rank)
+        for hop in self._arrived:
+            rows = self._plan.columns((self._rank + hop) % self._plan.cp_size, self._rank)
+            parts = self._room.views(region, 1 + (hop - 1) % slots, len(rows))
+            for total, part in zip(totals, parts, strict=True):
+                total.add(rows, part)
+        self._arrived = []
+        self._pushed = None
+
+    def _buffer(self, stop: Stop) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.empty(batch, stop.tokens, *sizes, dtype=dtype, device=self._memory.device)
+            for batch, sizes, dtype in self._room.tails
+        )

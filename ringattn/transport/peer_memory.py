@@ -1,0 +1,167 @@
+"""Memory of every GPU of a ring that all its ranks can read and write, and barriers between their streams.
+
+It is torch's symmetric memory: each rank allocates a region of one size, and all regions are mapped into every
+process. Copies between them are done by the GPUs' copy engines. NVLink multicast is not used.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_GRAIN = 2**21  # regions are multiples of this
+
+
+class Mark(Protocol):
+    """A place in a lane's order; see `Lane.mark`."""
+
+
+class Lane(Protocol):
+    """A stream: the caller's, or one beside it for copies and barriers, which are issued inside `with lane`."""
+
+    def mark(self) -> Mark:
+        """The place that the lane's order has reached."""
+
+    def after(self, mark: Mark) -> None:
+        """What is issued on the lane from now on comes after the mark."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class PeerMemory(Protocol):
+    """A region per rank, reachable by all.
+
+    Attributes:
+        rank: own place in the ring.
+        device: of the own region.
+        generation: grows with each new set of regions; what was made for an older one is void.
+    """
+
+    rank: int
+    device: torch.device
+    generation: int
+
+    def reserve(self, size: int) -> None:
+        """Make all regions at least `size` bytes. Collective if they are smaller: every rank asks for the same."""
+
+    def region(self, rank: int) -> Tensor:
+        """uint8 [size]: the region of `rank`."""
+
+    def barrier(self, channel: int) -> None:
+        """In the order of the current stream: go on when all ranks have come here on this channel."""
+
+    def lane(self) -> Lane:
+        """A new lane."""
+
+    def caller(self) -> Lane:
+        """The current stream."""
+
+
+class CudaPeerMemory:
+    """GPUs of one host. See `PeerMemory`."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, timeout: Callable[[], timedelta] | None = None
+    ) -> None:
+        self.rank = dist.get_rank(group)
+        self.device = device
+        self.generation = 0
+        self._group = group
+        self._timeout = timeout
+        self._size = 0
+        self._regions: list[Tensor] = []
+        self._handle: torch._C._distributed_c10d._SymmetricMemory | None = None
+
+    def reserve(self, size: int) -> None:
+        if size <= self._size:
+            return
+        import torch.distributed._symmetric_memory as symmetric  # there is none without CUDA
+
+        torch.cuda.synchronize(self.device)
+        dist.barrier(self._group)  # no rank is using the old regions any more
+        self._size = -(-size // _GRAIN) * _GRAIN
+        own = symmetric.empty(self._size, dtype=torch.uint8, device=self.device)
+        self._handle = symmetric.rendezvous(own, self._group)
+        self._regions = [
+            self._handle.get_buffer(rank, [self._size], torch.uint8) for rank in range(dist.get_world_size(self._group))
+        ]
+        self._regions[self.rank] = own
+        self.generation += 1
+
+    def region(self, rank: int) -> Tensor:
+        return self._regions[rank]
+
+    def barrier(self, channel: int) -> None:
+        assert self._handle is not None
+        limit = timedelta(minutes=30) if self._timeout is None else self._timeout()
+        self._handle.barrier(channel, int(limit.total_seconds() * 1e3))
+
+    def lane(self) -> CudaLane:
+        # Of high priority: a barrier's small kernel must not queue behind attention.
+        return CudaLane(torch.cuda.Stream(self.device, priority=-1))
+
+    def caller(self) -> CudaLane:
+        return CudaLane(torch.cuda.current_stream(self.device))
+
+
+class CudaLane:
+    """A stream. It is entered by a short way round `torch.cuda.stream`: at short shards the host is the slow part."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._outer: list[tuple[int, int, int]] = []
+
+    def mark(self) -> torch.cuda.Event:
+        return self._stream.record_event()
+
+    def after(self, mark: Mark) -> None:
+        assert isinstance(mark, torch.cuda.Event)
+        self._stream.wait_event(mark)
+
+    def __enter__(self) -> CudaLane:
+        stream = self._stream
+        self._outer.append(torch._C._cuda_getCurrentStream(stream.device_index))
+        torch._C._cuda_setStream(
+            stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        stream_id, device_index, device_type = self._outer.pop()
+        torch._C._cuda_setStream(stream_id=stream_id, device_index=device_index, device_type=device_type)
+
+
+def peer_memory_problem(group: dist.ProcessGroup) -> str | None:
+    """Why the ranks of a group cannot reach each other's GPU memory, the same on all of them, or None. Collective."""
+    if dist.get_backend(group) != "nccl":
+        return f"its ranks talk over {dist.get_backend(group)}, not over NCCL"
+    device = torch.cuda.current_device()
+    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    everyone: list[tuple[str, str]] = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    reason = _unreachable(device, everyone)
+    reasons: list[str | None] = [reason] * len(everyone)
+    dist.all_gather_object(reasons, reason, group=group)
+    return next((f"rank {rank}: {found}" for rank, found in enumerate(reasons) if found is not None), None)
+
+
+def _unreachable(device: int, everyone: list[tuple[str, str]]) -> str | None:
+    hosts = sorted({host for host, _ in everyone})
+    if len(hosts) > 1:
+        return f"the ranks are on {len(hosts)} hosts ({', '.join(hosts[:3])})"
+    if len({gpu for _, gpu in everyone}) < len(everyone):
+        return "two ranks share one GPU"
+    visible = {str(torch.cuda.get_device_properties(n).uuid): n for n in range(torch.cuda.device_count())}
+    for rank, (_, gpu) in enumerate(everyone):
+        other = visible.get(gpu, device)  # a GPU hidden from this process is not asked after
+        if other != device and not torch.cuda.can_device_access_peer(device, other):
+            return f"its GPU has no peer access to that of rank {rank}"
+    return None
