@@ -1,0 +1,263 @@
+"""Ulysses: ranks exchange heads for tokens, alone or crossed with the ring.
+
+With degree u the ranks of a ring of cp form r = cp / u teams of u. Inside a team an all-to-all gives every rank H / u
+heads over all tokens of the team; the ranks with the same heads form a ring of r, in which attention is computed as in
+any ring; a second all-to-all brings the output home. Degree cp is Ulysses alone: no ring is left.
+
+Who is with whom is in teams.py. Positions are the truth here too: a team's tokens are put in order of their positions,
+as the inner ring's plan has them, so that causal blocks are causal.
+
+Source: Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509; crossed with a ring: Fang, Zhao, USP, arXiv 2405.07719.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringattn.agreement import DTYPES, agree
+from ringattn.attention import ring_attention
+from ringattn.head_exchange import HeadExchange, ToHeads, ToTokens
+from ringattn.kernels import accumulator_dtype
+from ringattn.plan import Plan
+from ringattn.scoring.expansion import Expand
+from ringattn.scoring.selection import Selection, Votes
+from ringattn.teams import dealt, degree_problem, heads_problem, ring_of, team_of
+from ringattn.transport import RingStats, Transport, make_transport
+
+
+@dataclass(kw_only=True, eq=False)
+class Ulysses:
+    """Who exchanges what with whom; made once per run by `make_ulysses`.
+
+    Attributes:
+        group: all cp ranks; degree: u; layout: of the plans it serves.
+        ring_group: the r ranks with this rank's heads, in the order of the inner ring; None if r is 1.
+        transport: of the inner ring; None if r is 1.
+        timeout: how long gloo waits for the others in an exchange; None: as long as `group` was made with.
+        stats: counts of all that this rank sends, the inner ring's included.
+    """
+
+    group: dist.ProcessGroup
+    degree: int
+    layout: str
+    ring_group: dist.ProcessGroup | None
+    transport: Transport | None
+    timeout: Callable[[], timedelta] | None
+    stats: RingStats
+    # Without documents; and the inner plan of the plan attended to last: layers come one after the other with the same.
+    _base: Plan | None = None
+    _last: tuple[Plan, Plan] | None = None
+    _orders: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def inner_plan(self, plan: Plan) -> Plan:
+        """The plan of the ring of r, whose shards are the teams' tokens."""
+        if self._last is None or self._last[0] is not plan:
+            rings = self.size // self.degree
+            base = Plan(plan.seq_len, rings, plan.layout, plan.causal, plan.window, plan.sinks)
+            if self._base != base:
+                self._base = base
+            assert self._base is not None
+            # Derived plans share what is costly. Each is agreed anew, as `plan` itself is, on all ranks alike.
+            self._last = (plan, self._base.with_documents(plan.documents))
+        return self._last[1]
+
+    def exchange(self, plan: Plan, device: torch.device) -> HeadExchange:
+        """This rank's team and its tokens under `plan`."""
+        rank = dist.get_rank(self.group)
+        team = team_of(self.layout, self.size, self.degree, rank)
+        key = (plan.seq_len, device)
+        if key not in self._orders:
+            gathered = torch.cat([plan.positions(other) for other in team])
+            order = gathered.argsort()
+            ring_rank = ring_of(self.layout, self.size, self.degree, rank).index(rank)
+            assert torch.equal(gathered[order], self.inner_plan(plan).positions(ring_rank))
+            self._orders[key] = (order.to(device), order.argsort().to(device))
+        order, inverse = self._orders[key]
+        return HeadExchange(
+            group=self.group,
+            team=team,
+            member=team.index(rank),
+            tokens=tuple(plan.shard_len(other) for other in team),
+            order=order,
+            inverse=inverse,
+            stats=self.stats,
+            timeout=self.timeout,
+        )
+
+
+def make_ulysses(
+    group: dist.ProcessGroup,
+    degree: int,
+    *,
+    layout: str = "zigzag",
+    ring_group: dist.ProcessGroup | None = None,
+    transport: str = "auto",
+    timeout: Callable[[], timedelta] | None = None,
+) -> Ulysses:
+    """Make the groups of Ulysses, once per run. A collective of `group`.
+
+    Args:
+        group: all ranks of the ring.
+        degree: u, a divisor of its size.
+        layout: of the plans that will be used with it.
+        ring_group: the ranks `ring_of` names, if there is a group of them already (of a DeviceMesh, say); else it is
+            made here. With NCCL bound to a device all ranks of the world must then come here together.
+        transport, timeout: of the inner ring, as in `make_transport`.
+
+    Raises:
+        ValueError: the degree does not divide the size.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    problem = degree_problem(size, degree)
+    if problem is not None:
+        raise ValueError(problem)
+    channel = None
+    if degree == size:
+        ring_group = None
+    else:
+        if ring_group is None:
+            everyone = dist.get_process_group_ranks(group)
+            ranks = [everyone[r] for r in ring_of(layout, size, degree, rank)]
+            backend, wait = dist.get_backend(group), None if timeout is None else timeout()
+            ring_group = dist.new_group(ranks, timeout=wait, backend=backend, use_local_synchronization=True)
+        assert ring_group is not None
+        channel = make_transport(transport, ring_group, timeout)
+    return Ulysses(
+        group=group,
+        degree=degree,
+        layout=layout,
+        ring_group=ring_group,
+        transport=channel,
+        timeout=timeout,
+        stats=RingStats() if channel is None else channel.stats,
+    )
+
+
+def ulysses_of(ulysses: int | Ulysses, plan: Plan, group: dist.ProcessGroup, transport: str = "auto") -> Ulysses:
+    """`ulysses` itself, or the one of that degree that the plan (and those derived from it) keeps for the group."""
+    if isinstance(ulysses, Ulysses):
+        return ulysses
+    key = (id(group), f"ulysses of degree {ulysses} over {transport}")
+    if key not in plan._transports:  # what is kept holds the group, so that the id stays its own
+        plan._transports[key] = make_ulysses(group, ulysses, layout=plan.layout, transport=transport)
+    made: Ulysses = plan._transports[key]
+    return made
+
+
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    ulysses: Ulysses,
+    *,
+    scale: float | None = None,
+    selection: Selection | None = None,
+    expand: Expand | None = None,
+    kernel: str = "auto",
+) -> Any:
+    """`ring_attention` with heads exchanged for tokens; the same arguments, shards and results.
+
+    What differs: `expand` runs once, at home (expanded heads travel), and a tensor with gradients that it uses is found
+    by autograd. With selection every rank computes the votes for its heads; the selection head travels to all.
+
+    Args:
+        q, k, v, plan, scale, selection, expand, kernel: as in `ring_attention`.
+        ulysses: made by `make_ulysses` for the plan's layout and all `plan.cp_size` ranks.
+
+    Raises:
+        ValueError: heads or plan do not fit (in a group of several ranks: TopologyError, on all of them).
+        TopologyError, PeerError: as in `ring_attention`.
+    """
+    rank = dist.get_rank(ulysses.group)
+    scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
+    if expand is not None:
+        k, v = expand(k, v, plan.positions(rank, q.device))
+    problem = _problem(q, k, v, plan, rank, ulysses, selection)
+    if ulysses.size > 1:
+        scoring = "no selection" if selection is None else f"selection head {selection.head}, lag {selection.lag}"
+        agree(q, k, v, plan, ulysses.group, problem, scale, f"ulysses of degree {ulysses.degree}, {scoring}")
+    elif problem is not None:
+        raise ValueError(problem)
+    exchange = ulysses.exchange(plan, q.device)
+    shares = [dealt(x.shape[2], ulysses.degree) for x in (q, k, v)]
+    ballots = _ballots(q, k, selection)
+    everywhere = (slice(0, 1),) * ulysses.degree
+    spans = (*shares, *(everywhere for _ in ballots))
+    team_q, team_k, team_v, *team_ballots = ToHeads.apply(exchange, spans, q, k, v, *ballots)
+    found = ring_attention(
+        team_q,
+        team_k,
+        team_v,
+        ulysses.inner_plan(plan),
+        ulysses.ring_group,
+        scale=scale,
+        selection=None if selection is None else _carried(selection, team_ballots, q, scale),
+        kernel=kernel,
+        transport=ulysses.transport or "auto",
+    )
+    out, cost = found if isinstance(found, tuple) else (found, None)
+    out = ToTokens.apply(exchange, (shares[0],), out)[0]
+    if cost is None:
+        return out
+    first = sum(exchange.tokens[: exchange.member])  # the cost is the same on the whole team: each takes its tokens'
+    own = exchange.inverse[first : first + exchange.tokens[exchange.member]]
+    return out, cost.index_select(1, own)
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, ulysses: Ulysses, selection: Selection | None
+) -> str | None:
+    """What is wrong on this rank; what the inner ring would find is left to it."""
+    if (plan.cp_size, plan.layout) != (ulysses.size, ulysses.layout):
+        return (
+            f"ulysses: made for {ulysses.size} ranks and layout {ulysses.layout}, the plan has cp_size {plan.cp_size} "
+            f"and layout {plan.layout}; make both alike"
+        )
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4 or not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        return f"ulysses: expected q [B, S, H, D], k [B, S, G, D], v [B, S, G, Dv] with one B and S, got {shapes}"
+    if q.shape[1] != plan.shard_len(rank) or k.shape[2] != v.shape[2] or k.shape[3] != q.shape[3]:
+        return (
+            f"ulysses: rank {rank} holds {plan.shard_len(rank)} tokens and k and v need one G and q's D, got {shapes}"
+        )
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"ulysses: q, k, v need one dtype of fp64, fp32, bf16, fp16; got {q.dtype}, {k.dtype}, {v.dtype}"
+    if selection is not None and selection.head >= q.shape[2]:
+        return f"ulysses: selection head {selection.head} does not exist, q has {q.shape[2]} heads"
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        return f"ulysses: query heads must be a multiple of key/value heads, got {q.shape[2]} and {k.shape[2]}"
+    return heads_problem(q.shape[2], k.shape[2], ulysses.size, ulysses.degree)
+
+
+def _ballots(q: Tensor, k: Tensor, selection: Selection | None) -> list[Tensor]:
+    """Queries and keys [B, S, 1, Dz] of all votes, the selection head's first."""
+    if selection is None:
+        return []
+    key_head = selection.head * k.shape[2] // q.shape[2]
+    own = [q[:, :, selection.head : selection.head + 1], k[:, :, key_head : key_head + 1]]
+    return own + [x.unsqueeze(2) for votes in selection.earlier for x in (votes.q, votes.k)]
+
+
+def _carried(selection: Selection, ballots: Sequence[Tensor], q: Tensor, scale: float) -> Selection:
+    """The same for a rank that may not have the selection head: its votes come like those of another layer."""
+    gain = selection.weights(q, accumulator_dtype(q.dtype))[:1]
+    pairs = [(ballots[i].squeeze(2), ballots[i + 1].squeeze(2)) for i in range(0, len(ballots), 2)]
+    terms = [(gain, scale), *((votes.weight, votes.scale) for votes in selection.earlier)]
+    earlier = tuple(
+        Votes(q=query, k=key, weight=weight, scale=factor)
+        for (query, key), (weight, factor) in zip(pairs, terms, strict=True)
+    )
+    return replace(selection, head=0, gain=0.0, earlier=earlier)
