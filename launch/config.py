@@ -79,7 +79,10 @@ class ParallelConfig(Section):
     kernel: Literal["auto", "reference", "cpu", "cudnn", "flash", "tiled", "triton"] = Field(
         default="auto", description="attention of one block; tiled and triton: selective attention"
     )
-    transport: Literal["auto", "p2p"] = Field(default="auto", description="how a payload moves from rank to rank")
+    transport: Literal["auto", "copy_engine", "p2p"] = Field(
+        default="auto",
+        description="how a payload moves from rank to rank: copy_engine between GPUs of one host, p2p by messages",
+    )
     self_check: bool = Field(
         default=True,
         description="before the first step, prove attention of this run at small size against its definition",

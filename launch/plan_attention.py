@@ -69,8 +69,8 @@ def _most_tokens_sent(plan: ringattn.Plan) -> int:
         return 3 * (plan.num_hops - 1) * _most_tokens(plan)
     sent = []
     for rank in ranks:
-        given = sum(plan.needs(visitor, rank) for visitor in ranks if visitor != rank) * plan.shard_len(rank)
-        used = sum(plan.shard_len(source) for source in ranks if source != rank and plan.needs(rank, source))
+        given = sum(len(plan.columns(visitor, rank)) for visitor in ranks if visitor != rank)
+        used = sum(len(plan.columns(rank, source)) for source in ranks if source != rank)
         sent.append(2 * given + used)
     return max(sent)
 

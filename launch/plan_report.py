@@ -105,7 +105,7 @@ def _ring_lines(config: Config, model: ModelConfig, plan: ringattn.Plan) -> Iter
     mean = ", with shallower layers' votes, mean over layers" if guided else ""
     size = format_bytes(sent.payload)
     yield "hops per layer", f"{hops} forward, {hops} backward (fewer where documents end in a shard)"
-    yield "message of a hop, forward", f"{size} ({payload} of one rank, one message{mean})"
+    yield "message of a hop, forward", f"at most {size} ({payload} of one rank, as far as needed, one message{mean})"
     yield "messages of a hop, backward", f"2 x {size} (the same, and its gradients on their way home)"
     if sent.ballot:
         ballot = f"{format_bytes(sent.ballot)} a hop (the selection head's keys), as many hops each way"

@@ -108,6 +108,7 @@ class Trainer:
             transport = ringattn.make_transport(
                 self.config.parallel.transport, self.topology.cp_group, timeout=lambda: self.topology.timeouts.now
             )
+            self._say(f"ring: {transport.description}")
         if self.config.parallel.self_check:
             self._starting = "checking attention at small size (parallel.self_check)"
             self._say(check_attention(self.config, self.topology, model, transport, self._ranks))

@@ -58,10 +58,13 @@ def sent_worker(rank, world_size):
 
 def test_the_bytes_are_those_that_the_transport_counts():
     payload = 16 * 2 * 2 * 8 * 4
-    expected = (2 + 1) * 3 * payload  # forward, backward, gradients going home
-    assert run_ranks(sent_worker, 4) == [expected] * 4
-    assert expected == 18 * 1024
-    assert "at most 18.0 KiB over 1 layers" in render(config(), 4)
+    # Zigzag: a later rank needs half a payload, an earlier one all of it; forward, backward, gradients going home.
+    there = [rank * payload + (3 - rank) * payload // 2 for rank in range(4)]
+    home = [rank * payload // 2 + (3 - rank) * payload for rank in range(4)]
+    expected = [2 * a + b for a, b in zip(there, home, strict=True)]
+    assert run_ranks(sent_worker, 4) == expected
+    assert max(expected) == 15 * 1024
+    assert "at most 15.0 KiB over 1 layers" in render(config(), 4)
 
 
 KINDS = {
@@ -128,7 +131,10 @@ def test_selection_is_described():
     text = render(settings_of("gqa", chosen), 4)
     assert "head 0, lag 8, gain learned, guided by shallower layers" in text
     # 16 tokens x 32 elements x 4 bytes, and the keys of half a vote on average: layer 1 counts those of layer 0
-    assert "2.2 KiB (k and v of one rank, one message, with shallower layers' votes, mean over layers)" in text
+    assert (
+        "2.2 KiB (k and v of one rank, as far as needed, one message, with shallower layers' votes, mean over layers)"
+        in text
+    )
     assert "768 B a hop (the selection head's keys)" in text  # 1 and 2 terms of 8 elements
     assert "column states of selection" in text
     assert "head 0, exact, gain 0.5" in render(settings_of("sas", {"selection": True, "selection_gain": 0.5}), 2)
