@@ -69,10 +69,11 @@ def self_check(
     """Prove attention as a run is about to use it, on this machine, at small size. A collective of `group`.
 
     Two problems at most: one document, and (with `documents`) several in a row, one of them a single token; B is 1, the
-    length is odd and divides by nothing. Errors may be twice those of dense attention in the same dtype, and a floor.
-    A window, sinks, the lag and the gain of selection are cut down to the length, `memory_tau` is left out, and without
-    `expand` two key/value heads and their query heads stand for all. Nothing of it is random, and the run's random
-    state stays as it was; counts of `transport` are zero afterwards.
+    length is odd and not a multiple of the ring. Errors may be twice those of dense attention in the same dtype, and a
+    floor. A window, sinks, the lag and the gain of selection are cut down to the length, `memory_tau` is left out, and
+    without `expand` two key/value heads and their query heads stand for all. Nothing of it is random, and the run's
+    random state stays as it was; counts of `transport` are zero afterwards. It takes well under five seconds, but for
+    what Triton compiles for the first time on a machine (half a minute with selection; else the run would do it).
 
     Args:
         heads, kv_heads: query and key/value heads (after the expansion).
@@ -118,7 +119,11 @@ def self_check(
     window = None if window is None else min(window, seq_len // 3)
     plan = Plan(seq_len, parts.size, layout=layout, causal=causal, window=window, sinks=min(sinks, 3))
     third = seq_len // 3
-    plans = [plan, plan.with_documents([0, third, third + 1, seq_len - 3, seq_len])][: 1 + documents]
+    plans = [plan]
+    if documents:
+        packed = plan.with_documents([0, third, third + 1, seq_len - 3, seq_len])
+        # Plain attention treats documents in other blocks, selection in the same ones.
+        plans = [plan, packed] if selection is None else [packed]
     widths = (head_dim, head_dim if value_dim is None else value_dim)
     found: list[tuple[Case, Errors]] = []
     with ExitStack() as stack:
