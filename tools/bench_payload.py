@@ -5,62 +5,36 @@ python -m tools.bench_payload --tokens 8192 --out runs/payload.csv          # on
 One process, one payload: nothing is sent. A kind's payload of `tokens` tokens is expanded as a rank does on arrival,
 and attended to by as many queries. "of block" sets expanding beside the whole block (tokens x tokens pairs, a hop
 without a causal mask); "of zigzag hop" beside half of the queries, as in a hop of a causal zigzag ring.
-Backward times hold what a hop does there: expanding once more with a graph, and its gradients down to the compact
-payload.
+Backward times hold what a hop does there: expanding once more with an autograd graph, and its gradients down to the
+compact payload. Positions are asked of a plan for every call, as the ring does.
+
+On CUDA times are those of replayed CUDA graphs: in a ring the host is ahead of the device, and what a hop adds is what
+the device does. "eager" is the same expansion called from Python again and again, the host's work included. "beside"
+is what the block takes longer while the next payload is expanded on another stream.
 """
 
 from __future__ import annotations
 
 import csv
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from ringattn.kernels import pick_kernel
-from ringattn.scoring.cost import PayloadCost, factor_cost, latent_cost, plain_cost, simulated_cost
-from ringattn.scoring.latent import FactorExpansion, LatentExpansion
-from ringattn.scoring.rotary import Rope
-from ringattn.scoring.simulated import SimulatedScore
+from ringattn.plan import Plan
+from tools.bench.passes import beside, time_device, time_eager
+from tools.bench.payloads import KINDS, Kind, Sizes, build
 
-KINDS = ("mha", "gqa", "mla", "tpa", "sas")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What the kinds are built from: see the options of the command."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    simulated_heads: int
-    simulated_dim: int
-    kernel_size: int
-    latent_dim: int
-    rotary_dim: int
-    rank: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """One payload: shapes of its two parts after [B, S], how it is expanded, and the queries that meet it."""
-
-    name: str
-    parts: tuple[tuple[int, int], tuple[int, int]]
-    expand: nn.Module | None
-    query: tuple[int, int]
-    cost: PayloadCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +56,8 @@ class Row:
     zigzag_hop_ms: float
     expand_backward_ms: float
     block_backward_ms: float
+    expand_eager_ms: float
+    beside_ms: float
     expand_peak_bytes: int | None
 
     @property
@@ -91,6 +67,10 @@ class Row:
     @property
     def of_zigzag_hop(self) -> float:
         return self.expand_ms / self.zigzag_hop_ms
+
+    @property
+    def beside_of_block(self) -> float:
+        return self.beside_ms / self.block_ms
 
     @property
     def backward_of_block(self) -> float:
@@ -148,67 +128,22 @@ def main(
         _write(rows, out)
 
 
-def build(name: str, sizes: Sizes, *, sas_gqa: bool = False, sas_kernel: str = "auto") -> Kind:
-    """The payload of one kind. MLA's heads are D wide like the others': D - rotary_dim without position.
-
-    Raises:
-        ValueError: sizes that cannot be.
-    """
-    heads, width, query = sizes.heads, sizes.head_dim, (sizes.heads, sizes.head_dim)
-    if name in ("mha", "gqa"):
-        kv_heads = heads if name == "mha" else sizes.kv_heads
-        cost = plain_cost(kv_heads=kv_heads, head_dim=width)
-        if heads % kv_heads:
-            raise ValueError(f"--kv-heads: expected a divisor of heads = {heads}, got {kv_heads}")
-        return Kind(name=name, parts=((kv_heads, width),) * 2, expand=None, query=query, cost=cost)
-    if name == "mla":
-        shape: dict[str, Any] = {
-            "heads": heads,
-            "latent_dim": sizes.latent_dim,
-            "rotary_dim": sizes.rotary_dim,
-            "nope_dim": width - sizes.rotary_dim,
-            "value_dim": width,
-        }
-        parts = ((1, sizes.latent_dim), (1, sizes.rotary_dim))
-        return Kind(name=name, parts=parts, expand=LatentExpansion(**shape), query=query, cost=latent_cost(**shape))
-    if name == "tpa":
-        cost = factor_cost(heads=heads, key_rank=sizes.rank, value_rank=sizes.rank, head_dim=width)
-        expand = FactorExpansion(heads=heads, rope=Rope())
-        return Kind(name=name, parts=((sizes.rank, heads + width),) * 2, expand=expand, query=query, cost=cost)
-    kv_heads = sizes.kv_heads if sas_gqa else heads
-    shape = {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "simulated_heads": sizes.simulated_heads,
-        "head_dim": width,
-        "simulated_dim": sizes.simulated_dim,
-        "kernel_size": sizes.kernel_size,
-    }
-    return Kind(
-        name=name,
-        parts=((kv_heads, width),) * 2,
-        expand=SimulatedScore(**shape, kernel=sas_kernel).key_value,
-        query=(sizes.simulated_heads, sizes.simulated_dim),
-        cost=simulated_cost(**shape),
-    )
-
-
 def measure(kind: Kind, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int) -> Row:
     """Time one payload of `tokens` tokens, batch 1, expanded and attended to on `device`."""
     torch.manual_seed(0)
-    positions = torch.arange(tokens, device=device)
+    plan = Plan(tokens, 1)
     k, v = (torch.randn(1, tokens, *part, dtype=dtype, device=device) for part in kind.parts)
     q = torch.randn(1, tokens, *kind.query, dtype=dtype, device=device)
     expand = None if kind.expand is None else kind.expand.to(device, dtype)
 
     def arrive() -> tuple[Tensor, Tensor]:
-        return (k, v) if expand is None else expand(k, v, positions)
+        return (k, v) if expand is None else expand(k, v, plan.positions(0, device)[:tokens])
 
     def pull_back() -> None:
         if expand is None:
             return
         leaves = [x.detach().requires_grad_() for x in (k, v)]
-        expanded = expand(*leaves, positions)
+        expanded = expand(*leaves, plan.positions(0, device)[:tokens])
         torch.autograd.grad(expanded, [*leaves, *expand.parameters()], cotangents)
 
     with torch.no_grad():
@@ -218,18 +153,25 @@ def measure(kind: Kind, tokens: int, dtype: torch.dtype, device: torch.device, r
         scale = kind.query[1] ** -0.5
         result = kernel.forward(q, keys, values, causal=False, mask=None, scale=scale)
         half = q[:, tokens // 2 :]
-        block_ms = _time(lambda: kernel.forward(q, keys, values, causal=False, mask=None, scale=scale), device, repeats)
-        hop_ms = _time(
+
+        def block() -> object:
+            return kernel.forward(q, keys, values, causal=False, mask=None, scale=scale)
+
+        block_ms = time_device(block, device, repeats)
+        hop_ms = time_device(
             lambda: kernel.forward(half, keys, values, causal=False, mask=None, scale=scale), device, repeats
         )
-        block_backward_ms = _time(
+        block_backward_ms = time_device(
             lambda: kernel.backward(result[0], q, keys, values, *result, causal=False, mask=None, scale=scale),
             device,
             repeats,
         )
-        expand_ms = 0.0 if expand is None else _time(arrive, device, repeats)
+        expand_ms = expand_eager_ms = beside_ms = 0.0
+        if expand is not None:
+            expand_ms, expand_eager_ms = time_device(arrive, device, repeats), time_eager(arrive, device, repeats)
+            beside_ms = time_device(beside(block, arrive, device), device, repeats) - block_ms
     cotangents = [torch.randn_like(x) for x in (keys, values)]
-    expand_backward_ms = 0.0 if expand is None else _time(pull_back, device, repeats)
+    expand_backward_ms = 0.0 if expand is None else time_device(pull_back, device, repeats)
     assert expanded_bytes == kind.cost.expanded * tokens * dtype.itemsize
     return Row(
         kind=kind.name,
@@ -247,6 +189,8 @@ def measure(kind: Kind, tokens: int, dtype: torch.dtype, device: torch.device, r
         zigzag_hop_ms=hop_ms,
         expand_backward_ms=expand_backward_ms,
         block_backward_ms=block_backward_ms,
+        expand_eager_ms=expand_eager_ms,
+        beside_ms=beside_ms,
         expand_peak_bytes=peak_bytes,
     )
 
@@ -270,27 +214,7 @@ def _peak(arrive: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> 
     return sum(x.nbytes for x in result), torch.cuda.max_memory_allocated(device) - before
 
 
-def _time(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median of milliseconds, after one untimed call (three on CUDA)."""
-    samples = []
-    for number in range(-3 if device.type == "cuda" else -1, repeats):
-        if device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            stop.record()
-            stop.synchronize()
-            sample = start.elapsed_time(stop)
-        else:
-            began = time.perf_counter()
-            work()
-            sample = (time.perf_counter() - began) * 1e3
-        if number >= 0:
-            samples.append(sample)
-    return statistics.median(samples)
-
-
-_DERIVED = ("of_block", "of_zigzag_hop", "backward_of_block")
+_DERIVED = ("of_block", "of_zigzag_hop", "beside_of_block", "backward_of_block")
 
 
 def _show(rows: list[Row]) -> None:
@@ -298,7 +222,7 @@ def _show(rows: list[Row]) -> None:
     table = Table(
         "kind",
         *("wire MB", "expanded MB", "times", "FLOP/token", "expand ms", "block ms", "of block", "of zigzag hop"),
-        *("expand bwd ms", "block bwd ms", "of block", "kernel"),
+        *("eager ms", "beside", "expand bwd ms", "block bwd ms", "of block", "kernel"),
         title=f"one payload of {first.tokens} tokens, {first.dtype}, {first.device}, torch {first.torch}",
         box=None,
     )
@@ -313,13 +237,15 @@ def _show(rows: list[Row]) -> None:
             f"{row.block_ms:.3f}",
             f"{row.of_block:.1%}",
             f"{row.of_zigzag_hop:.1%}",
+            f"{row.expand_eager_ms:.3f}",
+            f"{row.beside_of_block:.1%}",
             f"{row.expand_backward_ms:.3f}",
             f"{row.block_backward_ms:.3f}",
             f"{row.backward_of_block:.1%}",
             row.kernel,
         )
     console = Console(highlight=False)
-    console.width = max(console.width, 160)  # a pipe counts as 80 columns, which would cut the table
+    console.width = max(console.width, 180)  # a pipe counts as 80 columns, which would cut the table
     console.print(table)
 
 

@@ -53,6 +53,32 @@ class Rope:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def angle_tables(rope: Any, positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of `positions` as fp32 [S, width/2], made once for a set of positions and kept with them.
+
+    A ring asks for the same few positions at every layer and step. What is kept hangs on the positions tensor itself
+    (for a slice: on what it was cut from), so that it is shared by all layers whose ropes are equal and goes when the
+    positions go. Positions that were written to in place are looked at anew.
+
+    Args:
+        rope: Something with `angles`, see `RotaryFn`; what is hashable and equal shares its tables.
+        positions: [S] integers, on the device where the tables are wanted.
+        width: Features that are turned.
+    """
+    whole = positions if positions._base is None else positions._base
+    if positions.is_inference() or whole.ndim != 1 or not whole.is_contiguous() or not positions.is_contiguous():
+        cos, sin = rope.angles(positions, width, torch.float32)
+        return cos.contiguous(), sin.contiguous()
+    kept: dict[Any, Any] = whole.__dict__.setdefault("_angle_tables", {})
+    version, key = whole._version, (rope, width)
+    if key not in kept or kept[key][0] != version:
+        with torch.inference_mode(False), torch.no_grad():  # of use to any later caller
+            kept[key] = (version, *(table.contiguous() for table in rope.angles(whole, width, torch.float32)))
+    first = positions.storage_offset() - whole.storage_offset()
+    _, cos, sin = kept[key]
+    return cos[first : first + len(positions)], sin[first : first + len(positions)]
+
+
 def check_rotary(what: str, name: str, width: int) -> None:
     """Refuse a width that cannot be turned in pairs.
 

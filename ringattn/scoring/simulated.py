@@ -46,8 +46,8 @@ class SimulatedScore(nn.Module):
         kernel_size: n, odd; 1 mixes heads feature by feature.
         kv_heads: Heads G of k and v, a divisor of H; None is H.
         rope: Turns expanded q and k; None leaves them as they are. May be a module.
-        kernel: "torch": plain tensor operations. "triton": bf16 or fp16 on CUDA with n = 1, as a few fused kernels that
-            keep intermediates in fp32. "auto": triton where it can.
+        kernel: "torch": plain tensor operations. "triton": bf16 or fp16 on CUDA, as a few fused kernels that keep
+            intermediates in fp32. "auto": triton where it can.
 
     Attributes:
         query: Module of the query's expansion.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ringattn.scoring.rotary import RotaryFn
+from ringattn.scoring.rotary import RotaryFn, angle_tables
 
 KERNELS = ("auto", "torch", "triton")
 
@@ -85,14 +85,12 @@ def expand(
 
 
 def _unfusable(x: Tensor, heads: HeadExpansion, features: FeatureExpansion | None) -> str | None:
-    if heads.first.kernel_size[0] > 1:
-        return f"it has kernel size 1 only, not {heads.first.kernel_size[0]}"
     if not x.is_cuda:
         return f"it runs on CUDA, x is on {x.device.type}"
     if _fused() is None:
         return "there is no triton here"
     simulated_dim = None if features is None else features.first.out_features
-    reason: str | None = _fused().unsupported(x, heads.first.out_channels, simulated_dim)
+    reason: str | None = _fused().unsupported(x, heads.first.out_channels, simulated_dim, heads.first.kernel_size[0])
     return reason
 
 
@@ -100,18 +98,17 @@ def _fused_expand(
     x: Tensor, heads: HeadExpansion, features: FeatureExpansion | None, rope: RotaryFn | None, positions: Tensor
 ) -> Tensor:
     turn = None
-    angles = getattr(rope, "angles", None)  # a rope that can say its angles is fused too
-    if features is not None and angles is not None:
-        turn = angles(positions.to(x.device), features.first.out_features, torch.float32)
-    w1, b1, w2, b2 = (*_cast(heads.first, x.dtype), *_cast(heads.second, x.dtype))
+    if features is not None and hasattr(rope, "angles"):  # a rope that can say its angles is fused too
+        turn = angle_tables(rope, positions.to(x.device), features.first.out_features)
     expanded: Tensor = _fused().expand(
-        x.flatten(0, 1),
-        (w1[..., 0], b1, w2[..., 0], b2),
-        None if features is None else (*_cast(features.first, x.dtype), *_cast(features.second, x.dtype)),
-        turn,
+        x.flatten(0, 1), _parameters(heads), None if features is None else _parameters(features), turn
     )
     expanded = expanded.unflatten(0, x.shape[:2])
     return expanded if rope is None or turn is not None else rope(expanded, positions)
+
+
+def _parameters(layers: HeadExpansion | FeatureExpansion) -> tuple[Tensor | None, ...]:
+    return layers.first.weight, layers.first.bias, layers.second.weight, layers.second.bias
 
 
 @functools.cache

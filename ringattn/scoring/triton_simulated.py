@@ -1,58 +1,85 @@
-"""The expansions of SAS with kernel size 1 as Triton kernels: one forward, two backward.
+"""The expansions of SAS as Triton kernels: one launch forward, a few backward.
 
-Plain tensor operations write and read every intermediate, some 20 times the bytes of the result, and would take half as
+Plain tensor operations write and read every intermediate, some 20 times the bytes of the result, and would take as
 long as the attention that uses it. Here a program holds a few tokens and all weights, reads the compact payload and
 writes the expanded one. Heads are mixed in a tile [H', tokens * D], features in a tile [tokens * H', D']; intermediates
-are fp32, the operands of products have the payload's dtype.
+are fp32, the operands of products have the payload's dtype. Weights are taken as the parameters are, in any dtype.
+With several taps heads are a kernel of their own, and so are the features behind them.
 
-The gradient keeps only the input and computes the rest again. Gradients of the head weights are summed per program,
-those of the feature weights are products over all tokens and left to torch: both are repeatable bit for bit.
+The gradient keeps only the input and computes the rest again. Gradients of weights are summed per program, then over
+programs, in fp32: repeatable bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.scoring.triton_simulated_kernels import feature_backward_kernel, forward_kernel, head_backward_kernel
+from ringattn.scoring.triton_simulated_backward import add_kernel, features_backward_kernel, heads_backward_kernel
+from ringattn.scoring.triton_simulated_kernels import features_kernel, heads_kernel
+from ringattn.scoring.triton_simulated_taps import taps_backward_kernel, taps_kernel
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_MAX_HEADS, _MAX_WIDTH = 128, 128
+_MAX_HEADS, _MAX_WIDTH, _MAX_INNER = 128, 128, 192
+_SMALL_WEIGHTS = 49152  # bytes of feature weights that a multiprocessor holds three times
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How the kernels are launched. Rows are powers of two, at least 16, and are halved where a chip has no room.
-
-    One stage, so that the weights stay in shared memory: with two, the compiler copies them there for every tile.
+class Tile(NamedTuple):
+    """How one kernel is launched.
 
     Attributes:
-        rows: Tokens times (padded) simulated heads of a tile of the forward kernel.
-        feature_back_rows, head_back_rows: The same of the two backward kernels.
-        warps, back_warps: Of a program, forward and backward.
-        stages: Of loads.
+        rows: Of a tile, a power of two, at least 16; halved where a chip has no room.
+        warps: Of a program.
         programs: Per multiprocessor; each takes tile after tile.
+        registers: Of a thread, at most.
+        sideways: `heads_kernel` only: hold heads as columns.
+        ahead: `heads_kernel` only: load a tile while the one before is used.
     """
 
-    rows: int = 64
-    feature_back_rows: int = 64
-    head_back_rows: int = 64
+    rows: int
     warps: int = 4
-    back_warps: int = 8
-    stages: int = 1
-    programs: int = 4
+    programs: int = 2
+    registers: int | None = None
+    sideways: bool = False
+    ahead: bool = True
+
+
+class Tiles(NamedTuple):
+    """How the kernels are launched; what a row is differs.
+
+    Attributes:
+        keys: Heads and features in one: rows are tokens times (padded) simulated heads.
+        wide_keys: The same where more warps have to share the weights for enough of them to fit.
+        values: Heads alone: the same.
+        taps, taps_back, heads_back: Rows are tokens times (padded) features.
+        wide_taps: `taps` with more than 64 features.
+        features, features_back: Rows are tokens times simulated heads, not padded.
+    """
+
+    keys: Tile = Tile(64, programs=3, registers=168, ahead=False)
+    wide_keys: Tile = Tile(128, warps=8, registers=128, sideways=True, ahead=False)
+    values: Tile = Tile(64, programs=8)
+    taps: Tile = Tile(64, programs=4)
+    wide_taps: Tile = Tile(128, programs=3, registers=168)
+    features: Tile = Tile(64, programs=3, registers=168)
+    heads_back: Tile = Tile(64)
+    taps_back: Tile = Tile(128, warps=8, programs=1)
+    features_back: Tile = Tile(128, warps=8, programs=1)
 
 
 TILES = Tiles()
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def unsupported(x: Tensor, simulated_heads: int, simulated_dim: int | None, *, interpreted: bool = False) -> str | None:
+def unsupported(
+    x: Tensor, simulated_heads: int, simulated_dim: int | None, kernel_size: int = 1, *, interpreted: bool = False
+) -> str | None:
     """Why the kernels cannot expand x [..., G, D] to these sizes, or None if they can.
 
     Args:
@@ -69,13 +96,16 @@ def unsupported(x: Tensor, simulated_heads: int, simulated_dim: int | None, *, i
         return f"it holds at most {_MAX_WIDTH} features, got {x.shape[-1]} and {simulated_dim}"
     if simulated_dim is not None and simulated_dim % 2:
         return f"it works on two halves of the features, got {simulated_dim}"
+    inner = kernel_size * max(x.shape[-2], simulated_heads)
+    if kernel_size > 1 and inner > _MAX_INNER:
+        return f"it holds at most {_MAX_INNER} taps times heads, got {inner}"
     return None
 
 
 def expand(
     x: Tensor,
-    heads: tuple[Tensor, Tensor, Tensor, Tensor],
-    features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    heads: Weights,
+    features: Weights | None = None,
     turn: tuple[Tensor, Tensor] | None = None,
     tiles: Tiles = TILES,
 ) -> Tensor:
@@ -83,13 +113,13 @@ def expand(
 
     Args:
         x: N = batch times tokens.
-        heads: weight [H', G], bias [H'], weight [H', H'], bias [H'], in x's dtype.
-        features: weight [D', D], bias [D'], weight [D', D'], bias [D']; None: features stay.
+        heads: weight [H', G, n], bias [H'], weight [H', H', n], bias [H'], all in one dtype.
+        features: weight [D', D], bias [D'], weight [D', D'], bias [D'], in one dtype; None: features stay.
         turn: cos and sin [S, D'/2], fp32, N a multiple of S; with features only.
         tiles: see there.
 
     Returns:
-        [N, H', D'], or [N, H', D] without features.
+        [N, H', D'], or [N, H', D] without features, in x's dtype.
     """
     assert turn is None or features is not None
     out: Tensor = _Expand.apply(tiles, x, *heads, *(features or (None,) * 4), *(turn or (None,) * 2))
@@ -110,86 +140,144 @@ class _Expand(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         if not x.numel():
             return (None, *(None if t is None else torch.zeros_like(t) for t in (x, *weights[:8])), None, None)
-        dy = dout.contiguous()
-        features: Sequence[Tensor | None] = (None,) * 4
+        dy, features = dout.contiguous(), [None] * 4
         if weights[4] is not None:
             y = _forward(ctx.tiles, x, (*weights[:4], *(None,) * 6))
-            dy, features = _feature_gradients(ctx.tiles, y, dy, weights[4:])
-        dx, heads = _head_gradients(ctx.tiles, x, dy, weights[:4])
+            dy, features = _features_back(ctx.tiles.features_back, y, dy, weights[4:])
+        dx, heads = _heads_back(ctx.tiles, x, dy, weights[:4])
         return None, dx, *heads, *features, None, None
 
 
 def _forward(tiles: Tiles, x: Tensor, weights: Any) -> Tensor:
+    if weights[0].shape[2] > 1:
+        y = _taps(tiles.taps if x.shape[2] <= 64 else tiles.wide_taps, x, weights[:4])
+        return y if weights[4] is None else _features(tiles.features, y, weights[4:])
     (count, channels, width), heads, features, cos = x.shape, weights[0].shape[0], weights[4], weights[8]
     half = 16 if features is None else features.shape[0] // 2
     out = x.new_empty(count, heads, width if features is None else 2 * half)
+    tile = tiles.values
+    if features is not None:
+        size = 2 * _padded(half)
+        tile = tiles.keys if size * (size + _padded(width)) * x.itemsize <= _SMALL_WEIGHTS else tiles.wide_keys
 
     def run(rows: int, grid: int, num_tiles: int) -> None:
-        forward_kernel[(grid,)](
+        heads_kernel[(grid,)](
             x, *weights, out, count, num_tiles, 1 if cos is None else cos.shape[0],
-            CHANNELS=channels, CHANNELS_PADDED=_padded(channels), HEADS=heads, HEADS_PADDED=_padded(heads),
-            WIDTH=width, WIDTH_PADDED=_padded(width), HALF=half, HALF_PADDED=_padded(half),
-            TOKENS=rows // _padded(heads), FEATURES=features is not None, TURN=cos is not None,
-            PRECISION=_precision(x), num_warps=tiles.warps, num_stages=tiles.stages,
+            **_sizes(channels, heads, width), HALF=half, HALF_PADDED=_padded(half), TOKENS=rows // _padded(heads),
+            FEATURES=features is not None, TURN=cos is not None, SIDEWAYS=tile.sideways, AHEAD=tile.ahead,
+            PRECISION=_precision(x), **_options(tile),
         )  # fmt: skip
 
-    _fit(run, tiles, tiles.rows, _padded(heads), count * _padded(heads), x.device)
+    _fit(run, tile, _padded(heads), count * _padded(heads), x.device)
     return out
 
 
-def _feature_gradients(tiles: Tiles, y: Tensor, dout: Tensor, weights: Any) -> tuple[Tensor, list[Tensor]]:
-    """Gradient of y [N, H', D], and of the four feature weights, from that of the expanded and turned result."""
-    w1, b1, w2, _, cos, sin = weights
-    # relu(z0), and the gradients of z0 and of z before it was turned: with y the factors of the weights' gradients
-    relu_z0, dz0, dy = torch.empty_like(dout), torch.empty_like(dout), torch.empty_like(y)
-    dz = dout if cos is None else torch.empty_like(dout)
-    (tokens, heads, width), half = y.shape, w1.shape[0] // 2
+def _taps(tile: Tile, x: Tensor, weights: Any) -> Tensor:
+    (count, channels, width), (heads, _, size) = x.shape, weights[0].shape
+    out = x.new_empty(count, heads, width)
 
     def run(rows: int, grid: int, num_tiles: int) -> None:
-        feature_backward_kernel[(grid,)](
-            y, w1, b1, w2, cos, sin, dout, relu_z0, dz0, dz, dy, tokens * heads, num_tiles,
-            1 if cos is None else cos.shape[0],
-            HEADS=heads, WIDTH=width, WIDTH_PADDED=_padded(width), HALF=half, HALF_PADDED=_padded(half),
-            ROWS=rows, TURN=cos is not None, PRECISION=_precision(y),
-            num_warps=tiles.back_warps, num_stages=tiles.stages,
+        tokens = rows // _padded(width)
+        scratch = x.new_empty(grid, tokens, width + size - 1, channels + heads)
+        taps_kernel[(grid,)](
+            x, *weights, out, scratch, count, num_tiles, **_sizes(channels, heads, width),
+            SIZE=size, INNER=_padded(size * channels), TOKENS=tokens, PRECISION=_precision(x), **_options(tile),
         )  # fmt: skip
 
-    _fit(run, tiles, tiles.feature_back_rows, 16, tokens * heads, y.device)
-    y, relu_z0, dz0, dz = (t.flatten(0, 1) for t in (y, relu_z0, dz0, dz))
-    return dy, [dz0.t() @ y, dz0.sum(dim=0), dz.t() @ relu_z0, dz.sum(dim=0)]
+    _fit(run, tile, _padded(width), count * _padded(width), x.device)
+    return out
 
 
-def _head_gradients(tiles: Tiles, x: Tensor, dy: Tensor, weights: Any) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of x [N, G, D] and of the four head weights from that of y [N, H', D]."""
-    (count, channels, width), heads, dx = x.shape, dy.shape[1], torch.empty_like(x)
+def _features(tile: Tile, y: Tensor, weights: Any) -> Tensor:
+    (count, heads, width), half, cos = y.shape, weights[0].shape[0] // 2, weights[4]
+    out = y.new_empty(count, heads, 2 * half)
+
+    def run(rows: int, grid: int, num_tiles: int) -> None:
+        features_kernel[(grid,)](
+            y, *weights, out, count * heads, num_tiles, 1 if cos is None else cos.shape[0],
+            HEADS=heads, WIDTH=width, WIDTH_PADDED=_padded(width), HALF=half, HALF_PADDED=_padded(half), ROWS=rows,
+            TURN=cos is not None, PRECISION=_precision(y), **_options(tile),
+        )  # fmt: skip
+
+    _fit(run, tile, 16, count * heads, y.device)
+    return out
+
+
+def _features_back(tile: Tile, y: Tensor, dout: Tensor, weights: Any) -> tuple[Tensor, list[Any]]:
+    """Gradients of y [N, H', D] and of the four feature weights from that of the result [N, H', D']."""
+    (count, heads, width), half, cos = y.shape, weights[0].shape[0] // 2, weights[4]
+    dy = torch.empty_like(y)
     sums: list[Tensor] = []
 
     def run(rows: int, grid: int, num_tiles: int) -> None:
-        sums[:] = (x.new_empty(grid, *t.shape, dtype=torch.float32) for t in weights)
-        head_backward_kernel[(grid,)](
-            x, *weights[:3], dy, dx, *sums, count, num_tiles,
-            CHANNELS=channels, CHANNELS_PADDED=_padded(channels), HEADS=heads, HEADS_PADDED=_padded(heads),
-            WIDTH=width, WIDTH_PADDED=_padded(width), TOKENS=rows // _padded(heads), PRECISION=_precision(x),
-            num_warps=tiles.back_warps, num_stages=tiles.stages,
+        sums[:] = [y.new_empty(grid, sum(t.numel() for t in weights[:4]), dtype=torch.float32)]
+        for first in (True, False):
+            features_backward_kernel[(grid,)](
+                y, *weights[:3], *weights[4:], dout, dy, sums[0], count * heads, num_tiles,
+                1 if cos is None else cos.shape[0], TOTAL=sums[0].shape[1], FIRST=first,
+                HEADS=heads, WIDTH=width, WIDTH_PADDED=_padded(width), HALF=half, HALF_PADDED=_padded(half), ROWS=rows,
+                TURN=cos is not None, PRECISION=_precision(y), **_options(tile),
+            )  # fmt: skip
+
+    _fit(run, tile, 16, count * heads, y.device)
+    return dy, _added(sums[0], weights[:4])
+
+
+def _heads_back(tiles: Tiles, x: Tensor, dy: Tensor, weights: Any) -> tuple[Tensor, list[Any]]:
+    """Gradients of x [N, G, D] and of the four head weights from that of y [N, H', D]."""
+    (count, channels, width), (heads, _, size), dx = x.shape, weights[0].shape, torch.empty_like(x)
+    tile = tiles.heads_back if size == 1 else tiles.taps_back
+    sums: list[Tensor] = []
+
+    def run(rows: int, grid: int, num_tiles: int) -> None:
+        sums[:] = [x.new_empty(grid, sum(t.numel() for t in weights), dtype=torch.float32)]
+        tokens = rows // _padded(width)
+        shape = {**_sizes(channels, heads, width), "TOKENS": tokens, "PRECISION": _precision(x), **_options(tile)}
+        if size == 1:
+            heads_backward_kernel[(grid,)](
+                x, *weights[:3], dy, dx, sums[0], count, num_tiles, TOTAL=sums[0].shape[1], **shape
+            )
+            return
+        scratch = x.new_empty(grid, tokens, width + size - 1, channels + 3 * heads)
+        taps_backward_kernel[(grid,)](
+            x, *weights[:3], dy, dx, sums[0], scratch, count, num_tiles, TOTAL=sums[0].shape[1],
+            SIZE=size, INNER=_padded(size * channels), **shape,
         )  # fmt: skip
 
-    _fit(run, tiles, tiles.head_back_rows, _padded(heads), count * _padded(heads), x.device)
-    return dx, [total.sum(dim=0).to(x.dtype) for total in sums]
+    _fit(run, tile, _padded(width), count * _padded(width), x.device)
+    return dx, _added(sums[0], weights)
 
 
-def _fit(
-    run: Callable[[int, int, int], None], tiles: Tiles, rows: int, least: int, count: int, device: torch.device
-) -> None:
-    """`run(rows, programs, number of tiles)` over `count` rows, with at most `rows` rows a tile."""
-    rows = max(rows, least)
+def _added(sums: Tensor, weights: Any) -> list[Any]:
+    """Sums over programs, one gradient for each of the weights that lie in a row of `sums`."""
+    total = weights[0].new_empty(sums.shape[1])
+    add_kernel[(triton.cdiv(len(total), 64),)](sums, total, len(sums), TOTAL=len(total), COLUMNS=64)
+    parts = total.split([t.numel() for t in weights])
+    return [part.view(t.shape) for part, t in zip(parts, weights, strict=True)]
+
+
+def _fit(run: Callable[[int, int, int], None], tile: Tile, least: int, count: int, device: torch.device) -> None:
+    """`run(rows, programs, number of tiles)` over `count` rows, with at most `tile.rows` (or the least) rows a tile."""
+    rows = max(tile.rows, least)
     while count:
         num_tiles = triton.cdiv(count, rows)
         try:
-            return run(rows, min(num_tiles, tiles.programs * _processors(device)), num_tiles)
+            return run(rows, min(num_tiles, tile.programs * _processors(device)), num_tiles)
         except triton.runtime.errors.OutOfResources:
             if rows == least:
                 raise
             rows //= 2
+
+
+def _options(tile: Tile) -> dict[str, Any]:
+    # One stage, so that the weights stay in shared memory: with two, the compiler copies them there for every tile.
+    options = {"num_warps": tile.warps, "num_stages": 1}
+    return options if tile.registers is None else {**options, "maxnreg": tile.registers}
+
+
+def _sizes(channels: int, heads: int, width: int) -> dict[str, int]:
+    sizes = {"CHANNELS": channels, "HEADS": heads, "WIDTH": width}
+    return sizes | {f"{name}_PADDED": _padded(size) for name, size in sizes.items()}
 
 
 def _padded(size: int) -> int:
@@ -201,5 +289,6 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
+@functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -13,6 +13,15 @@ SHAPES = {
     "published, n = 1": {"heads": 12, "simulated_heads": 36, "head_dim": 64, "simulated_dim": 96},
     "gqa": {"heads": 8, "kv_heads": 2, "simulated_heads": 8, "head_dim": 80, "simulated_dim": 48},
     "published": {"heads": 12, "simulated_heads": 36, "head_dim": 64, "simulated_dim": 96, "kernel_size": 5},
+    "wide, 5 taps": {"heads": 16, "simulated_heads": 32, "head_dim": 128, "simulated_dim": 128, "kernel_size": 5},
+    "gqa, 3 taps": {
+        "heads": 8,
+        "kv_heads": 2,
+        "simulated_heads": 8,
+        "head_dim": 80,
+        "simulated_dim": 48,
+        "kernel_size": 3,
+    },
 }
 
 
@@ -42,9 +51,28 @@ def test_no_worse_than_plain_operations(shape, tokens):
         )
 
 
-def test_fused_gradients_are_repeatable():
-    first, second = (everything(SHAPES["16 to 32"], "triton", torch.bfloat16, 700) for _ in range(2))
+@pytest.mark.parametrize("shape", ["16 to 32", "published"])
+def test_fused_gradients_are_repeatable(shape):
+    first, second = (everything(SHAPES[shape], "triton", torch.bfloat16, 700) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_weights_in_fp32_need_no_copies():
+    """Masters in fp32 under bf16 payloads: the kernels read them as they are, gradients come in fp32."""
+    torch.manual_seed(0)
+    score = SimulatedScore(**SHAPES["published"], kernel="triton").cuda()
+    same = SimulatedScore(**SHAPES["published"], kernel="torch").cuda()
+    same.load_state_dict(score.state_dict())
+    k, v = (torch.randn(1, 130, 12, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    positions = torch.arange(130, device="cuda")
+    cotangents = [torch.randn(1, 130, 36, width, device="cuda", dtype=torch.bfloat16) for width in (96, 64)]
+    results = []
+    for module in (score, same):
+        expanded = module.key_value(k, v, positions)
+        results.append([*expanded, *torch.autograd.grad(expanded, [*module.key_value.parameters()], cotangents)])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert (actual.double() - expected.double()).norm() <= 3e-2 * expected.double().norm()
 
 
 def test_fused_memory_is_that_of_the_result():

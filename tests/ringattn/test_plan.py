@@ -1,5 +1,6 @@
 """Plans: every visible pair is in exactly one block, blocks are what they claim, and needless hops are left out."""
 
+import dataclasses
 import itertools
 import random
 
@@ -153,3 +154,20 @@ def test_a_thousand_ranks_on_a_laptop():
     assert sum(plan.visible_pairs(5, source) for source in range(1024)) == sum(
         plan.visible_pairs(900, source) for source in range(1024)
     )
+
+
+def test_positions_are_made_once_and_fit_whatever_is_replaced():
+    plan = ringattn.Plan(61, 3)
+    assert plan.positions(1) is plan.positions(1, "cpu") is plan.with_documents([0, 9, 61]).positions(1)
+    for change in ({"layout": "striped"}, {"seq_len": 60}, {"cp_size": 2}, {"causal": False}):
+        other = dataclasses.replace(plan, **change)
+        for rank in range(other.cp_size):
+            expected = [position for chunk in other.chunks(rank) for position in chunk]
+            assert other.positions(rank).tolist() == expected
+    assert plan.positions(1).tolist() == [position for chunk in plan.chunks(1) for position in chunk]
+    assert ringattn.Plan(1, 3).positions(2).tolist() == []
+    with torch.inference_mode():
+        positions = ringattn.Plan(61, 3).positions(0)
+    assert not positions.is_inference()
+    with pytest.raises(ValueError, match="rank"):
+        plan.positions(3)

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from ringattn.scoring import simulated_layers
 from ringattn.scoring.rotary import Rope
 from ringattn.scoring.simulated import SimulatedScore
-from ringattn.scoring.triton_simulated import Tiles, unsupported
+from ringattn.scoring.triton_simulated import Tile, Tiles, unsupported
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu tests these kernels where there is CUDA")
 
@@ -16,7 +16,17 @@ SHAPES = {
     "powers of two": {"heads": 16, "simulated_heads": 32, "head_dim": 16, "simulated_dim": 32},
     "gqa, padded": {"heads": 6, "kv_heads": 3, "simulated_heads": 18, "head_dim": 20, "simulated_dim": 36},
     "one head": {"heads": 1, "simulated_heads": 1, "head_dim": 5, "simulated_dim": 2},
+    "3 taps": {"heads": 2, "simulated_heads": 4, "head_dim": 16, "simulated_dim": 8, "kernel_size": 3},
+    "5 taps": {"heads": 6, "kv_heads": 3, "simulated_heads": 18, "head_dim": 20, "simulated_dim": 36, "kernel_size": 5},
+    "many taps": {"heads": 12, "simulated_heads": 36, "head_dim": 4, "simulated_dim": 6, "kernel_size": 5},
 }
+
+
+def tiles(rows, **options):
+    """The same for every kernel."""
+    return Tiles(*[Tile(rows, **{"programs": 2, **options})] * len(Tiles._fields))
+
+
 POSITIONS = torch.tensor([900_001, 0, 5, 6, 7, 40, 41])
 
 
@@ -55,10 +65,15 @@ def assert_close(actual, expected, tolerance):
 @pytest.mark.parametrize(
     ("name", "tiles"),
     [
-        ("powers of two", Tiles(programs=1)),
-        ("gqa, padded", Tiles(rows=16, feature_back_rows=16, head_back_rows=16)),
-        ("gqa, padded", Tiles(rows=64, feature_back_rows=32, head_back_rows=64, programs=2)),
-        ("one head", Tiles(programs=1)),
+        ("powers of two", tiles(64, programs=1)),
+        ("gqa, padded", tiles(16)),
+        ("gqa, padded", tiles(64, sideways=True)),
+        ("gqa, padded", tiles(32, programs=1, ahead=False)),
+        ("one head", tiles(64, programs=1)),
+        ("3 taps", tiles(32)),
+        ("5 taps", tiles(64)),
+        ("5 taps", tiles(16, programs=1)),
+        ("many taps", tiles(16)),
     ],
     ids=str,
 )
@@ -92,10 +107,28 @@ def test_no_tokens(batch, fused):
     assert_close(everything(SHAPES["one head"], torch.float32, empty, batch), expected, 0.0)
 
 
-def test_the_same_bits_every_time(fused):
-    fused(Tiles(programs=2, rows=16, feature_back_rows=16, head_back_rows=16))
-    first, second = (everything(SHAPES["one head"], torch.float32) for _ in range(2))
+@pytest.mark.parametrize("name", ["one head", "3 taps"])
+def test_the_same_bits_every_time(name, fused):
+    fused(tiles(16))
+    first, second = (everything(SHAPES[name], torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ["one head", "3 taps"])
+def test_weights_in_another_dtype_get_gradients_in_it(name, fused):
+    shape = SHAPES[name]
+    torch.manual_seed(0)
+    score = SimulatedScore(**shape)
+    k, v = (torch.randn(1, 3, shape["heads"], shape["head_dim"], dtype=torch.float16) for _ in range(2))
+    results = []
+    for tile in (None, tiles(16)):
+        if tile is not None:
+            fused(tile)
+        expanded = score.key_value(k, v, torch.arange(3))
+        cotangents = [torch.ones_like(x) for x in expanded]
+        results.append([*expanded, *torch.autograd.grad(expanded, [*score.key_value.parameters()], cotangents)])
+    assert_close(results[1], results[0], 1e-2)
+    assert all(x.dtype == torch.float32 for x in results[1][2:])
 
 
 def test_what_the_kernels_leave_to_plain_operations():
@@ -106,3 +139,5 @@ def test_what_the_kernels_leave_to_plain_operations():
     assert unsupported(x, 32, 127, interpreted=True) == "it works on two halves of the features, got 127"
     assert unsupported(x, 144, 128, interpreted=True) == "it holds at most 128 heads, got 16 and 144"
     assert unsupported(x, 32, 192, interpreted=True) == "it holds at most 128 features, got 128 and 192"
+    assert unsupported(x, 32, 128, 5, interpreted=True) is None
+    assert unsupported(x, 32, 128, 7, interpreted=True) == "it holds at most 192 taps times heads, got 224"

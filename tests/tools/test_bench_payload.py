@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from tools.bench_payload import KINDS, app
+from tools.bench.payloads import KINDS
+from tools.bench_payload import app
 
 SMALL = ("--tokens", "16", "--heads", "4", "--kv-heads", "2", "--head-dim", "8", "--simulated-heads", "8")
 SMALLER = ("--simulated-dim", "12", "--latent-dim", "16", "--device", "cpu", "--dtype", "fp32", "--repeats", "1")
@@ -36,6 +37,8 @@ def test_every_kind_in_table_and_csv(tmp_path: Path) -> None:
     for kind, row in rows.items():
         assert (float(row["expand_ms"]) > 0) == (kind in ("mla", "tpa", "sas"))
         assert float(row["block_ms"]) > 0
+        assert (float(row["expand_eager_ms"]) > 0) == (kind in ("mla", "tpa", "sas"))
+        assert float(row["beside_of_block"]) == pytest.approx(float(row["beside_ms"]) / float(row["block_ms"]))
         assert float(row["of_block"]) == pytest.approx(float(row["expand_ms"]) / float(row["block_ms"]))
         assert kind in result.output
 
