@@ -111,6 +111,8 @@ class Plan:
             with torch.inference_mode(False):  # of use to any later caller
                 runs = [torch.arange(chunk.start, chunk.stop, chunk.step, device=device) for chunk in self.chunks(rank)]
                 made = torch.cat(runs) if runs else torch.empty(0, dtype=torch.long, device=device)
+            if made.is_cuda and torch.cuda.is_current_stream_capturing():
+                return made  # without values until the graph runs
             self._positions[key] = made
         return self._positions[key]
 

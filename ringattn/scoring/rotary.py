@@ -1,8 +1,9 @@
 """Rotary position embedding for what is made on arrival: expanded keys are turned by their own global positions.
 
 RoPE, arXiv:2104.09864, eq. 34, in the half-split pairing of the published Llama and Qwen weights: feature i turns with
-feature i + D/2 by positions * theta^(-2i/D). Angles are float64, without a table over the row: at position 1,000,000 a
-float32 angle is already wrong by up to 0.06 radians. The turning is done in fp32 (fp64 for fp64) whatever the input is.
+feature i + D/2 by positions * theta^(-2i/D). Angles are float64: at position 1,000,000 a float32 angle is already wrong
+by up to 0.06 radians; their cos and sin are kept with the positions they were made for. The turning is done in fp32
+(fp64 for fp64) whatever the input is.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ class Rope:
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn the heads of x [B, S, heads, D], D even, by positions [S] (long, any order); x's shape and dtype."""
-        cos, sin = self.angles(positions.to(x.device), x.shape[-1], torch.promote_types(x.dtype, torch.float32))
+        positions = positions.to(x.device)
+        if x.dtype == torch.float64:
+            cos, sin = self.angles(positions, x.shape[-1], x.dtype)
+        else:
+            cos, sin = angle_tables(self, positions, x.shape[-1])
         turned: Tensor = _Turn.apply(x, cos, sin)
         return turned
 
@@ -71,11 +76,14 @@ def angle_tables(rope: Any, positions: Tensor, width: int) -> tuple[Tensor, Tens
         return cos.contiguous(), sin.contiguous()
     kept: dict[Any, Any] = whole.__dict__.setdefault("_angle_tables", {})
     version, key = whole._version, (rope, width)
-    if key not in kept or kept[key][0] != version:
+    found = kept.get(key)
+    if found is None or found[0] != version:
         with torch.inference_mode(False), torch.no_grad():  # of use to any later caller
-            kept[key] = (version, *(table.contiguous() for table in rope.angles(whole, width, torch.float32)))
+            found = (version, *(table.contiguous() for table in rope.angles(whole, width, torch.float32)))
+        if not (whole.is_cuda and torch.cuda.is_current_stream_capturing()):  # there it is made when the graph runs
+            kept[key] = found
     first = positions.storage_offset() - whole.storage_offset()
-    _, cos, sin = kept[key]
+    _, cos, sin = found
     return cos[first : first + len(positions)], sin[first : first + len(positions)]
 
 

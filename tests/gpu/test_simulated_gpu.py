@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import ringattn
+from ringattn.scoring.rotary import Rope, angle_tables
 from ringattn.scoring.simulated import SimulatedScore
 from ringattn.testing import error, within_twice
 
@@ -87,3 +89,16 @@ def test_fused_memory_is_that_of_the_result():
         expanded = score.key_value(k, k, positions)
     peak = torch.cuda.max_memory_allocated() - before
     assert peak <= 1.2 * sum(x.nbytes for x in expanded)
+
+
+def test_what_a_graph_makes_is_not_kept():
+    plan, graph = ringattn.Plan(40, 2), torch.cuda.CUDAGraph()
+    positions = torch.arange(40, device="cuda")
+    with torch.cuda.graph(graph):
+        plan.positions(0, "cuda")
+        angle_tables(Rope(), positions, 8)
+    assert torch.equal(plan.positions(0, "cuda").cpu(), plan.positions(0))
+    for found, expected in zip(
+        angle_tables(Rope(), positions, 8), Rope().angles(positions, 8, torch.float32), strict=True
+    ):
+        assert torch.equal(found, expected)

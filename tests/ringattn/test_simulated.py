@@ -366,6 +366,15 @@ def test_angles_are_made_once_for_a_set_of_positions(counting):
     assert counting.asked == 5
 
 
+@pytest.mark.parametrize(("dtype", "asked"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float64, 3)])
+def test_a_rope_uses_kept_angles_except_in_fp64(dtype, asked, counting):
+    x, positions = torch.randn(2, 6, 3, 8).to(dtype), POSITIONS.clone()
+    turned = [counting()(x, positions) for _ in range(3)]
+    assert counting.asked == asked
+    expected = rope_oracle(x.double(), positions).to(dtype)
+    assert all(error(out, expected) <= 4 * torch.finfo(dtype).eps * 4 for out in turned)
+
+
 def test_angles_follow_positions_that_were_written_to(counting):
     positions = torch.arange(6)
     assert same_tables(angle_tables(counting(), positions[2:], 4), positions[2:], 4, Rope())
