@@ -108,6 +108,16 @@ def ring_attention(
     return out if selection.memory_tau is None else (out, cost)
 
 
+def attend_on(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, transport: Transport | None, *, kernel: str = "auto"
+) -> Tensor:
+    """Plain attention of one rank over a given transport, without a process group and without any check."""
+    work = SoftmaxAttention(
+        Ring(plan=plan, rank=rank, transport=transport), Expansion(None, plan, q.device), kernel, q.shape[-1] ** -0.5
+    )
+    return _RingAttention.apply(work, v.shape[-1], q, k, v)
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(

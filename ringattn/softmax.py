@@ -85,6 +85,10 @@ class SoftmaxAttention:
         dq = RowSum(q.shape, q.dtype, q.device)
         lse_rows: dict[tuple[int, int], Tensor] = {}  # contiguous, as kernels want it; few different ones
 
+        stops = self._stops(q, payload, backward=True)
+        rooms = (None, None) if into is None else (into[0], into[1:])
+        finished: list[Tensor] = []
+
         def visit(stop: Stop, held: Payload) -> Payload:
             with self.expansion.backward(stop, held) as visiting:
                 for block in stop.blocks:
@@ -100,12 +104,12 @@ class SoftmaxAttention:
                     found = kernel.backward(dout[:, rows], *here, *rest, causal=causal, mask=mask, scale=self.scale)
                     for total, where, part in zip((dq, *visiting.sums), (rows, keys, keys), found, strict=True):
                         total.add(where, part)
+            if stop is stops[-1]:  # now, not after the wait for other ranks' gradients
+                finished.append(dq.result(q.dtype, rooms[0]))
             return visiting.payload_gradients
 
-        stops = self._stops(q, payload, backward=True)
-        rooms = (None, None) if into is None else (into[0], into[1:])
         found = ring_backward(self.ring, payload, visit, stops=stops, dtype=payload[0].dtype, into=rooms[1])
-        return dq.result(q.dtype, rooms[0]), *found
+        return (finished[0] if finished else dq.result(q.dtype, rooms[0])), *found
 
     def _stops(self, q: Tensor, payload: Payload, *, backward: bool) -> tuple[Stop, ...]:
         """What expands meets one source at a time, since positions come with the source."""

@@ -1,0 +1,36 @@
+"""The table of errors by ring size."""
+
+import csv
+
+import pytest
+from typer.testing import CliRunner
+
+from tools.ring_error import app
+
+SMALL = ("--tokens", "96", "--heads", "4/2", "--head-dim", "16", "--ranks", "2,3")
+
+
+def test_a_row_per_ring_size_and_errors_near_the_single_kernel_s(tmp_path):
+    result = CliRunner().invoke(app, [*SMALL, "--out", str(tmp_path / "new" / "errors.csv")])
+    assert result.exit_code == 0, result.output
+    with open(tmp_path / "new" / "errors.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ranks"] for row in rows] == ["1", "2", "3"]
+    for part in ("out", "dq", "dk", "dv"):
+        single = float(rows[0][part])
+        assert 1e-4 < single < 1e-2  # bf16
+        assert all(float(row[part]) < 1.3 * single for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--dtype", "fp8"), "expected one of bf16, fp16, fp32, got 'fp8'"),
+        (("--heads", "4"), "expected such as 2,4,8 and 32/8"),
+        (("--layout", "spiral"), "expected one of contiguous, zigzag, striped"),
+    ],
+)
+def test_bad_input(change, message):
+    result = CliRunner().invoke(app, [*SMALL, *change])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
