@@ -193,6 +193,7 @@ def as_lost_peer(error: BaseException, topology: Topology, doing: str, step: int
     The ring raises its own PeerError; the collectives of engines and of torch raise plain RuntimeErrors, whose text is
     all that tells a broken connection from a bug.
     """
+    import torch
     import torch.distributed as dist
 
     import ringattn
@@ -202,10 +203,17 @@ def as_lost_peer(error: BaseException, topology: Topology, doing: str, step: int
     broken = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or (
         type(error) in (RuntimeError, ConnectionError) and any(word in text for word in words)
     )
-    if not (broken or isinstance(error, ringattn.PeerError)):
+    # What a barrier of the copy engine does when its time is up; a crashed kernel gives other errors, most of the time.
+    late = isinstance(error, torch.AcceleratorError) and "unspecified launch failure" in text and topology.cp > 1
+    if not (broken or late or isinstance(error, ringattn.PeerError)):
         return error
     where = "before the first step" if step is None else f"in step {step + 1}"
     reason = str(error).strip().splitlines()[0] if text.strip() else type(error).__name__
+    if late:
+        reason = (
+            "a barrier of the ring ended its kernel, as it does when another rank has not come within "
+            "parallel.hop_timeout_s (parallel.setup_timeout_s before the first step); look at the other ranks' logs"
+        )
     return PeerLost(f"rank {topology.rank} of {topology.world_size} lost a peer {where}, {doing}: {reason}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from launch.config import Config
-from launch.errors import ConfigError, PeerLost
+from launch.errors import ConfigError, PeerLost, exit_status_of
 from launch.topology import Launch, Topology, choose_device, read_launch
+from launch.train import as_lost_peer
 from tests.processes import run_ranks
 
 RENDEZVOUS = {"MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
@@ -205,3 +207,20 @@ def test_timeouts_are_long_before_and_short_after_the_first_step() -> None:
     wanted = [timedelta(seconds=20), timedelta(seconds=20), timedelta(seconds=0.3)]
     outcomes = run_ranks(silent_peer, 2, timeout=15.0, check=False)
     assert outcomes[0].value == wanted, outcomes[0].traceback
+
+
+@pytest.mark.parametrize(
+    ("cp", "text", "status"),
+    [
+        (2, "CUDA error: unspecified launch failure\nCUDA kernel errors might be ...", 69),
+        (1, "CUDA error: unspecified launch failure", 70),
+        (2, "CUDA error: an illegal memory access was encountered", 70),
+    ],
+)
+def test_a_barrier_that_gave_up_is_a_lost_peer_with_words(cp, text, status):
+    topology = SimpleNamespace(rank=1, world_size=2, cp=cp)
+    error = as_lost_peer(torch.AcceleratorError(text), topology, "training", 4)
+    assert exit_status_of(error) == status
+    if status == 69:
+        assert "rank 1 of 2 lost a peer in step 5, training: a barrier of the ring ended its kernel" in str(error)
+        assert "parallel.hop_timeout_s" in str(error)
