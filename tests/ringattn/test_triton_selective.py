@@ -9,10 +9,28 @@ if not torch.cuda.is_available():  # with CUDA, tests/gpu runs the compiled kern
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined and when they run; without CUDA nobody minds
 pytest.importorskip("triton")
 
+import triton.language as tl
+from triton.runtime import interpreter
+
 from ringattn.kernels.selective.geometry import Ballot, Geometry
 from ringattn.kernels.selective.triton_kernel import TritonSelective, pick_tiles
 from ringattn.kernels.selective.triton_tools import Tiles
+from ringattn.kernels.selective.triton_values import fp16_values
 from tests.ringattn.selective_oracle import dense, errors, problem, run_pieces
+
+
+@pytest.fixture(autouse=True)
+def bf16_products(monkeypatch):
+    """The interpreter keeps bf16 as 16-bit integers and (Triton 3.9) multiplies those: widen them before a product."""
+    builder = interpreter.InterpreterBuilder
+    product = builder.create_dot
+
+    def widened(self, a, b, *rest):
+        a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return product(self, a, b, *rest)
+
+    monkeypatch.setattr(builder, "create_dot", widened)
+
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu tests these kernels where there is CUDA")
 
@@ -21,6 +39,10 @@ SMALL = Tiles(
     span_all=32, descriptors=False, hold=False,
 )  # fmt: skip
 KERNEL = TritonSelective(SMALL, interpreted=True)
+LARGE = Tiles(
+    vote_rows=32, vote_keys=32, rows=32, keys=32, back_rows=32, back_keys=32, query_rows=32, query_keys=32, span=64,
+    span_all=64, descriptors=False, hold=False,
+)  # fmt: skip
 
 CASES = {
     "exact": {"n": 37},
@@ -64,6 +86,42 @@ def test_a_piece_inside_a_lag():
 def test_fp16_is_as_exact_as_its_roundings():
     """fp16 stands for both: the interpreter of Triton 3.9 multiplies bf16 matrices wrongly."""
     check(problem(n=37, dtype=torch.float16, heads=1), limit=2e-3)
+
+
+MANY_HEADS = {
+    "exact": {"n": 34},
+    "grouped, lag inside a tile": {"n": 34, "groups": 2, "lag": 4},
+    "lag of a tile": {"n": 40, "groups": 4, "lag": 32},
+}
+
+
+@pytest.mark.parametrize("name", MANY_HEADS)
+def test_sums_over_heads_in_bf16_are_as_exact_as_fp32(name):
+    """The gain's gradient, one number in fp32, is less wrong than anything that is summed or weighted in bf16."""
+    case = problem(**MANY_HEADS[name], heads=16, dtype=torch.bfloat16)
+    found = errors(run_pieces(TritonSelective(LARGE, interpreted=True), case), dense(case), case)
+    assert found["dweights"] < 1e-3
+    assert found["out"] < 5e-4
+    assert max(found.values()) < 5e-3
+
+
+@pytest.mark.parametrize(("gain", "documents"), [(-2.0, None), (-30.0, (0, 40)), (30.0, (0, 30, 40))])
+def test_f_is_exact_for_any_gain(gain, documents):
+    """F far from 0 on all keys of a row that matter: in fp16 it would be wrong by up to 0.5."""
+    case = problem(n=50, heads=1, dtype=torch.float16, weights=[gain], documents=documents)
+    found = errors(run_pieces(KERNEL, case), dense(case), case)
+    assert found["lse"] < 1e-4
+    assert max(found["out"], found["dv"]) < 2e-3
+
+
+def test_values_of_any_size_keep_their_bits():
+    """bf16 values become fp16 divided by a power of two per head; 1e30 and 1e-30 are fine."""
+    case = problem(n=33, heads=2, dtype=torch.bfloat16)
+    case["v"] = case["v"] * torch.tensor([1e30, 1e-30], dtype=torch.float32)[:, None].to(torch.bfloat16)
+    narrow, most = fp16_values(case["v"])
+    powers = 2.0 ** (most.log2().floor() - 14)
+    assert torch.equal(narrow.float() * powers[:, None, :, None], case["v"].float())
+    assert narrow.abs().max() < 2**15
 
 
 def test_strided_views():

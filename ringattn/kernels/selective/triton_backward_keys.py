@@ -48,7 +48,7 @@ def _prepare_kernel(
 @triton.jit
 def _steps(
     dk, dv, k, v, q_source, do_source, dot_source, base_source, bias_source, LOWS,
-    COSTS, SUMS, key, start, stop, n, m, delta, k_start, group, scale_log2, tau, is_first_head,
+    COSTS, OFFSETS, SUMS, key, start, stop, n, m, delta, k_start, group, scale_log2, tau, is_first_head,
     q_row, do_row, b_stride, s_row, row_low, key_low,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, V_WIDTH: tl.constexpr, V_PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
@@ -85,7 +85,10 @@ def _steps(
         if HAS_COST:  # noqa: SIM102  (decided at compile time, the other one at run time)
             if is_first_head:
                 price = tl.load(COSTS + row + i, mask=row + i < n, other=0.0) / tau
-                cheap = tl.where(bias < tau * LOG2, price[None, :], 0.0)
+                limit = tau * LOG2
+                if BIAS == 2:
+                    limit = (limit - tl.load(OFFSETS + row + i, mask=row + i < n, other=0.0) * LOG2)[None, :]
+                cheap = tl.where(bias < limit, price[None, :], 0.0)
                 if MASKED:
                     cheap = tl.where(visible, cheap, 0.0)
                 priced = dscores - cheap
@@ -98,11 +101,11 @@ def _steps(
 
 @triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "group", "row_low", "row_high", "key_low", "key_high"])
 def _backward_keys_kernel(
-    Q, K, V, DOUT, DOT, BASE, BIASES, DOCUMENTS, LIMITS, COSTS, SUMS, DK, DV,
+    Q, K, V, DOUT, DOT, BASE, BIASES, DOCUMENTS, LIMITS, COSTS, OFFSETS, SUMS, DK, DV,
     n, m, delta, k_start, group, row_low, row_high, key_low, key_high, scale, scale_log2, tau, heads, padded,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, do_batch, do_row, do_head,
     dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
-    b_batch, b_rows, b_stride, s_batch, s_row, c_batch,
+    b_batch, b_rows, b_stride, s_batch, s_row, c_batch, f_batch,
     SHARE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, V_WIDTH: tl.constexpr, V_PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_COST: tl.constexpr, HAS_SUMS: tl.constexpr,
@@ -159,7 +162,7 @@ def _backward_keys_kernel(
         if part < 2 or HAS_DOCUMENTS:
             dk, dv = _steps(
                 dk, dv, k, v, q_source, do_source, dot_source, base_source, bias, DOCUMENTS,
-                COSTS + batch * c_batch, SUMS + batch * s_batch + (key - key_low),
+                COSTS + batch * c_batch, OFFSETS + batch * f_batch, SUMS + batch * s_batch + (key - key_low),
                 key, low, high, n, count, delta, k_start, group, scale_log2, tau, head == 0,
                 q_row, do_row, b_stride, s_row, row_low, key_low,
                 WIDTH, PADDED, V_WIDTH, V_PADDED, ROWS, KEYS, PRECISION, BIAS, part != 1,
@@ -196,14 +199,21 @@ def prepare(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return dot, base
 
 
+def shifted(base: Tensor, least: Tensor) -> Tensor:
+    """`base` for biases that are smaller by `least` [B, n]."""
+    result = base.clone()
+    result[:, :, : least.shape[1]] += (least * LOG2E).unsqueeze(1)
+    return result
+
+
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dot: Tensor, base: Tensor, votes: Votes, biases: Tensor, bias: int,
-    rows: tuple[int, int], keys: tuple[int, int], scale: float, dk: Tensor, dv: Tensor, sums: Tensor | None,
-    dcost: Tensor | None, tau: float,
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dot: Tensor, base: Tensor, votes: Votes, biases: Tensor,
+    least: Tensor | None, rows: tuple[int, int], keys: tuple[int, int], scale: float, dk: Tensor, dv: Tensor,
+    sums: Tensor | None, dcost: Tensor | None, tau: float,
 ) -> None:  # fmt: skip
     """Rows x keys of one block, added into dk and dv; column sums of E into `sums` [B, groups, keys], if given.
 
-    `biases` is a table (TABLE) or a buffer [B, keys, rows] of this range (BUFFER).
+    `biases` is a table, or with `least` (the offsets of its rows) a buffer [B, keys, rows] of this range.
     """
     tiles = votes.tiles
     q, k, v, dout = dense_rows(q), dense_rows(k), dense_rows(v), dense_rows(dout)
@@ -221,14 +231,16 @@ def launch(
     costs = None if dcost is None else dcost.contiguous()
     _backward_keys_kernel[(num_tiles, batch * heads)](
         q, k, v, dout, dot, base, biases, base if documents is None else documents, base if limits is None else limits,
-        base if costs is None else costs, base if sums is None else sums, dk, dv,
+        base if costs is None else costs, base if least is None else least, base if sums is None else sums, dk, dv,
         n, m, votes.delta, geometry.k_start, votes.group, *rows, *keys, scale, scale * LOG2E, tau, heads, dot.shape[-1],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         biases.stride(0), *biases.shape[1:], s_batch, s_row, 0 if costs is None else costs.stride(0),
+        0 if least is None else least.stride(0),
         SHARE=heads // k.shape[2], WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)),
         V_WIDTH=v_width, V_PADDED=max(16, triton.next_power_of_2(v_width)),
         ROWS=tiles.back_rows, KEYS=tiles.back_keys,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BIAS=bias, HAS_DOCUMENTS=documents is not None,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BIAS=1 if least is None else 2,
+        HAS_DOCUMENTS=documents is not None,
         HAS_COST=costs is not None, HAS_SUMS=sums is not None,
         DESCRIPTORS=tiles.descriptors and describable(q, dout, k, v), LOG2=LOG2E,
         num_warps=tiles.back_warps, num_stages=tiles.back_stages,

@@ -28,8 +28,8 @@ from ringattn.kernels.selective.triton_votes import Votes
 
 @triton.jit
 def _steps(
-    dq, q, dout, dot, base, k_source, v_source, bias, bias_row, price, low, PAIRS, pairs,
-    row, start, stop, m, delta, scale_log2, tau, is_first_head, k_row, v_row, b_row, key_low, row_low, pair_row,
+    dq, q, dout, dot, base, k_source, v_source, bias, bias_row, price, limit, low, PAIRS, pairs,
+    row, start, stop, m, delta, scale_log2, is_first_head, k_row, v_row, b_row, key_low, row_low, pair_row,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, V_WIDTH: tl.constexpr, V_PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
     HAS_COST: tl.constexpr, HAS_PAIRS: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
@@ -58,25 +58,25 @@ def _steps(
             priced = dscores
             if HAS_COST:  # noqa: SIM102  (decided at compile time, the other one at run time)
                 if is_first_head:
-                    cheap = tl.where(tile < tau * LOG2, price[:, None], 0.0)
+                    cheap = tl.where(tile < limit[:, None], price[:, None], 0.0)
                     if MASKED:
                         cheap = tl.where(visible, cheap, 0.0)
                     priced = dscores - cheap
             if REDUCE:
-                pairs.atomic_add([row - row_low, key - key_low], priced.to(pairs.dtype))
+                pairs.atomic_add([row - row_low, key - key_low], priced)
             else:
                 at = PAIRS + (row - row_low + tl.arange(0, ROWS))[:, None] * pair_row + (j - key_low)[None, :]
-                tl.atomic_add(at, priced.to(PAIRS.dtype.element_ty), sem="relaxed")
+                tl.atomic_add(at, priced, sem="relaxed")
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "row_high", "key_low", "key_high"])
 def _backward_queries_kernel(
-    Q, K, V, DOUT, DOT, BASE, BIASES, DOCUMENTS, COSTS, PAIRS, DQ,
+    Q, K, V, DOUT, DOT, BASE, BIASES, DOCUMENTS, COSTS, OFFSETS, PAIRS, DQ,
     n, m, delta, k_start, group, row_low, row_high, key_low, key_high, scale, scale_log2, tau, heads, padded,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, do_batch, do_row, do_head,
-    dq_batch, dq_row, dq_head, b_batch, b_rows, b_row, p_batch, p_rows, p_row, c_batch,
+    dq_batch, dq_row, dq_head, b_batch, b_rows, b_row, p_batch, p_rows, p_row, c_batch, f_batch,
     SHARE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, V_WIDTH: tl.constexpr, V_PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_COST: tl.constexpr, HAS_PAIRS: tl.constexpr,
@@ -84,9 +84,13 @@ def _backward_queries_kernel(
 ):  # fmt: skip
     """One row tile of one head against keys key_low..key_high, added into DQ and PAIRS."""
     key_low = tl.multiple_of(key_low, KEYS)
-    row = row_low + (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest first
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
+    # With pairs, programs of all heads of a tile run at the same time: what they add to stays in the cache.
+    tile, tiles, line = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    if HAS_PAIRS:
+        tile, tiles, line = tl.program_id(1), tl.num_programs(1), tl.program_id(0)
+    row = row_low + (tiles - 1 - tile) * ROWS  # the longest first
+    batch = (line // heads).to(tl.int64)
+    head = line % heads
     shared = (head // SHARE).to(tl.int64)
     count = tl.minimum(m, key_high)
     end = tl.minimum(n, row_high)
@@ -100,12 +104,15 @@ def _backward_queries_kernel(
     q = held(q, PADDED, HOLD)
     dout = held(dout, V_PADDED, HOLD)
     i = row + tl.arange(0, ROWS)
-    line = tl.program_id(1).to(tl.int64) * padded
-    dot = tl.load(DOT + line + i, mask=i < end, other=0.0)
-    base = tl.load(BASE + line + i, mask=i < end, other=float("inf"))
-    price = dot
+    at_line = line.to(tl.int64) * padded + i
+    dot = tl.load(DOT + at_line, mask=i < end, other=0.0)
+    base = tl.load(BASE + at_line, mask=i < end, other=float("inf"))
+    price, limit = dot, dot
     if HAS_COST:
         price = tl.load(COSTS + batch * c_batch + i, mask=i < end, other=0.0) / tau
+        limit = tl.zeros([ROWS], tl.float32) + tau * LOG2
+        if BIAS == 2:
+            limit -= tl.load(OFFSETS + batch * f_batch + i, mask=i < end, other=0.0) * LOG2
     if BIAS == 1:
         bias_row = row // group
         bias = describe_tiles(BIASES + batch * b_batch, b_rows, b_row, b_row, 1, KEYS, DESCRIPTORS)
@@ -138,8 +145,8 @@ def _backward_queries_kernel(
             start, finish = full_to, stop
         if part > 0 or HAS_DOCUMENTS:
             dq = _steps(
-                dq, q, dout, dot, base, k_source, v_source, bias, bias_row, price, low, PAIRS + batch * p_batch, pairs,
-                row, start, finish, count, delta, scale_log2, tau, head == 0,
+                dq, q, dout, dot, base, k_source, v_source, bias, bias_row, price, limit, low, PAIRS + batch * p_batch,
+                pairs, row, start, finish, count, delta, scale_log2, head == 0,
                 k_row, v_row, b_row, key_low, row_low, p_row,
                 WIDTH, PADDED, V_WIDTH, V_PADDED, ROWS, KEYS, PRECISION, BIAS, part != 1,
                 HAS_COST, HAS_PAIRS, DESCRIPTORS, REDUCE, LOG2,
@@ -152,13 +159,13 @@ def _backward_queries_kernel(
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dot: Tensor, base: Tensor, votes: Votes, biases: Tensor, bias: int,
-    rows: tuple[int, int], keys: tuple[int, int], scale: float, dq: Tensor, pairs: Tensor | None,
-    dcost: Tensor | None, tau: float,
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dot: Tensor, base: Tensor, votes: Votes, biases: Tensor,
+    least: Tensor | None, rows: tuple[int, int], keys: tuple[int, int], scale: float, dq: Tensor,
+    pairs: Tensor | None, dcost: Tensor | None, tau: float,
 ) -> None:  # fmt: skip
     """Rows x keys of one block, added into dq; E into `pairs` [B, rows, keys] of this range, if given.
 
-    `biases` is a table (TABLE) or a buffer [B, rows, keys] of this range (BUFFER).
+    `biases` is a table, or with `least` (the offsets of its rows) a buffer [B, rows, keys] of this range.
     """
     tiles = votes.tiles
     q, k, v, dout = dense_rows(q), dense_rows(k), dense_rows(v), dense_rows(dout)
@@ -168,16 +175,19 @@ def launch(
     costs = None if dcost is None else dcost.contiguous()
     shape = (0, 0, 0) if pairs is None else (pairs.stride(0), *pairs.shape[1:])
     descriptors = tiles.descriptors and describable(q, dout, k, v)
-    _backward_queries_kernel[(-(-(rows[1] - rows[0]) // tiles.query_rows), batch * heads)](
+    grid = (-(-(rows[1] - rows[0]) // tiles.query_rows), batch * heads)
+    _backward_queries_kernel[grid if pairs is None else grid[::-1]](
         q, k, v, dout, dot, base, biases, base if documents is None else documents, base if costs is None else costs,
-        base if pairs is None else pairs, dq,
+        base if least is None else least, base if pairs is None else pairs, dq,
         n, m, votes.delta, geometry.k_start, votes.group, *rows, *keys, scale, scale * LOG2E, tau, heads, dot.shape[-1],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
         biases.stride(0), *biases.shape[1:], *shape, 0 if costs is None else costs.stride(0),
+        0 if least is None else least.stride(0),
         SHARE=heads // k.shape[2], WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)),
         V_WIDTH=v_width, V_PADDED=max(16, triton.next_power_of_2(v_width)),
         ROWS=tiles.query_rows, KEYS=tiles.query_keys,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BIAS=bias, HAS_DOCUMENTS=documents is not None,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BIAS=1 if least is None else 2,
+        HAS_DOCUMENTS=documents is not None,
         HAS_COST=costs is not None, HAS_PAIRS=pairs is not None, DESCRIPTORS=descriptors,
         REDUCE=tiles.descriptors and pairs is not None, LOG2=LOG2E,
         HOLD=tiles.hold and q.dtype != torch.float32, num_warps=tiles.query_warps, num_stages=tiles.query_stages,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringattn.kernels.selective.triton_scan import scan
+from ringattn.kernels.selective.triton_scan import offsets, scan
 from ringattn.kernels.selective.triton_tools import (
     LOG2E,
     Tiles,
@@ -27,6 +27,7 @@ from ringattn.kernels.selective.triton_tools import (
     processors,
     rows_of,
 )  # fmt: skip
+from ringattn.kernels.selective.triton_values import fp16_values, power_of
 from ringattn.kernels.selective.triton_votes import Votes
 
 TABLE, BUFFER = 1, 2
@@ -39,9 +40,12 @@ def _steps(
     k_row, v_row, b_row, key_low,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, V_WIDTH: tl.constexpr, V_PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, LOG2: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, LOG2: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Key tiles from `start` to `stop` of one row tile: the online softmax in powers of two."""
+    """Key tiles from `start` to `stop` of one row tile: the online softmax in powers of two.
+
+    Weights are up to 2^SHIFT, so that fp16 holds small ones too.
+    """
     for position in tl.range(start, stop, KEYS):
         key = tl.multiple_of(tl.cast(position, tl.int32), KEYS)
         k = load_rows(k_source, key, m, k_row, KEYS, WIDTH, PADDED, DESCRIPTORS)
@@ -61,7 +65,7 @@ def _steps(
         base = new_top
         if MASKED:
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores - (base - SHIFT)[:, None])
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(weights, axis=1)
         acc = acc * fade[:, None]
@@ -73,13 +77,14 @@ def _steps(
 
 @triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "group", "row_low", "row_high", "key_low", "key_high"])
 def _forward_kernel(
-    Q, K, V, BIASES, DOCUMENTS, OUT, LSE,
+    Q, K, V, MOST, BIASES, OFFSETS, DOCUMENTS, OUT, LSE,
     n, m, delta, k_start, group, row_low, row_high, key_low, key_high, scale_log2, heads,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    o_batch, o_row, o_head, l_batch, l_head, l_row, b_batch, b_rows, b_row,
+    o_batch, o_row, o_head, l_batch, l_head, l_row, b_batch, b_rows, b_row, f_batch,
     SHARE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, V_WIDTH: tl.constexpr, V_PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, DESCRIPTORS: tl.constexpr, LOG2: tl.constexpr, HOLD: tl.constexpr,
+    SHIFT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one head against keys key_low..key_high, merged into OUT and LSE."""
     row = row_low + (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest first
@@ -121,17 +126,17 @@ def _forward_kernel(
         acc, total, top = _steps(
             acc, total, top, q, k_source, v_source, bias, bias_row, low, row, first, full_from, count, delta,
             scale_log2, k_row, v_row, b_row, key_low, WIDTH, PADDED, V_WIDTH, V_PADDED, ROWS, KEYS, PRECISION, BIAS,
-            True, DESCRIPTORS, LOG2,
+            True, DESCRIPTORS, LOG2, SHIFT,
         )  # fmt: skip
     acc, total, top = _steps(
         acc, total, top, q, k_source, v_source, bias, bias_row, low, row, full_from, full_to, count, delta, scale_log2,
         k_row, v_row, b_row, key_low, WIDTH, PADDED, V_WIDTH, V_PADDED, ROWS, KEYS, PRECISION, BIAS, False,
-        DESCRIPTORS, LOG2,
+        DESCRIPTORS, LOG2, SHIFT,
     )  # fmt: skip
     acc, total, top = _steps(
         acc, total, top, q, k_source, v_source, bias, bias_row, low, row, full_to, stop, count, delta, scale_log2,
         k_row, v_row, b_row, key_low, WIDTH, PADDED, V_WIDTH, V_PADDED, ROWS, KEYS, PRECISION, BIAS, True,
-        DESCRIPTORS, LOG2,
+        DESCRIPTORS, LOG2, SHIFT,
     )  # fmt: skip
 
     # Merge with what other blocks left: two normalised outputs and the logarithms of their sums.
@@ -140,7 +145,9 @@ def _forward_kernel(
     at_lse = LSE + batch * l_batch + head * l_head + i.to(tl.int64) * l_row
     before = tl.load(at_lse, mask=kept, other=-float("inf")) * LOG2
     seen = total > 0.0
-    here = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), -float("inf"))
+    here = tl.where(seen, top - SHIFT + tl.log2(tl.where(seen, total, 1.0)), -float("inf"))
+    if BIAS == 2:
+        here -= tl.load(OFFSETS + batch * f_batch + i, mask=kept, other=0.0) * LOG2
     most = tl.maximum(before, here)
     base = tl.where(most == -float("inf"), 0.0, most)
     old = tl.exp2(before - base)
@@ -152,6 +159,8 @@ def _forward_kernel(
     inside = kept[:, None] & (d < V_WIDTH)[None, :]
     past = tl.load(at_out, mask=inside, other=0.0)
     weight = new / (both * tl.where(seen, total, 1.0))
+    if SCALED:
+        weight *= power_of(tl.load(MOST + batch * (heads // SHARE) + head // SHARE))
     tl.store(at_out, past * (old / both)[:, None] + acc * weight[:, None], mask=inside)
 
 
@@ -164,54 +173,60 @@ def forward(
     in_table = not votes.inner and (votes.groups == 1 or votes.group % tiles.rows == 0)
     step = key_range(votes, tiles)
     span = span_of(q, tiles)
-    fp32 = q.dtype == torch.float32
+    values, most = fp16_values(v)
     buffer = None
     for key_low in range(0, m, step):
-        key_high = min(key_low + step, m)
         # Keys after the last row's are never seen.
-        key_high = min(key_high, key_low + max(0, n + votes.delta - key_low))
-        if key_high <= key_low:
+        keys = (key_low, min(key_low + step, m, n + votes.delta))
+        if keys[1] <= key_low:
             break
-        keys = (key_low, key_high)
         table = votes.table(*keys)
-        scan(table, carry[:, key_low:key_high], key_high - key_low)
+        total = scan(table, carry[:, keys[0] : keys[1]], keys[1] - keys[0])
         if in_table:
             if cost is not None:
-                votes.fill(table, key_low, None, (0, n), keys, False, cost, tau)
-            _launch(q, k, v, votes, table, (0, n), keys, scale, out, lse, TABLE)
+                votes.fill(table, key_low, lse.new_zeros(votes.batch, n), None, (0, n), keys, cost=cost, tau=tau)
+            _launch(q, k, values, most, votes, table, None, (0, n), keys, scale, out, lse)
             continue
-        for row_low in range(0, n, span):
+        least = offsets(votes, table, total, *keys)
+        if buffer is None:
+            buffer = bias_buffer(q, votes, round_up(min(span, n), tiles.rows), round_up(min(step, m), 128))
+        # The longest spans first: meanwhile the host prepares the next launches.
+        for row_low in reversed(range(0, n, span)):
             rows = (row_low, min(row_low + span, n))
-            last = min(key_high, rows[1] + votes.delta)
-            if last <= key_low:
-                continue
-            if buffer is None:
-                shape = (q.shape[0], round_up(min(span, n), tiles.rows), round_up(min(step, m), tiles.keys))
-                buffer = torch.zeros(shape, dtype=torch.float32 if fp32 else torch.float16, device=q.device)
-            votes.fill(table, key_low, buffer, rows, (key_low, last), False, cost, tau)
-            _launch(q, k, v, votes, buffer, rows, (key_low, last), scale, out, lse, BUFFER)
+            part = (key_low, min(keys[1], rows[1] + votes.delta))
+            if part[1] > key_low:
+                votes.fill(table, key_low, least, buffer, rows, part, cost=cost, tau=tau)
+                _launch(q, k, values, most, votes, buffer, least, rows, part, scale, out, lse)
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, votes: Votes, biases: Tensor, rows: tuple[int, int], keys: tuple[int, int],
-    scale: float, out: Tensor, lse: Tensor, bias: int,
+    q: Tensor, k: Tensor, v: Tensor, most: Tensor | None, votes: Votes, biases: Tensor, least: Tensor | None,
+    rows: tuple[int, int], keys: tuple[int, int], scale: float, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     tiles, geometry, documents = votes.tiles, votes.geometry, votes.geometry.q_documents
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, n, heads, width = q.shape
     m, v_width = k.shape[1], v.shape[-1]
-    grid = (-(-(rows[1] - rows[0]) // tiles.rows), batch * heads)
-    _forward_kernel[grid](
-        q, k, v, biases, lse if documents is None else documents, out, lse,
+    _forward_kernel[(-(-(rows[1] - rows[0]) // tiles.rows), batch * heads)](
+        q, k, v, lse if most is None else most, biases,
+        lse if least is None else least, lse if documents is None else documents, out, lse,
         n, m, votes.delta, geometry.k_start, votes.group, *rows, *keys, scale * LOG2E, heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride(),
-        biases.stride(0), *biases.shape[1:],
+        biases.stride(0), *biases.shape[1:], 0 if least is None else least.stride(0),
         SHARE=heads // k.shape[2], WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)),
         V_WIDTH=v_width, V_PADDED=max(16, triton.next_power_of_2(v_width)), ROWS=tiles.rows, KEYS=tiles.keys,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BIAS=bias, HAS_DOCUMENTS=documents is not None,
-        DESCRIPTORS=tiles.descriptors and describable(k, v), LOG2=LOG2E,
-        HOLD=tiles.hold and q.dtype != torch.float32, num_warps=tiles.warps, num_stages=tiles.stages,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BIAS=TABLE if least is None else BUFFER,
+        HAS_DOCUMENTS=documents is not None, DESCRIPTORS=tiles.descriptors and describable(k, v), LOG2=LOG2E,
+        HOLD=tiles.hold and q.dtype != torch.float32, SHIFT=0 if q.dtype == torch.float32 else 15,
+        SCALED=most is not None, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
+
+
+def bias_buffer(q: Tensor, votes: Votes, first: int, second: int) -> Tensor:
+    """[B, first, second] for biases: where `fill` does not write all that is read, of finite numbers."""
+    dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
+    make = torch.empty if votes.whole((0, 0)) else torch.zeros
+    return make(votes.batch, first, second, dtype=dtype, device=q.device)
 
 
 def key_range(votes: Votes, tiles: Tiles) -> int:
@@ -222,10 +237,10 @@ def key_range(votes: Votes, tiles: Tiles) -> int:
 
 
 def span_of(q: Tensor, tiles: Tiles) -> int:
-    """Rows (or keys) whose biases are kept at once: enough to give every processor two programs of all heads."""
+    """Rows (or keys) whose biases are kept at once: enough to give every processor four programs of all heads."""
     if tiles.span is not None:
         return tiles.span
-    return 128 * max(4, 2 * processors(q.device) // (q.shape[0] * q.shape[2]))
+    return 256 * max(2, 2 * processors(q.device) // (q.shape[0] * q.shape[2]))
 
 
 def round_up(count: int, unit: int) -> int:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.selective import triton_backward_keys, triton_backward_queries, triton_forward
 from ringattn.kernels.selective.geometry import Ballot, Geometry
-from ringattn.kernels.selective.triton_backward_keys import prepare
-from ringattn.kernels.selective.triton_forward import BUFFER, TABLE, key_range, round_up, span_of
-from ringattn.kernels.selective.triton_scan import scan
+from ringattn.kernels.selective.triton_backward_keys import prepare, shifted
+from ringattn.kernels.selective.triton_forward import bias_buffer, key_range, round_up, span_of
+from ringattn.kernels.selective.triton_scan import offsets, scan
 from ringattn.kernels.selective.triton_tools import Tiles, workspace
 from ringattn.kernels.selective.triton_votes import Votes
 from ringattn.kernels.selective.triton_votes_backward import add_ballot_gradients, add_column_sums, zeros_table
 
+_Result = TypeVar("_Result")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -61,7 +63,7 @@ class TritonSelective:
     def sums(self, ballot: Ballot, geometry: Geometry) -> Tensor:
         """[B, m] fp32: column sums over all rows of the weighted votes."""
         with torch.cuda.device_of(ballot.q):
-            return Votes(ballot, geometry, self._tiles(ballot.q, geometry)).sums()
+            return _described(ballot.q, Votes(ballot, geometry, self._tiles(ballot.q, geometry)).sums)
 
     def forward_(
         self, q: Tensor, k: Tensor, v: Tensor, ballot: Ballot, carry: Tensor, geometry: Geometry, scale: float,
@@ -113,16 +115,14 @@ class TritonSelective:
 
 
 def pick_tiles(dtype: torch.dtype, lag: int) -> Tiles:
-    """The tiles measured fastest on an H200, whose multiprocessors are an H100's (docs: selection, numbers)."""
+    """The tiles measured fastest on an H100 (docs: selection, numbers)."""
     if dtype == torch.float32:
         return Tiles(
-            ballot_stages=1, keys=32, stages=2, back_rows=32, back_warps=8, back_stages=1, query_keys=32, query_warps=8,
-            query_stages=1, descriptors=False,
+            vote_rows=32, vote_stages=2, ballot_stages=1, keys=32, stages=2, back_rows=32, back_warps=8, back_stages=1,
+            query_warps=8, query_stages=1, descriptors=False,
         )  # fmt: skip
     if lag % 128 == 0:
-        return Tiles(
-            vote_rows=128, vote_warps=8, ballot_warps=8, query_keys=64, query_stages=3
-        )  # fmt: skip
+        return Tiles(vote_span=16, ballot_stages=3, query_keys=64, query_stages=3)
     return Tiles()
 
 
@@ -151,88 +151,96 @@ class _Backward:
         end = min(votes.m, max(0, n + votes.delta))  # keys after the last row's are never seen
         tiles = votes.tiles
         fits = votes.groups == 1 or all(votes.group % rows == 0 for rows in (tiles.back_rows, tiles.query_rows))
+        fits = fits or (votes.inner and votes.group % tiles.back_rows == 0)
         step = key_range(votes, tiles)
         for key_low in range(0, end, step):
             keys = (key_low, min(key_low + step, end))
             table = votes.table(*keys)
-            scan(table, self.carry[:, keys[0] : keys[1]], keys[1] - keys[0])
+            total = scan(table, self.carry[:, keys[0] : keys[1]], keys[1] - keys[0])
             sums = zeros_table(votes, keys[1] - keys[0])
             if fits and not votes.inner:
-                self._own_keys(table, TABLE, (0, n), keys, sums)
-                self._own_queries(table, TABLE, (0, n), keys, None)
+                self._own_keys(table, None, self.rows[1], (0, n), keys, sums)
+                self._own_queries(table, None, self.rows[1], (0, n), keys, None)
                 self._cast(sums, None, (0, n), keys)
-            else:
-                self._spans_of_keys(table, keys, sums if fits else None)
-                self._spans_of_rows(table, keys, sums, fits)
+                continue
+            least = offsets(votes, table, total, *keys)
+            base = shifted(self.rows[1], least)
+            self._spans_of_keys(table, least, base, keys, sums if fits else None)
+            self._spans_of_rows(table, least, base, keys, sums, fits)
 
-    def _spans_of_keys(self, table: Tensor, keys: tuple[int, int], sums: Tensor | None) -> None:
+    def _spans_of_keys(
+        self, table: Tensor, least: Tensor, base: Tensor, keys: tuple[int, int], sums: Tensor | None
+    ) -> None:
         votes, tiles = self.votes, self.votes.tiles
         span = min(span_of(self.q, tiles), round_up(keys[1] - keys[0], tiles.back_keys))
-        row_span = min(tiles.span_all, round_up(votes.n, tiles.back_rows))
-        biases = self._buffer(span, row_span)
+        row_span = min(tiles.span_all, round_up(votes.n, 128))
+        biases = bias_buffer(self.q, votes, span, row_span)
+        unit = max(tiles.back_rows, votes.group if votes.inner and votes.group % tiles.back_rows == 0 else 0)
         for low in range(keys[0], keys[1], span):
             part = (low, min(low + span, keys[1]))
-            first = max(0, low - votes.delta) // tiles.back_rows * tiles.back_rows
+            first = max(0, low - votes.delta) // unit * unit
             for row_low in range(first, votes.n, row_span):
                 rows = (row_low, min(row_low + row_span, votes.n))
-                votes.fill(table, keys[0], biases, rows, part, True, None, 1.0)
-                self._own_keys(biases, BUFFER, rows, part, None if sums is None else sums[:, :, low - keys[0] :])
+                votes.fill(table, keys[0], least, biases, rows, part, transposed=True)
+                part_sums = None if sums is None else sums[:, :, low - keys[0] :]
+                self._own_keys(biases, least, base, rows, part, part_sums)
 
-    def _spans_of_rows(self, table: Tensor, keys: tuple[int, int], sums: Tensor, summed: bool) -> None:
+    def _spans_of_rows(
+        self, table: Tensor, least: Tensor, base: Tensor, keys: tuple[int, int], sums: Tensor, summed: bool
+    ) -> None:
         votes, tiles = self.votes, self.votes.tiles
         # A span begins at a group's first row. From the last to the first: votes matter to later rows.
         span = votes.group * max(1, span_of(self.q, tiles) // votes.group)
         shape = (round_up(min(span, votes.n), 128), round_up(keys[1] - keys[0], 128))
-        biases = self._buffer(*shape)
+        biases = bias_buffer(self.q, votes, *shape)
         pairs = None
         if votes.inner or not summed:
-            # Heads are added up in bf16, the rounding of dZ itself; sums over rows are fp32. Without the copy engine
-            # additions in bf16 are ten times slower than in fp32 (seen on an H200).
-            narrow = tiles.descriptors and self.q.dtype != torch.float32
-            dtype = torch.bfloat16 if narrow else torch.float32
-            pairs = torch.empty(votes.batch, *shape, dtype=dtype, device=self.q.device)
+            pairs = torch.empty(votes.batch, *shape, dtype=torch.float32, device=self.q.device)
+        if summed:
+            self._suffix(sums, keys)
         for row_low in reversed(range(0, votes.n, span)):
             rows = (row_low, min(row_low + span, votes.n))
             part = (keys[0], min(keys[1], rows[1] + votes.delta))
             if part[1] <= part[0]:
                 break
-            votes.fill(table, keys[0], biases, rows, part, False, None, 1.0)
-            if pairs is not None:
-                pairs[:, :, : round_up(part[1] - part[0], 128)].zero_()
-            self._own_queries(biases, BUFFER, rows, part, pairs)
+            if pairs is not None and not summed:
+                pairs.zero_()  # all of it is summed
+            votes.fill(table, keys[0], least, biases, rows, part, pairs=pairs if summed else None)
+            self._own_queries(biases, least, base, rows, part, pairs)
             if pairs is not None and not summed:
                 add_column_sums(votes, pairs, sums, rows)
-            self._cast(sums, pairs if votes.inner else None, rows, part)
+                group = votes.group
+                self._suffix(sums[:, rows[0] // group : (rows[1] - 1) // group + 1], part)
+            add_ballot_gradients(votes, sums, pairs if votes.inner else None, rows, part, *self.ballot)
+
+    def _suffix(self, sums: Tensor, keys: tuple[int, int]) -> None:
+        """Sums of groups become what later rows owe to their votes; `suffix` goes on with these groups."""
+        total = self.suffix[:, keys[0] : keys[1]]
+        total.copy_(scan(sums, total, keys[1] - keys[0], reverse=True, sign=-1.0))
 
     def _cast(self, sums: Tensor, pairs: Tensor | None, rows: tuple[int, int], keys: tuple[int, int]) -> None:
-        """Gradients of the votes of some rows, given the sums of their groups and the suffix of later rows."""
-        group = self.votes.group
-        part = sums[:, rows[0] // group : (rows[1] - 1) // group + 1]
-        total = self.suffix[:, keys[0] : keys[1]]
-        total.copy_(scan(part, total, keys[1] - keys[0], reverse=True, sign=-1.0))
+        self._suffix(sums, keys)
         add_ballot_gradients(self.votes, sums, pairs, rows, keys, *self.ballot)
 
     def _own_keys(
-        self, biases: Tensor, bias: int, rows: tuple[int, int], keys: tuple[int, int], sums: Tensor | None
-    ) -> None:
+        self, biases: Tensor, least: Tensor | None, base: Tensor, rows: tuple[int, int], keys: tuple[int, int],
+        sums: Tensor | None,
+    ) -> None:  # fmt: skip
         triton_backward_keys.launch(
-            self.q, self.k, self.v, self.dout, *self.rows, self.votes, biases, bias, rows, keys, self.scale,
+            self.q, self.k, self.v, self.dout, self.rows[0], base, self.votes, biases, least, rows, keys, self.scale,
             self.dk, self.dv, sums, self.dcost, self.tau,
         )  # fmt: skip
 
     def _own_queries(
-        self, biases: Tensor, bias: int, rows: tuple[int, int], keys: tuple[int, int], pairs: Tensor | None
-    ) -> None:
+        self, biases: Tensor, least: Tensor | None, base: Tensor, rows: tuple[int, int], keys: tuple[int, int],
+        pairs: Tensor | None,
+    ) -> None:  # fmt: skip
         triton_backward_queries.launch(
-            self.q, self.k, self.v, self.dout, *self.rows, self.votes, biases, bias, rows, keys, self.scale,
+            self.q, self.k, self.v, self.dout, self.rows[0], base, self.votes, biases, least, rows, keys, self.scale,
             self.dq, pairs, self.dcost, self.tau,
         )  # fmt: skip
 
-    def _buffer(self, first: int, second: int) -> Tensor:
-        dtype = torch.float32 if self.q.dtype == torch.float32 else torch.float16
-        return torch.zeros(self.votes.batch, first, second, dtype=dtype, device=self.q.device)
 
-
-def _described(like: Tensor, function: Callable[..., None], *arguments: object) -> None:
+def _described(like: Tensor, function: Callable[..., _Result], *arguments: object) -> _Result:
     """Call `function` where Triton may make descriptors on the device of `like`."""
-    workspace(like.device).run(function, *arguments)
+    return workspace(like.device).run(function, *arguments)

@@ -25,11 +25,12 @@ class Tiles:
 
     Attributes:
         vote_rows, vote_keys, vote_warps, vote_stages: Tile of the kernels that count votes.
+        vote_span: Key tiles of one of their programs.
         ballot_warps, ballot_stages: The same of the kernel of their gradients, which has the same tile.
         rows, keys, warps, stages: Tile of the forward kernel.
         back_rows, back_keys, back_warps, back_stages: Tile of the backward kernel that owns keys.
         query_rows, query_keys, query_warps, query_stages: Tile of the backward kernel that owns queries.
-        span: Rows (or keys) whose biases are kept at once, at least; None: two tiles for each processor.
+        span: Rows (or keys) whose biases are kept at once, at least; None: four tiles for each processor.
         span_all: The other side of those, at most.
         descriptors: Load tiles and add gradients through Hopper's copy engine where memory allows.
         hold: Keep tiles that a program owns in registers (16-bit inputs only); see `held`.
@@ -39,6 +40,7 @@ class Tiles:
     vote_keys: int = 64
     vote_warps: int = 4
     vote_stages: int = 2
+    vote_span: int = 8
     ballot_warps: int = 4
     ballot_stages: int = 2
     rows: int = 64

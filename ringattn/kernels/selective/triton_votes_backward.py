@@ -16,6 +16,8 @@ from ringattn.kernels.selective.triton_tools import (
     describe,
     describe_tiles,
     firsts_of,
+    load_line,
+    load_rows,
     load_tile,
     lows_of,
     rows_of,
@@ -44,11 +46,11 @@ def _column_sums_kernel(
 def _ballot_kernel(
     QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, TABLE, PAIRS, DQ, DK, DWEIGHTS,
     n, m, delta, k_start, lag, group, row_low, row_high, key_low, key_high, span,
-    q_batch, q_row, q_term, k_batch, k_row, k_term, t_batch, t_row, p_batch, p_rows, p_row,
+    q_batch, q_row, q_term, k_batch, k_row, k_term, t_batch, t_rows, t_row, p_batch, p_rows, p_row,
     dq_batch, dq_row, dq_term, dk_batch, dk_row, dk_term,
     R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PROTECT: tl.constexpr, INNER: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the ballot for one part of the rows and `span` keys.
 
@@ -71,41 +73,54 @@ def _ballot_kernel(
     first_key = key_low + tl.program_id(0) * span
     if HAS_DOCUMENTS:
         first_key += tl.maximum(tl.min(low, axis=0) - first_key, 0) // KEYS * KEYS
-    pairs = describe_tiles(PAIRS + batch * p_batch, p_rows, p_row, p_row, ROWS, KEYS, DESCRIPTORS)
+    pairs = describe_tiles(PAIRS + batch * p_batch, p_rows, p_row, p_row, ROWS, KEYS, WHOLE)
+    lines = describe_tiles(TABLE + batch * t_batch, t_rows, t_row, t_row, 1, KEYS, LINES == 2)
     d = tl.arange(0, PADDED)
+    # counts[i, m]: row i counts the vote of row m of its group. Rows past the group belong to the next one.
+    counts = (i[None, :] < (i // lag * lag)[:, None]) & (row + i < stop)[:, None]
+    counts = counts.to(tl.float32)
     for r in tl.static_range(R):
         q = rows_of(QB + batch * q_batch + r * q_term, row, stop, q_row, ROWS, WIDTH, PADDED)
+        k_source = describe(KB + batch * k_batch + r * k_term, m, k_row, KEYS, WIDTH, PADDED, DESCRIPTORS)
         dk_first = DK + batch * dk_batch + r * dk_term
         dk_source = describe(dk_first, m, dk_row, KEYS, WIDTH, PADDED, REDUCE)
         scale = tl.load(SCALES + r)
         weight = tl.load(WEIGHTS + r)
         dq = tl.zeros([ROWS, PADDED], tl.float32)
-        dweight = tl.zeros([ROWS], tl.float32)
+        dweight = tl.zeros([KEYS], tl.float32)
         for position in tl.range(first_key, stop_key, KEYS):
             key = tl.multiple_of(tl.cast(position, tl.int32), 16)
             j = key + tl.arange(0, KEYS)
-            k = rows_of(KB + batch * k_batch + r * k_term, key, m, k_row, KEYS, WIDTH, PADDED)
-            z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            table = TABLE + batch * t_batch + j - key_low
-            if INNER:
-                # Rows past the group belong to the next one; their counts are 0.
-                later = (tl.arange(0, ROWS)[:, None] < (i // lag * lag)[None, :]) & (row + i < stop)[None, :]
-                tile = load_tile(pairs, row - row_low, key - key_low, p_row, ROWS, KEYS, DESCRIPTORS)
-                dvotes = -tl.dot(later.to(tile.dtype), tile, input_precision=PRECISION)
-                dvotes += tl.load(table + tl.cast(row // group, tl.int64) * t_row, mask=j < key_high, other=0.0)[
-                    None, :
-                ]
+            k = load_rows(k_source, key, m, k_row, KEYS, WIDTH, PADDED, DESCRIPTORS)
+            z = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            if LINES == 2:
+                line = load_line(lines, row // group, key - key_low, t_row, KEYS, True)
+            elif LINES == 1:
+                table = TABLE + batch * t_batch + (row // group).to(tl.int64) * t_row
+                line = tl.load(table + j - key_low, mask=j < key_high, other=0.0)
+            if LINES > 0:
+                dvotes = tl.broadcast_to(line[:, None], (KEYS, ROWS))
             else:
-                at_row = ((row + i) // group).to(tl.int64)[:, None] * t_row
-                inside = (j < key_high)[None, :] & (row + i < stop)[:, None]
-                dvotes = tl.load(table[None, :] + at_row, mask=inside, other=0.0)
-            may = (j[None, :] < (row + i + delta)[:, None]) & (j[None, :] >= low[:, None])
+                at_row = TABLE + batch * t_batch + ((row + i) // group).to(tl.int64)[None, :] * t_row
+                inside = (j < key_high)[:, None] & (row + i < stop)[None, :]
+                dvotes = tl.load(at_row + (j - key_low)[:, None], mask=inside, other=0.0)
+            if INNER:
+                tile = tl.trans(load_tile(pairs, row - row_low, key - key_low, p_row, ROWS, KEYS, WHOLE))
+                if q.dtype == tl.float32:
+                    dvotes -= tl.dot(tile, counts, input_precision=PRECISION)
+                else:
+                    # Two parts of 8 bits each: fp32 sums, 16 bits of every term.
+                    high = tile.to(tl.bfloat16)
+                    rest = (tile - high.to(tl.float32)).to(tl.bfloat16)
+                    inner = tl.dot(high, counts.to(tl.bfloat16))
+                    dvotes -= tl.dot(rest, counts.to(tl.bfloat16), inner)
+            may = (j[:, None] < (row + i + delta)[None, :]) & (j[:, None] >= low[None, :])
             open_to_votes = firsts_of(K_DOCUMENTS, key, m, k_start, KEYS, HAS_DOCUMENTS, PROTECT) & (j < key_high)
-            dvotes = tl.where(may & open_to_votes[None, :] & (z > 0.0), dvotes, 0.0)
+            dvotes = tl.where(may & open_to_votes[:, None] & (z > 0.0), dvotes, 0.0)
             dweight += tl.sum(dvotes * z, axis=1)
             dz = (dvotes * weight).to(q.dtype)
-            dq = tl.dot(dz, k, dq, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(dz), q, input_precision=PRECISION) * scale
+            dq = tl.dot(tl.trans(dz), k, dq, input_precision=PRECISION)
+            dk = tl.dot(dz, q, input_precision=PRECISION) * scale
             if REDUCE:
                 dk_source.atomic_add([key, 0], dk)
             else:
@@ -144,16 +159,21 @@ def add_ballot_gradients(
     unit = votes.group if inner else tiles.vote_rows
     parts = -(-(rows[1] - rows[0]) // unit)
     # Few keys to a program while there are few programs, more once the processors are full.
-    span = tiles.vote_keys * max(1, min(8, (keys[1] - keys[0]) * parts // (tiles.vote_keys * 1024)))
+    span = tiles.vote_keys * max(1, min(tiles.vote_span, (keys[1] - keys[0]) * parts // (tiles.vote_keys * 1024)))
+    group = group or votes.group
+    # Where all rows of a tile are of one group, its numbers come as one line, through the copy engine if it can.
+    lines = 0
+    if inner or group >= votes.n or not group % tiles.vote_rows:
+        lines = 2 if tiles.descriptors and describable(table) else 1
     shape = (0, 0, 0) if pairs is None else (pairs.stride(0), *pairs.shape[1:])
     _ballot_kernel[(-(-(keys[1] - keys[0]) // span), parts, votes.batch)](
         votes.q, votes.k, votes.weights, votes.scales, *votes._documents(), table, table if pairs is None else pairs,
         dballot_q, dballot_k, dweights,
-        votes.n, votes.m, votes.delta, votes.geometry.k_start, votes.geometry.lag, group or votes.group, *rows, *keys,
-        span, *votes.q.stride()[:3], *votes.k.stride()[:3], *table.stride()[:2], *shape,
+        votes.n, votes.m, votes.delta, votes.geometry.k_start, votes.geometry.lag, group, *rows, *keys,
+        span, *votes.q.stride()[:3], *votes.k.stride()[:3], table.stride(0), *table.shape[1:], *shape,
         *dballot_q.stride()[:3], *dballot_k.stride()[:3],
         **votes._constants(), PRECISION=votes.precision, INNER=inner,
-        DESCRIPTORS=tiles.descriptors and inner, REDUCE=tiles.descriptors and describable(dballot_k),
+        WHOLE=tiles.descriptors and inner, LINES=lines, REDUCE=tiles.descriptors and describable(dballot_k),
         num_warps=tiles.ballot_warps, num_stages=tiles.ballot_stages,
     )  # fmt: skip
 
