@@ -3,7 +3,7 @@
     python -m tools.bench_selection --tokens 16384,32768 --heads 16 --head-dim 128 --lag 1,128 --out runs/selection
 
 Batch 1, bf16, causal, one block of queries and keys: what a ring of one computes. Times are medians of CUDA events
-around several passes in a row.
+around several passes in a row, and around single passes, where launches that the GPU waits for count too.
 "Extra memory" is the peak over a forward and a backward pass, outputs and gradients included, inputs not. Errors are
 against float64 at a small length; cuDNN's are those of plain attention.
 """
@@ -176,13 +176,14 @@ def _measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
     rows: list[Row] = []
     for tokens in options.tokens:
         case = _Case(tokens, options)
-        yardstick = 0.0
+        yardstick: Row = {}
         for lag in (None, *options.lag):
             passes = case.cudnn() if lag is None else case.selective(lag)
             row: Row = {"tokens": tokens, "form": _name(lag), **_time(*passes, options.repeats)}
             if lag is None:
-                yardstick = row["both_ms"]
-            row["ratio"] = round(row["both_ms"] / yardstick, 3)
+                yardstick = row
+            row["ratio"] = round(row["both_ms"] / yardstick["both_ms"], 3)
+            row["single_ratio"] = round(row["single_ms"] / yardstick["single_ms"], 3)
             rows.append(row | errors.get(_name(lag), {}))
     return rows, machine
 
@@ -209,33 +210,52 @@ def _time(forward: Callable[[], list[Tensor]], backward: Callable[[list[Tensor]]
     backward(forward())  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    _, single = _passes(forward, backward, repeats, 1)
+    first, both = _passes(forward, backward, repeats, _INNER)
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return {
+        "forward_ms": round(first, 3),
+        "both_ms": round(both, 3),
+        "single_ms": round(single, 3),
+        "memory_gib": round(memory, 2),
+    }
+
+
+def _passes(
+    forward: Callable[[], list[Tensor]], backward: Callable[[list[Tensor]], list[Tensor]], repeats: int, inner: int
+) -> tuple[float, float]:
+    """Medians of the time of a forward pass and of both, `inner` of each between two marks of the clock."""
+    import torch
+
     first, both = [], []
     for _ in range(repeats):
-        # Several passes between two marks: the queue stays full, as in training, and launches cost nothing extra.
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         marks[0].record()
-        for _ in range(_INNER):
+        for _ in range(inner):
             kept = forward()
         marks[1].record()
-        for _ in range(_INNER):
+        for _ in range(inner):
             backward(kept)
         marks[2].record()
         torch.cuda.synchronize()
-        first.append(marks[0].elapsed_time(marks[1]) / _INNER)
-        both.append(marks[0].elapsed_time(marks[2]) / _INNER)
-        del kept
-    memory = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return {
-        "forward_ms": round(statistics.median(first), 3),
-        "both_ms": round(statistics.median(both), 3),
-        "memory_gib": round(memory, 2),
-    }
+        first.append(marks[0].elapsed_time(marks[1]) / inner)
+        both.append(marks[0].elapsed_time(marks[2]) / inner)
+    return statistics.median(first), statistics.median(both)
 
 
 def _show(rows: list[Row], machine: Row) -> None:
     console = Console(highlight=False, width=140)
     table = Table(title=", ".join(f"{name} {value}" for name, value in machine.items()))
-    names: tuple[str, ...] = ("tokens", "form", "forward_ms", "both_ms", "ratio", "memory_gib")
+    names: tuple[str, ...] = (
+        "tokens",
+        "form",
+        "forward_ms",
+        "both_ms",
+        "ratio",
+        "single_ms",
+        "single_ratio",
+        "memory_gib",
+    )
     names += tuple(name for name in ("error_out", "error_dq", "error_dk", "error_dv") if name in rows[0])
     for name in names:
         table.add_column(name.replace("_", " "), justify="left" if name == "form" else "right")
