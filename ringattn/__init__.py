@@ -17,6 +17,7 @@ from ringattn.scoring.simulated import SimulatedScore
 from ringattn.scoring.statistics import SelectionStatistics, selection_statistics
 from ringattn.selfcheck import SelfCheckError, self_check
 from ringattn.transport import make_transport
+from ringattn.ulysses import make_ulysses
 
 __all__ = [
     "FactorExpansion",
@@ -31,6 +32,7 @@ __all__ = [
     "TopologyError",
     "Votes",
     "make_transport",
+    "make_ulysses",
     "ring_attention",
     "selection_statistics",
     "self_check",

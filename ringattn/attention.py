@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from ringattn.scoring.selection import Selection, selection_problem
 from ringattn.softmax import SoftmaxAttention
 from ringattn.transport import Payload, Step, Transport, transport_of
 
+if TYPE_CHECKING:
+    from ringattn.ulysses import Ulysses
+
 
 def ring_attention(
     q: Tensor,
@@ -37,6 +40,7 @@ def ring_attention(
     expand: Expand | None = None,
     kernel: str = "auto",
     transport: str | Transport = "auto",
+    ulysses: int | Ulysses = 1,
 ) -> Any:
     """Exact attention over a sequence that is cut over the ranks of `group`.
 
@@ -58,6 +62,9 @@ def ring_attention(
         kernel: "auto", or a name of `ringattn.kernels.KERNELS`; with selection one of SELECTIVE_KERNELS.
         transport: "auto", a name, or a transport made once by `ringattn.make_transport` (it keeps counts, and serves
             any number of plans; by name, each plan and those derived from it have one of their own).
+        ulysses: exchange heads for tokens in teams of this many ranks, and let the teams form the ring: a divisor of
+            cp_size, cp_size itself for no ring at all, or what `ringattn.make_ulysses` made once (with a transport of
+            its own). Pays where a ring's blocks are short and there are heads enough for every rank.
 
     Returns:
         [B, S, H, Dv] in q's dtype. If `selection.memory_tau` is set: a pair of that and the tokens' memory cost [B, S].
@@ -80,6 +87,10 @@ def ring_attention(
             f"{' (group=None is a single process)' if group is None else ''}; build the Plan for this group"
         )
     scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
+    if ulysses != 1:
+        return _with_heads_exchanged(
+            ulysses, transport, group, q, k, v, plan, scale=scale, selection=selection, expand=expand, kernel=kernel
+        )
     expansion = Expansion(expand, plan, q.device)
     keys, values, problem = _expanded(q, k, v, plan, rank, expansion)
     problem = problem or _scoring_problem(q, keys, values, plan, rank, kernel, selection)
@@ -106,6 +117,28 @@ def ring_attention(
     arguments = (q, k, v, own_keys, earlier_q, earlier_k, weights, *expansion.parameters)
     out, cost = _SelectiveRingAttention.apply(selective, values.shape[-1], *arguments)
     return out if selection.memory_tau is None else (out, cost)
+
+
+def _with_heads_exchanged(
+    ulysses: int | Ulysses,
+    transport: str | Transport,
+    group: dist.ProcessGroup | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    **options: Any,
+) -> Any:
+    from ringattn.ulysses import ulysses_attention, ulysses_of  # it calls ring_attention
+
+    if group is None:
+        raise ValueError(f"ring_attention: ulysses: needs a group of several ranks, got group=None and {ulysses!r}")
+    if not isinstance(transport, str):
+        raise ValueError(
+            "ring_attention: ulysses: a transport is made for one group, and the inner ring is another one; give "
+            "transport by name, or make both once by ringattn.make_ulysses"
+        )
+    return ulysses_attention(q, k, v, plan, ulysses_of(ulysses, plan, group, transport), **options)
 
 
 def attend_on(

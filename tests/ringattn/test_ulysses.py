@@ -52,7 +52,7 @@ def attend(case, rank, world_size, ulysses):
     plan = ringattn.Plan(case.seq_len, world_size, layout=case.layout, **dict(case.mask))
     *leaves, dout = (ringattn.shard(x, plan, rank) for x in problem(case))
     leaves = [x.requires_grad_() for x in leaves]
-    out = ulysses_attention(*leaves, plan, ulysses)
+    out = ringattn.ring_attention(*leaves, plan, dist.group.WORLD, ulysses=ulysses)
     out.backward(dout)
     return [ringattn.unshard(x.detach(), plan, dist.group.WORLD) for x in (out, *(x.grad for x in leaves))]
 
@@ -272,3 +272,25 @@ def rings_worker(rank, world_size):
 
 def test_several_rings_side_by_side():
     assert max(run_ranks(rings_worker, 8)) <= 1e-10
+
+
+def by_degree_worker(rank, world_size):
+    case = Case(33, "zigzag")
+    found = attend(case, rank, world_size, 2)
+    problems = []
+    plan = ringattn.Plan(33, world_size)
+    tensors = [ringattn.shard(x, plan, rank) for x in problem(case)[:3]]
+    transport = ringattn.make_transport("p2p", dist.group.WORLD)
+    for group, options in ((dist.group.WORLD, {"transport": transport}), (None, {})):
+        sized = plan if group is not None else ringattn.Plan(tensors[0].shape[1], 1)
+        with pytest.raises(ValueError, match="ulysses") as caught:
+            ringattn.ring_attention(*tensors, sized, group, ulysses=2, **options)
+        problems.append(str(caught.value))
+    return found, problems
+
+
+def test_a_degree_is_enough_and_what_does_not_fit_together_is_refused():
+    found, problems = run_ranks(by_degree_worker, 2)[0]
+    assert all(error(a, b) <= 1e-10 for a, b in zip(found, oracle(Case(33, "zigzag")), strict=True))
+    assert "give transport by name, or make both once by ringattn.make_ulysses" in problems[0]
+    assert "needs a group of several ranks" in problems[1]

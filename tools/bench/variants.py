@@ -12,17 +12,19 @@ from torch import Tensor
 import ringattn
 from ringattn.kernels import Kernel, pick_kernel
 from ringattn.mask import Block, Relation
-from ringattn.transport import Transport
+from ringattn.teams import heads_problem
 from tools.bench.problem import Case, Cut, Point, Variant
 from tools.bench.ranks import Ranks, UnsupportedError
 
 IDEAL = "ideal"
 
-# Name of the row -> arguments of `make_transport`. A new option of the library is one more line here.
+# Name of the row -> arguments of `make_transport`, and `ulysses`. A new option of the library is one more line here.
 OURS: dict[str, dict[str, Any]] = {
     "ours copy_engine": {"name": "copy_engine"},
     "ours copy_engine, no graphs": {"name": "copy_engine", "graphs": False},
     "ours p2p": {"name": "p2p"},
+    "ours ulysses 2": {"name": "auto", "ulysses": 2},
+    "ours ulysses": {"name": "auto", "ulysses": 0},  # of all ranks: no ring is left
 }
 CAPTURED = ", captured"  # end of a name
 
@@ -72,18 +74,27 @@ class _Ours:
 
     def __call__(self, point: Point, ranks: Ranks) -> Case:
         plan = _plan(point)
-        # Made once, as a training run does.
-        transport = self._transport(ranks) if ranks.size > 1 else "auto"
+        made = self._made(point, ranks) if ranks.size > 1 else {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ringattn.ring_attention(q, k, v, plan, group=ranks.group, transport=transport)
+            return ringattn.ring_attention(q, k, v, plan, group=ranks.group, **made)
 
         return Case(cut=Cut.of_tokens(point, plan.positions(ranks.rank)), attend=attend)
 
-    def _transport(self, ranks: Ranks) -> Transport:
+    def _made(self, point: Point, ranks: Ranks) -> dict[str, Any]:
+        """What a training run makes once."""
+        options = dict(self._options)
+        degree = options.pop("ulysses", 1) or ranks.size
         try:
-            return ringattn.make_transport(**self._options, group=ranks.group, timed=False)
-        except ringattn.TopologyError as error:
+            if degree == 1:
+                return {"transport": ringattn.make_transport(**options, group=ranks.group, timed=False)}
+            problem = heads_problem(point.heads, point.kv_heads, ranks.size, degree)
+            if problem is not None:
+                raise UnsupportedError(problem)
+            made = ringattn.make_ulysses(ranks.group, degree, layout=point.layout, transport=options["name"])
+            made.stats.timed = False
+            return {"ulysses": made}
+        except (ringattn.TopologyError, ValueError) as error:
             raise UnsupportedError(str(error)) from error
 
 
