@@ -14,10 +14,12 @@ from ringattn.ring import Ring, ring_backward, ring_forward
 from ringattn.schedule import Stop, joined_schedule, plain_schedule
 from ringattn.scoring.expansion import Expansion
 from ringattn.transport import Payload
+from ringattn.transport.copy_engine import GRAPH_BYTES
 
 # Of queries or of a payload that go around at once. More is not faster, and what a ring needs beside its results (peer
-# buffers, payloads on their way, partial results) is some fifteen times this.
-_GROUP_BYTES = 2**26
+# buffers, payloads on their way, partial results) is some fifteen times this. Not less than what is captured as a
+# graph: a graph's payload lies where peers read it, so it must go around in one piece.
+_GROUP_BYTES = GRAPH_BYTES
 
 
 class SoftmaxAttention:

@@ -117,7 +117,7 @@ def make_transport(
     group: dist.ProcessGroup,
     timeout: Callable[[], timedelta] | None = None,
     *,
-    graphs: bool | None = None,
+    graphs: bool = True,
     timed: bool = True,
 ) -> Transport:
     """Build the transport called `name` ("auto" or one of `TRANSPORTS`) for a ring's process group. Collective.
@@ -129,8 +129,8 @@ def make_transport(
         group: The ring.
         timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` was made with.
             NCCL keeps the group's own limit, since waiting on the host would hold up the queue of kernels.
-        graphs: copy_engine only: run passes as CUDA graphs. None: those of short shards, where launching would take
-            longer than computing.
+        graphs: copy_engine only: run passes of short shards as CUDA graphs, since launching takes longer there than
+            computing.
         timed: measure how long compute stands waiting, see `RingStats`.
 
     Raises:

@@ -73,12 +73,12 @@ class CopyEngineTransport:
     Args:
         memory: of all ranks.
         control: carries what is not a payload: the small exchanges of selection.
-        graphs: run passes as CUDA graphs. None: those of short shards.
+        graphs: run passes of short shards as CUDA graphs.
     """
 
     joins = True
 
-    def __init__(self, memory: PeerMemory, control: P2PTransport, graphs: bool | None = None) -> None:
+    def __init__(self, memory: PeerMemory, control: P2PTransport, graphs: bool = True) -> None:
         self.memory = memory
         self.stats = control.stats
         self.description = "copy_engine: pulls between the GPUs of this host"
@@ -99,12 +99,14 @@ class CopyEngineTransport:
     def _captures(self, plan: Plan, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> bool:
         """The same on all ranks, but for empty shards; capturing is no collective."""
         tokens = payload[0].shape[1]
-        if not payload[0].is_cuda or not tokens or plan.num_hops == 1 or torch.cuda.is_current_stream_capturing():
+        if not self._capture or not payload[0].is_cuda or not tokens or plan.num_hops == 1:
+            return False
+        if torch.cuda.is_current_stream_capturing():  # the caller's graph holds it all
             return False
         if plan.documents is not None:  # another plan with every row
             return False
         most = max(*(x.nbytes for x in inputs), sum(x.nbytes for x in payload)) / tokens * plan.longest_shard
-        return most <= GRAPH_BYTES if self._capture is None else self._capture
+        return most <= GRAPH_BYTES
 
     def open(
         self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
