@@ -206,10 +206,11 @@ class _SelectiveRingAttention(torch.autograd.Function):
         payload = (k, v) if earlier_k is None else (k, v, earlier_k)
         with torch.autocast(q.device.type, enabled=False):
             out, lse, cost, carries = work.forward(q, payload, ballot_q, ballot_k, weights, width)
+        # Not rounded: what rounding would change in rowsum(out * dout) adds up over whole rows in the votes' gradients.
         ctx.save_for_backward(q, k, v, own_keys, earlier_q, earlier_k, weights, out, lse, *carries)
         ctx.work = work
         ctx.set_materialize_grads(False)
-        return out, cost
+        return out.to(q.dtype), cost
 
     @staticmethod
     @once_differentiable
@@ -222,7 +223,7 @@ class _SelectiveRingAttention(torch.autograd.Function):
         ballot_q = _ballot(q[:, :, head], earlier_q)
         ballot_k = _ballot(own_keys, earlier_k)
         payload = (k, v) if earlier_k is None else (k, v, earlier_k)
-        dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+        dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout.to(q.dtype)
         work.expansion.start_backward()
         with torch.autocast(q.device.type, enabled=False):
             found = work.backward(dout, dcost, q, payload, ballot_q, ballot_k, weights, out, lse, carries)

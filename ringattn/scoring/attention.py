@@ -90,7 +90,7 @@ class SelectiveAttention:
     def forward(
         self, q: Tensor, payload: Payload, ballot_q: Tensor, ballot_k: Tensor, weights: Tensor, width: int
     ) -> tuple[Tensor, Tensor, Tensor | None, Table]:
-        """Out [B, S, H, width] in q's dtype, lse [B, H, S], cost [B, S] (or None) and the carries."""
+        """Out [B, S, H, width] and lse [B, H, S] in the accumulator dtype, cost [B, S] (or None) and the carries."""
         out, lse = empty_result(q, width)
         carries = self.carries(ballot_q, ballot_k, weights)
         cost = None if self.terms.tau is None else lse.new_zeros(q.shape[:2])
@@ -117,7 +117,7 @@ class SelectiveAttention:
                 )
 
         ring_forward(self.ring, payload, visit)
-        return out.to(q.dtype), lse, cost, carries
+        return out, lse, cost, carries
 
     def backward(
         self,

@@ -265,3 +265,20 @@ def test_32768_tokens_stay_far_below_the_dense_form():
     """One fp32 matrix N x N takes 4 GiB; forward and backward of the dense form hold at least three."""
     result = subprocess.run([sys.executable, "-c", LONG], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(result.stdout) < 2.0  # GiB, the interpreter and torch included
+
+
+def test_in_bf16_the_gain_s_gradient_does_not_see_the_rounding_of_the_output():
+    generator = torch.Generator().manual_seed(513)
+    q, k, v, dout = (
+        torch.randn(1, 513, heads, 64, generator=generator, dtype=torch.float64).bfloat16() for heads in (4, 2, 2, 4)
+    )
+
+    def gradient(attend, *tensors):
+        gain = torch.full((1,), 0.1, dtype=torch.float64, requires_grad=True)
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = attend(*leaves, ringattn.Selection(gain=gain))
+        return torch.autograd.grad(out, gain, dout.to(out.dtype))[0]
+
+    ours = gradient(lambda q, k, v, s: ringattn.ring_attention(q, k, v, ringattn.Plan(513, 1), selection=s), q, k, v)
+    exact = gradient(lambda q, k, v, s: dense_attention(q, k, v, selection=s), *(x.double() for x in (q, k, v)))
+    assert abs(float(ours / exact) - 1) < 2e-3  # saving the rounded output: above 1e-2
