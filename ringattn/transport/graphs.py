@@ -93,5 +93,6 @@ class _Captured:
             torch._foreach_copy_([into for into, _ in some], [x for _, x in some])
         self._graph.replay()
         self._stats.hops += self._counts[0]
+        self._stats.untimed_hops += self._counts[0]
         self._stats.bytes_sent += self._counts[1]
         return tuple(x.clone() for x in self._results)  # the next replay writes there

@@ -12,11 +12,15 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class RingTotals:
-    """Counts of one rank since the last `take`: exchanges, bytes sent, seconds in which compute stood waiting."""
+    """Counts of one rank since the last `take`: exchanges, bytes sent, seconds in which compute stood waiting.
+
+    `untimed_hops` of the exchanges are not in `exposed_seconds`: those inside of replayed CUDA graphs.
+    """
 
     hops: int
     bytes_sent: int
     exposed_seconds: float
+    untimed_hops: int = 0
 
 
 @dataclass
@@ -30,6 +34,7 @@ class RingStats:
     hops: int = 0
     bytes_sent: int = 0
     waited_seconds: float = 0.0
+    untimed_hops: int = 0
     timed: bool = True
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
@@ -55,7 +60,9 @@ class RingStats:
         if self._events:
             self._events[-1][1].synchronize()
             exposed += sum(before.elapsed_time(after) for before, after in self._events) / 1000.0
-        totals = RingTotals(hops=self.hops, bytes_sent=self.bytes_sent, exposed_seconds=exposed)
-        self.hops, self.bytes_sent, self.waited_seconds = 0, 0, 0.0
+        totals = RingTotals(
+            hops=self.hops, bytes_sent=self.bytes_sent, exposed_seconds=exposed, untimed_hops=self.untimed_hops
+        )
+        self.hops, self.bytes_sent, self.waited_seconds, self.untimed_hops = 0, 0, 0.0, 0
         self._events.clear()
         return totals
