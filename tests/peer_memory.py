@@ -28,15 +28,16 @@ class _AtOnce:
 class FilePeerMemory:
     """See `ringattn.transport.peer_memory.PeerMemory`. `barriers` counts; skip_barrier plants a fault."""
 
-    def __init__(self, group, folder, skip_barrier=None):
-        self.rank = dist.get_rank(group)
+    def __init__(self, group, folder, skip_barrier=None, ranks=None):
+        self._ranks = range(dist.get_world_size(group)) if ranks is None else ranks
+        self.rank = self._ranks[dist.get_rank(group)]
         self.device = torch.device("cpu")
         self.generation = 0
         self.barriers = 0
         self._group = group
         self._folder = folder
         self._size = 0
-        self._regions = []
+        self._regions = {}
         self._skip = skip_barrier
 
     def reserve(self, size):
@@ -44,10 +45,10 @@ class FilePeerMemory:
             return
         self._size, self.generation = size, self.generation + 1
         dist.barrier(self._group)
-        self._regions = [
-            torch.from_file(f"{self._folder}/{rank}.{self.generation}", shared=True, size=size, dtype=torch.uint8)
-            for rank in range(dist.get_world_size(self._group))
-        ]
+        self._regions = {
+            rank: torch.from_file(f"{self._folder}/{rank}.{self.generation}", shared=True, size=size, dtype=torch.uint8)
+            for rank in self._ranks
+        }
         self._regions[self.rank].fill_(0xFF)  # NaN in every float format: what is read too early shows
         dist.barrier(self._group)
 

@@ -16,11 +16,12 @@ from ringattn.plan import Plan
 from ringattn.schedule import Stop
 from ringattn.transport.copy_engine import CopyEngineTransport
 from ringattn.transport.graphs import Step
+from ringattn.transport.hybrid import HybridTransport
 from ringattn.transport.p2p import P2PTransport
-from ringattn.transport.peer_memory import CudaPeerMemory, peer_memory_problem
+from ringattn.transport.peer_memory import CudaPeerMemory, hosts_of, peer_memory_problem
 from ringattn.transport.stats import RingStats
 
-TRANSPORTS = ("copy_engine", "p2p")
+TRANSPORTS = ("copy_engine", "hybrid", "p2p")
 
 __all__ = [
     "TRANSPORTS",
@@ -124,8 +125,9 @@ def make_transport(
 
     Args:
         name: Which. "copy_engine" moves payloads between GPUs of one host without taking multiprocessors from
-            attention; "p2p" is the process group's own sends and receives, NCCL or gloo. "auto" takes the first where
-            every rank can reach every other one's memory.
+            attention; "p2p" is the process group's own sends and receives, NCCL or gloo; "hybrid" is the first inside
+            each of several hosts and the second between them. "auto" takes copy_engine where every rank can reach every
+            other one's memory, else p2p.
         group: The ring.
         timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` was made with.
             NCCL keeps the group's own limit, since waiting on the host would hold up the queue of kernels.
@@ -135,7 +137,7 @@ def make_transport(
 
     Raises:
         ValueError: for an unknown name.
-        TopologyError: on all ranks, if "copy_engine" is asked for and cannot be had.
+        TopologyError: on all ranks, if "copy_engine" or "hybrid" is asked for and cannot be had.
     """
     if name not in ("auto", *TRANSPORTS):
         raise ValueError(f"transport: expected auto or one of {', '.join(TRANSPORTS)}, got {name!r}")
@@ -143,6 +145,8 @@ def make_transport(
     control.stats.timed = timed
     if name == "p2p":
         return control
+    if name == "hybrid":
+        return _hybrid(group, control, timeout)
     problem = peer_memory_problem(group)
     if problem is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -151,6 +155,23 @@ def make_transport(
         raise TopologyError(f"transport: copy_engine cannot be had: {problem}; use transport='auto' or 'p2p'")
     control.description += f" (copy_engine cannot be had: {problem})"
     return control
+
+
+def _hybrid(
+    group: dist.ProcessGroup, control: P2PTransport, timeout: Callable[[], timedelta] | None
+) -> HybridTransport:
+    hosts = hosts_of(group)
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[dist.get_rank(group)]]
+    ranks = [dist.get_process_group_ranks(group)[rank] for rank in here]
+    near = dist.new_group(ranks, backend=dist.get_backend(group), use_local_synchronization=True)
+    assert near is not None
+    problems: list[str | None] = [None] * len(hosts)
+    dist.all_gather_object(problems, peer_memory_problem(near), group=group)
+    problem = next((found for found in problems if found is not None), None)
+    if problem is not None:
+        raise TopologyError(f"transport: hybrid cannot be had: {problem}; use transport='auto' or 'p2p'")
+    memory = CudaPeerMemory(near, torch.device("cuda", torch.cuda.current_device()), timeout, here)
+    return HybridTransport(CopyEngineTransport(memory, control, graphs=False), control, hosts)
 
 
 def transport_of(transport: str | Transport, plan: Plan, group: dist.ProcessGroup) -> Transport:

@@ -7,7 +7,7 @@ process. Copies between them are done by the GPUs' copy engines. NVLink multicas
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -66,12 +66,25 @@ class PeerMemory(Protocol):
 
 
 class CudaPeerMemory:
-    """GPUs of one host. See `PeerMemory`."""
+    """GPUs of one host. See `PeerMemory`.
+
+    Args:
+        group: their processes.
+        device: the own one.
+        timeout: asked at each barrier how long the others are waited for; None is half an hour.
+        ranks: of the group's members in the ring, if it is a part of the ring; they go by these here.
+    """
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, timeout: Callable[[], timedelta] | None = None
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        timeout: Callable[[], timedelta] | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
-        self.rank = dist.get_rank(group)
+        ranks = range(dist.get_world_size(group)) if ranks is None else ranks
+        self._places = {rank: place for place, rank in enumerate(ranks)}
+        self.rank = ranks[dist.get_rank(group)]
         self.device = device
         self.generation = 0
         self._group = group
@@ -93,11 +106,11 @@ class CudaPeerMemory:
         self._regions = [
             self._handle.get_buffer(rank, [self._size], torch.uint8) for rank in range(dist.get_world_size(self._group))
         ]
-        self._regions[self.rank] = own
+        self._regions[self._places[self.rank]] = own
         self.generation += 1
 
     def region(self, rank: int) -> Tensor:
-        return self._regions[rank]
+        return self._regions[self._places[rank]]
 
     def barrier(self, channel: int) -> None:
         assert self._handle is not None
@@ -137,6 +150,13 @@ class CudaLane:
     def __exit__(self, *exception: object) -> None:
         stream_id, device_index, device_type = self._outer.pop()
         torch._C._cuda_setStream(stream_id=stream_id, device_index=device_index, device_type=device_type)
+
+
+def hosts_of(group: dist.ProcessGroup) -> list[str]:
+    """The host of every rank. Collective."""
+    names = [""] * dist.get_world_size(group)
+    dist.all_gather_object(names, socket.gethostname(), group=group)
+    return names
 
 
 def peer_memory_problem(group: dist.ProcessGroup) -> str | None:

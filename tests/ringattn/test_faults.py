@@ -42,7 +42,7 @@ def test_bad_group_kernel_and_transport():
         ringattn.ring_attention(*qkv(8), ringattn.Plan(16, 2))
     with pytest.raises(ValueError, match="kernel: expected auto or one of"):
         ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), kernel="fast")
-    with pytest.raises(ValueError, match="transport: expected auto or one of copy_engine, p2p, got 'tcp'"):
+    with pytest.raises(ValueError, match="transport: expected auto or one of copy_engine, hybrid, p2p, got 'tcp'"):
         ringattn.make_transport("tcp", None)
 
 

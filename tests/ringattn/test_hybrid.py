@@ -1,0 +1,68 @@
+"""Rings over made-up hosts: shared files inside a host, gloo between hosts, against the dense oracle."""
+
+import pytest
+import torch.distributed as dist
+
+import ringattn
+from ringattn.testing import error
+from ringattn.transport.copy_engine import CopyEngineTransport
+from ringattn.transport.hybrid import HybridTransport, PairsOfPlan
+from ringattn.transport.p2p import P2PTransport
+from tests.peer_memory import FilePeerMemory
+from tests.processes import run_ranks
+from tests.ringattn.test_copy_engine import attend, cases
+from tests.ringattn.test_ring import Case, oracle
+
+
+def hybrid(hosts, folder):
+    far = P2PTransport(dist.group.WORLD)
+    groups = {host: dist.new_group([r for r, h in enumerate(hosts) if h == host]) for host in sorted(set(hosts))}
+    ranks = [rank for rank, host in enumerate(hosts) if host == hosts[dist.get_rank()]]
+    memory = FilePeerMemory(groups[hosts[dist.get_rank()]], folder, ranks=ranks)
+    return HybridTransport(CopyEngineTransport(memory, far), far, hosts)
+
+
+def worker(rank, world_size, hosts, folder):
+    transport = hybrid(hosts, folder)
+    results = [attend(case, rank, world_size, transport) for case in [*cases(), Case(3, "zigzag")]]
+    return results, transport.description
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        "aabb",
+        "aab",
+        "ab",
+        pytest.param("aaaabbbb", marks=pytest.mark.slow),
+        pytest.param("abab", marks=pytest.mark.slow),
+    ],
+)
+def test_equals_the_dense_oracle(hosts, tmp_path):
+    results, description = run_ranks(worker, len(hosts), hosts, str(tmp_path), timeout=120)[0]
+    for case, result in zip([*cases(), Case(3, "zigzag")], results, strict=True):
+        for name, actual, expected in zip(("out", "dq", "dk", "dv"), result, oracle(case), strict=True):
+            assert error(actual, expected) <= 1e-10, (case, name, error(actual, expected))
+    assert description == "copy_engine inside each of 2 hosts, p2p over gloo between them"
+
+
+def test_each_pair_of_ranks_is_served_by_exactly_one_of_the_two():
+    plan = ringattn.Plan(64, 4)
+    near, far = (PairsOfPlan(plan, "aabb", inside=inside) for inside in (True, False))
+    served = {
+        (rank, source): ("near" if near.needs(rank, source) else "") + ("far" if far.needs(rank, source) else "")
+        for rank in range(4)
+        for source in range(4)
+    }
+    assert [served[0, source] for source in range(4)] == ["near", "near", "far", "far"]
+    assert [served[3, source] for source in range(4)] == ["far", "far", "near", "near"]
+
+
+def refused_worker(rank, world_size):
+    with pytest.raises(ringattn.TopologyError, match="hybrid cannot be had: its ranks talk over gloo") as caught:
+        ringattn.make_transport("hybrid", dist.group.WORLD)
+    return str(caught.value)
+
+
+def test_it_is_refused_on_all_ranks_without_peer_access():
+    assert len(set(run_ranks(refused_worker, 2))) == 1
