@@ -1,16 +1,21 @@
-"""Toy machines for the simulated ring, whose times can be checked by eye, and a real one."""
+"""Toy machines for the simulated ring, whose times can be checked by eye, a real one, and the command."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typer.testing import CliRunner, Result
 
 import ringattn
+from tools.bench.problem import Point
+from tools.bench.rows import row_of, timed, with_percentages, write_files
 from tools.simulate.case import PASSES, Case
 from tools.simulate.events import Pass, simulate
 from tools.simulate.machine import Kernels, Machine, MachineFile, Transport
 from tools.simulate.work import work_of
+from tools.simulate_ring import app
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
@@ -26,6 +31,9 @@ def plain(**changes: Any) -> Transport:
         "ahead": 0.0,
         "slots": 0,
         "barrier": 0.0,
+        "peers": False,
+        "graphs": "never",
+        "graph": 0.0,
         "call": 0.0,
         "hop": {"forward": 0.0, "backward": 0.0},
     }
@@ -80,3 +88,32 @@ def h100(transport: str, per_host: int = 8) -> Machine:
 def real(num_ranks: int, layout: str = "zigzag", tokens: int = 8192, **mask: Any) -> Case:
     plan = ringattn.Plan(num_ranks * tokens, num_ranks, layout=layout, **mask)
     return Case(plan=plan, heads=16, kv_heads=16, head_dim=128, dtype="bf16")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def measured(folder: Path, **changes: Any) -> None:
+    """Results as tools.bench_attention writes them."""
+    point = Point(
+        **{
+            "tokens_per_rank": 8192,
+            "heads": 16,
+            "kv_heads": 16,
+            "head_dim": 128,
+            "causal": True,
+            "layout": "zigzag",
+            "dtype": "bf16",
+            "num_ranks": 2,
+            **changes,
+        }
+    )
+    rows = [
+        timed(row_of("ideal", point, "ok"), point, 1.0, 4.0),
+        timed(row_of("ours p2p", point, "ok"), point, 2.0, 5.0),
+        timed(row_of("ours copy_engine", point, "ok"), point, 1.5, 4.5),
+        timed(row_of("all-to-all", point, "ok"), point, 1.2, 4.1),
+        row_of("ours broken", point, "failed", note="planted"),
+    ]
+    write_files(with_percentages(rows), {}, folder)

@@ -91,13 +91,29 @@ def test_barriers_and_host() -> None:
     assert slow_host.seconds == pytest.approx(200)
     assert slow_host.host.tolist() == pytest.approx([72, 72])
     assert run(case, no_time(hop={"forward": 30.0, "backward": 30.0}, call=50.0)).seconds == pytest.approx(128)
+    assert run(case, no_time(hop={"forward": 30.0, "backward": 30.0}, call=100.0)).seconds == pytest.approx(160)
 
 
 def test_merges_cost_memory_traffic() -> None:
-    """Hop 1: 4 rows of width 1, 10 bytes an element; hop 0 has nothing to merge. Backward also k and v of 4 tokens."""
+    """Two ranks of 4 rows of width 1 in bf16. Results of both blocks are read and one is written, 2 bytes an element.
+    Backward the same of dq; dk and dv of 4 tokens, 4 bytes each, are read here, read from the other rank, written."""
     case, machine = layer(8, 2, causal=False), replace(no_time(), memory=1.0)
-    assert run(case, machine).seconds == pytest.approx(128 + 40)
-    assert run(case, machine, "backward").seconds == pytest.approx(320 + 40 + 80)
+    assert run(case, machine).seconds == pytest.approx(128 + 24)
+    assert run(case, machine, "backward").seconds == pytest.approx(320 + 24 + 48)
+    # More than six results: five at a time are added to a sum that is read and written, 8 bytes an element.
+    assert run(layer(32, 8, causal=False), machine).seconds == pytest.approx(8 * (64 + 4 * 3.6) + 8)
+
+
+def test_gradients_of_grouped_heads_are_summed() -> None:
+    """Four query heads on two key heads: dk and dv of 4 tokens, per query head, are written and read."""
+    case, machine = replace(layer(8, 2, causal=False), heads=4, kv_heads=4), replace(no_time(), memory=1.0)
+    grouped = replace(case, kv_heads=2)
+    assert run(grouped, machine).seconds == run(case, machine).seconds
+    keys = 3 * 4 * 4 * 2  # what the merge of dk and dv is less: 3 times 4 tokens, two heads of 4 bytes
+    more = 2 * 4 * (4 * 4 * 2)
+    assert run(grouped, machine, "backward").seconds == pytest.approx(
+        run(case, machine, "backward").seconds - keys + more
+    )
 
 
 def test_gradients_gather_in_slots_until_all_meet() -> None:

@@ -1,4 +1,4 @@
-"""The command: files, options, refusals, comparison with measured results, the page's commands."""
+"""The command: files, options, refusals, the page's commands."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from tests.tools.simulate_cases import h100, real
-from tools.bench.problem import Point
-from tools.bench.rows import row_of, timed, with_percentages, write_files
-from tools.simulate.predict import predict
-from tools.simulate_ring import app
+from tests.tools.simulate_cases import call, measured
+from tools.simulate.work import BLOCK_LIMIT, work_of
 
 ROOT = Path(__file__).parents[2]
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_files_and_table(tmp_path: Path) -> None:
@@ -69,7 +61,9 @@ def test_options_reach_the_simulation(tmp_path: Path, monkeypatch: pytest.Monkey
     assert both("--link-intra", "8:1,64:2")["both_ms"] > base["both_ms"]
     assert both("--latency-us", 5000)["both_ms"] > base["both_ms"] + 10
     assert both("--barrier-us", 1000)["both_ms"] > base["both_ms"] + 3.5
-    assert both("--hop-us", 10_000)["both_ms"] > 80
+    assert both("--hop-us", 10_000) == base  # a graph
+    assert both("--hop-us", 10_000, "--transport", "copy-engine, no graphs")["both_ms"] > 80
+    assert both("--transport", "copy-engine, captured")["both_ms"] < base["both_ms"]
     assert both("--hosts", 2, "--link-inter", 1)["both_ms"] > both("--hosts", 2)["both_ms"]
     assert both("--non-causal")["causal"] is False
     assert both("--heads", "32/8")["kv_heads"] == 8
@@ -116,7 +110,10 @@ SIZES = ("--ranks", 8, "--tokens-per-rank", 64)
         ((*SIZES, "--window", 0), "Plan: window: expected at least 1"),
         ((*SIZES, "--sinks", 2), "Plan: sinks: expected 0 or more, and a window"),
         ((*SIZES, "--non-causal", "--window", 3), "Plan: window: needs causal=True"),
-        ((*SIZES, "--transport", "pigeon"), "--transport: expected one of nccl, copy-engine, got 'pigeon'"),
+        (
+            (*SIZES, "--transport", "pigeon"),
+            "--transport: expected one of nccl, copy-engine, captured, copy-engine, no graphs",
+        ),
         ((*SIZES, "--link-intra", "fast"), "--link-intra: expected GB/s, such as 350"),
         ((*SIZES, "--link-inter", 0), "--link-inter: expected more than 0 GB/s, got 0"),
         ((*SIZES, "--preset", "qwen"), "--preset: model preset: unknown name 'qwen'"),
@@ -134,112 +131,13 @@ def test_bad_options_are_refused(arguments: tuple[object, ...], message: str) ->
     assert message in told
 
 
-def test_documents_over_too_many_ranks_end_with_one_line() -> None:
-    result = call("--ranks", 2048, "--tokens-per-rank", 8192, "--layout", "striped", "--documents", 100_000)
+def test_documents_over_too_many_ranks_end_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BLOCK_LIMIT == 200_000
+    monkeypatch.setattr("tools.simulate.predict.work_of", lambda plan: work_of(plan, 500))
+    result = call("--ranks", 64, "--tokens-per-rank", 8192, "--layout", "striped", "--documents", 100_000)
     assert result.exit_code == 2
     told = " ".join(result.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
-    assert "need more than 200,000 blocks: take fewer ranks, longer documents or another layout" in told
-
-
-# Against what was measured
-
-
-def measured(folder: Path, **changes: Any) -> None:
-    """Results as tools.bench_attention writes them."""
-    point = Point(
-        **{
-            "tokens_per_rank": 8192,
-            "heads": 16,
-            "kv_heads": 16,
-            "head_dim": 128,
-            "causal": True,
-            "layout": "zigzag",
-            "dtype": "bf16",
-            "num_ranks": 2,
-            **changes,
-        }
-    )
-    rows = [
-        timed(row_of("ideal", point, "ok"), point, 1.0, 4.0),
-        timed(row_of("ours p2p", point, "ok"), point, 2.0, 5.0),
-        timed(row_of("ours copy_engine", point, "ok"), point, 1.5, 4.5),
-        timed(row_of("all-to-all", point, "ok"), point, 1.2, 4.1),
-        row_of("ours broken", point, "failed", note="planted"),
-    ]
-    write_files(with_percentages(rows), {}, folder)
-
-
-@pytest.mark.parametrize("name", ["attention.json", "attention.csv"])
-def test_compare(name: str, tmp_path: Path) -> None:
-    measured(tmp_path)
-    result = call("--compare", tmp_path / name, "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
-    assert [(row["variant"], row["transport"], row["what"], row["measured_ms"]) for row in rows] == [
-        ("ideal", "-", "forward", 1.0),
-        ("ideal", "-", "fwd+bwd", 4.0),
-        ("ours p2p", "nccl", "forward", 2.0),
-        ("ours p2p", "nccl", "fwd+bwd", 5.0),
-        ("ours copy_engine", "copy-engine", "forward", 1.5),
-        ("ours copy_engine", "copy-engine", "fwd+bwd", 4.5),
-    ]
-    found = predict(real(2), h100("nccl")).summary
-    assert [row["predicted_ms"] for row in rows[:4]] == [
-        found.ideal_forward_ms, found.ideal_both_ms, found.forward_ms, found.both_ms
-    ]  # fmt: skip
-    assert rows[2]["error_percent"] == pytest.approx(100 * (found.forward_ms / 2.0 - 1))
-    assert (rows[2]["measured_percent"], rows[2]["predicted_percent"]) == (50.0, found.forward_percent)
-    assert f"{rows[2]['error_percent']:+.1f}%" in result.output
-    assert "median error" in result.output
-
-
-def test_compare_reads_the_mask_from_either_file(tmp_path: Path) -> None:
-    measured(tmp_path, causal=False)
-    found = []
-    for name in ("attention.json", "attention.csv"):
-        assert call("--compare", tmp_path / name, "--out", tmp_path / name[-3:]).exit_code == 0
-        found.append(json.loads((tmp_path / name[-3:] / "comparison.json").read_text())["rows"])
-    assert found[0] == found[1]
-    assert found[0][0]["predicted_ms"] == predict(real(2, causal=False), h100("nccl")).summary.ideal_forward_ms
-
-
-def test_compare_with_another_transport_and_link(tmp_path: Path) -> None:
-    measured(tmp_path)
-    for options in (("--transport", "copy-engine"), ("--link-intra", "1")):
-        result = call("--compare", tmp_path / "attention.csv", *options, "--out", tmp_path / options[1])
-        assert result.exit_code == 0, result.output
-    first, second = (
-        json.loads((tmp_path / name / "comparison.json").read_text())["rows"] for name in ("copy-engine", "1")
-    )
-    assert [row["transport"] for row in first[2:]] == ["copy-engine"] * 4
-    assert second[2]["predicted_ms"] > 60  # 64 MiB at 1 GB/s
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{}", "expected attention.json or attention.csv"),
-        ("not json", "expected attention.json or attention.csv"),
-        ('{"rows": [1]}', "expected attention.json or attention.csv"),
-        ('{"rows": []}', "no timed row of 'ideal' or of ours"),
-        ('{"rows": [{"status": "ok"}]}', "row 1: no 'variant'"),
-    ],
-)
-def test_compare_with_something_else(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    result = call("--compare", path)
-    assert result.exit_code == 2
-    told = " ".join(result.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
-    assert message in told
-
-
-def test_compare_says_which_row_has_no_rates(tmp_path: Path) -> None:
-    measured(tmp_path, dtype="fp32")
-    result = call("--compare", tmp_path / "attention.json")
-    assert result.exit_code == 2
-    told = " ".join(result.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
-    assert "row 1: --dtype: the rates of h100.yaml are for bf16, fp16, not fp32" in told
+    assert "need more than 500 blocks: take fewer ranks, longer documents or another layout" in told
 
 
 # The page
@@ -250,13 +148,27 @@ def page_commands() -> list[str]:
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
-@pytest.mark.parametrize("command", page_commands())
-def test_commands_of_the_page(command: str, tmp_path: Path) -> None:
-    words = shlex.split(command)
+def run_command(words: list[str], folder: Path) -> None:
     assert words[:3] == ["python", "-m", "tools.simulate_ring"]
     if "--compare" in words:
-        measured(tmp_path)
-    replaced = [str(tmp_path / "attention.json") if word.endswith("attention.json") else word for word in words[3:]]
-    replaced = [str(tmp_path) if word == "DIR" else word for word in replaced]
-    result = call(*replaced)
+        measured(folder)
+    replaced = [str(folder / "attention.json") if word.endswith("attention.json") else word for word in words[3:]]
+    result = call(*[str(folder) if word == "DIR" else word for word in replaced])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", page_commands())
+def test_commands_of_the_page(command: str, tmp_path: Path) -> None:
+    """With as few hosts as 8."""
+    words = shlex.split(command)
+    if "--hosts" in words and int(words[words.index("--hosts") + 1]) > 8:
+        for option in ("--hosts", "--ranks"):
+            number = words.index(option) + 1
+            words[number] = str(int(words[number]) // 8)
+    run_command(words, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", page_commands())
+def test_commands_of_the_page_in_full(command: str, tmp_path: Path) -> None:
+    run_command(shlex.split(command), tmp_path)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import ringattn
-from tools.bench.variants import IDEAL
-from tools.simulate.case import Case
+from tools.bench.variants import CAPTURED, IDEAL
+from tools.simulate.case import PASSES, Case
 from tools.simulate.machine import Machine, MachineFile
-from tools.simulate.predict import predict
+from tools.simulate.predict import blocks_alone, ideal, predict
 
+_IDEALS = (IDEAL, IDEAL + CAPTURED)
+_BLOCKS = "blocks" + CAPTURED
 _SIZES = ("num_ranks", "tokens_per_rank", "heads", "kv_heads", "head_dim")
 
 
@@ -41,7 +43,7 @@ class Pair:
 
 
 def compare(path: Path, file: MachineFile, machine: Machine, transport: str | None) -> list[Pair]:
-    """Every measured row that the simulation knows: the ideal and ours.
+    """Every measured row that the simulation knows: the ideal, ours, and the blocks alone where they are a graph.
 
     Args:
         path: attention.json or attention.csv.
@@ -81,8 +83,9 @@ def _pairs(row: dict[str, Any], file: MachineFile, machine: Machine, transport: 
     if row["status"] != "ok":
         return []
     variant = str(row["variant"])
+    alone = variant in (*_IDEALS, _BLOCKS)
     used = file.transport(transport) if transport else file.transport_of(variant)
-    if variant != IDEAL and (used is None or not variant.startswith("ours")):
+    if not alone and (used is None or not variant.startswith("ours")):
         return []
     sizes = {name: int(row[name]) for name in _SIZES}
     plan = ringattn.Plan(
@@ -99,18 +102,24 @@ def _pairs(row: dict[str, Any], file: MachineFile, machine: Machine, transport: 
         dtype=str(row["dtype"]),
     )
     file.check(case)
-    found = predict(case, replace(machine, transport=used or machine.transport, per_host=plan.cp_size)).summary
+    machine = replace(machine, transport=used or machine.transport, per_host=plan.cp_size)
+    least = machine.ideal if variant != _IDEALS[1] else dict.fromkeys(PASSES, 0.0)
     shared = {name: sizes[name] for name in ("num_ranks", "tokens_per_rank", "heads", "kv_heads")}
+    ideals = [ideal(case, machine, what) for what in PASSES]
+    if variant in _IDEALS:
+        times = [ideal(case, replace(machine, ideal=least), what) for what in PASSES]
+    elif variant == _BLOCKS:
+        times = [blocks_alone(case, machine, what) for what in PASSES]
+    else:
+        times = [one.seconds for one in predict(case, machine).passes.values()]
     predicted = {
-        "forward": (found.forward_ms, found.forward_percent),
-        "both": (found.both_ms, found.both_percent),
+        "forward": (times[0] * 1e3, 100 * ideals[0] / times[0]),
+        "both": (sum(times) * 1e3, 100 * sum(ideals) / sum(times)),
     }
-    if variant == IDEAL:
-        predicted = {"forward": (found.ideal_forward_ms, 100.0), "both": (found.ideal_both_ms, 100.0)}
     return [
         Pair(
             variant=variant,
-            transport="-" if variant == IDEAL else found.transport,
+            transport="-" if alone else machine.transport.name,
             what="forward" if what == "forward" else "fwd+bwd",
             measured_ms=float(row[f"{what}_ms"]),
             predicted_ms=milliseconds,

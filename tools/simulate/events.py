@@ -4,14 +4,17 @@ What `ringattn.ring` and its transports do is followed: while hop h is computed,
 payloads those of more hops) is pulled from its owner and the gradients of hop h - 1 are pushed back to theirs. The
 owner adds those up after its own hop, or all ranks meet when the slots for them are full.
 
-A pass is one of many in a row, as in training and in tools.bench_attention: the host has prepared its first block
-before it begins, but no pass is shorter than the host's work for it.
+Where hops are joined (`ScheduledWork`), a rank computes at the last of them, and gives back for all of them then.
+
+A pass is one of many in a row, as in training and in tools.bench_attention: where the GPU is the slower one, the host
+is far ahead of it, and elsewhere a pass takes as long as the host's work for it. Heads go around in groups, one after
+the other.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +22,13 @@ import numpy.typing as npt
 from tools.simulate.case import Case
 from tools.simulate.links import NEVER, Links
 from tools.simulate.machine import Floats, Machine
+from tools.simulate.stops import JOINED_RANKS, ScheduledWork, head_groups
 from tools.simulate.work import HopWork, Work
 
 Ints = npt.NDArray[np.int64]
+
+_NUMBERS = ("seconds", "finish", "busy", "exposed", "host", "uneven", "pairs", "received")
+_PARTS = 6  # that ringattn.merge puts together at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +64,7 @@ class Pass:
         finish: when each rank is done.
         busy: blocks and merges.
         exposed: waiting for payloads and gradients with nothing else to do.
-        host: waiting for the host, before blocks and where its work for the pass takes longer than everything else.
+        host: waiting for the host, where its work for the pass takes longer than everything else or a graph is started.
         uneven: waiting for ranks that have more to do, at meetings and at the end.
         pairs: pairs that the rank's kernels computed.
         received: bytes of payloads pulled; backward as many bytes of gradients are pushed.
@@ -76,27 +83,50 @@ class Pass:
 
 
 def simulate(work: Work, machine: Machine, case: Case, what: str, watched: tuple[int, ...] = ()) -> Pass:
-    """One pass, "forward" or "backward", of the case whose work this is."""
-    return _Simulation(work, machine, case, what, watched).run()
+    """One pass, "forward" or "backward", of the case whose work this is. Spans are of the first group of heads."""
+    count = head_groups(case)
+    group = replace(case, heads=case.heads // count, kv_heads=case.kv_heads // count)
+    link = machine.transport
+    own_graph = link.captures(case)
+    if own_graph or link.graphs == "always":
+        machine = replace(machine, transport=replace(link, call=0.0, hop=dict.fromkeys(link.hop, 0.0)))
+    if link.peers and 1 < case.num_ranks <= JOINED_RANKS:
+        work = ScheduledWork(work, group, what)
+    found = _Simulation(work, machine, group, what, watched, own_graph).run()
+    return found if count == 1 else _times(found, count)
 
 
 class _Simulation:
-    def __init__(self, work: Work, machine: Machine, case: Case, what: str, watched: tuple[int, ...]) -> None:
+    def __init__(
+        self, work: Work, machine: Machine, case: Case, what: str, watched: tuple[int, ...], own_graph: bool
+    ) -> None:
         self._work, self._machine, self._case, self._what = work, machine, case, what
+        self._backward = what == "backward"
+        self._own_graph = own_graph
         self._links = Links(machine, case.num_ranks)
         self._ranks = np.arange(case.num_ranks)
         self._watched = watched
         self._spans: list[Span] = []
-        start = np.full(case.num_ranks, machine.transport.barrier)
-        self._free, self._host = start, start - machine.transport.hop[what]
-        self._busy, self._exposed, self._idle, self._uneven = np.zeros((4, case.num_ranks))
+        link = machine.transport
+        shards = work.hop(0).travelling
+        self._rows = machine.touching(shards * case.heads * case.head_dim * case.element_bytes)  # to read or write q
+        self._own = machine.touching(shards * case.payload_bytes)  # to read or write k and v
+        # Each rank's payload goes to where peers read it; a graph has its inputs copied: q, or dout, q and out.
+        copies = 2 * self._own * link.peers + 2 * self._rows * own_graph * (3 if self._backward else 1)
+        start = link.barrier + link.graph * own_graph + copies
+        self._free, self._busy = start, copies
+        self._exposed, self._uneven = np.zeros((2, case.num_ranks))
+        self._host = np.full(case.num_ranks, link.call)  # seconds of its work
         self._arrival = start  # of the payload in hand
         largest = max(work.hop(hop).travelling.max() for hop in range(min(2, work.num_hops))) * case.payload_bytes
-        ahead = max(2, int(machine.transport.ahead // max(1, largest)))
-        self._issued = deque([start] * (ahead - 1), maxlen=ahead - 1)  # from when on payloads may come, by hop
+        ahead = max(2, int(link.ahead // max(1, largest * work.most_joined))) * work.most_joined
+        first = np.full(case.num_ranks, start.max())  # all ranks have met
+        self._issued = deque([first] * (ahead - 1), maxlen=ahead - 1)  # from when on payloads may come, by hop
         self._pulled, self._pushed = np.full((2, case.num_ranks), NEVER)  # ends of the last ones: they go in order
-        self._slots = min(machine.transport.slots, case.num_ranks - 1)
-        self._slots_free = machine.transport.barrier  # from when on gradients may be pushed
+        self._slots = min(link.slots, case.num_ranks - 1)
+        self._slots_free = float(start.max())  # from when on gradients may be pushed
+        self._meeting = False  # all ranks are to meet before they push on
+        self._held: list[tuple[int, Ints]] = []  # hops, and columns whose gradients are not yet pushed
         self._landing = np.full(case.num_ranks, NEVER)  # of gradients that others push to this rank
         self._adding = np.zeros(case.num_ranks)  # seconds to add them
         self._pushing = np.zeros(case.num_ranks)  # seconds of the own push under way
@@ -110,7 +140,7 @@ class _Simulation:
             exposed, busy = self._exposed, self._busy
             self._step(hop, now, after)
             if after is None:
-                self._add_landed()
+                self._finish()
             sent = now.travelling * self._case.payload_bytes if hop else np.zeros_like(received)
             pairs, received = pairs + now.pairs_by_rank(), received + sent
             hops.append(_hop_result(hop, sent, self._busy - busy, self._exposed - exposed))
@@ -118,13 +148,13 @@ class _Simulation:
                 now = after
         end = self._free.max()
         link = self._machine.transport
-        rest = max(0.0, float(self._host.max() - end) + link.hop[self._what] + link.call)
+        rest = max(0.0, float(self._host.max() - end) - link.barrier)
         return Pass(
-            seconds=float(end + rest) + self._machine.transport.barrier,
+            seconds=float(end + rest) + link.barrier,
             finish=self._free,
             busy=self._busy,
             exposed=self._exposed,
-            host=self._idle + rest,
+            host=np.full_like(self._free, link.graph * self._own_graph + rest),
             uneven=self._uneven + (end - self._free),
             pairs=pairs,
             received=received,
@@ -134,21 +164,17 @@ class _Simulation:
 
     def _step(self, hop: int, now: HopWork, after: HopWork | None) -> None:
         arrival, fetching = self._fetch(hop + 1, after)
-        works = now.travelling > 0
-        called = np.where(works, self._host + self._machine.transport.hop[self._what], self._host)
-        ready = np.maximum(self._free, called)
-        start = np.where(works, np.maximum(ready, self._arrival), self._free)
-        self._idle = self._idle + np.where(works, ready - self._free, 0.0)
-        self._exposed = self._exposed + np.where(works, start - ready, 0.0)
-        seconds = self._slowed(self._seconds(hop, now), fetching + self._pushing)
+        works = now.computes
+        self._host = self._host + self._machine.transport.hop[self._what] * (works | (now.travelling > 0))
+        start = np.where(works, np.maximum(self._free, self._arrival), self._free)
+        self._exposed = self._exposed + (start - self._free)
+        seconds = self._slowed(self._seconds(now), fetching + self._pushing)
         self._busy = self._busy + seconds
         self._watch(hop, "block", self._ranks[works], start[works], (start + seconds)[works])
-        self._free, self._host, self._arrival = start + seconds, called, arrival
-        if self._what == "backward" and hop:
-            if not self._slots or (hop > 1 and (hop - 1) % self._slots == 0):
-                self._add_landed()
-            self._push(hop, now)
-        self._issued.append(np.maximum(self._free, self._host))
+        self._free, self._arrival = start + seconds, arrival
+        if self._backward and hop:
+            self._give_back(hop, now)
+        self._issued.append(self._free)
 
     def _fetch(self, hop: int, work: HopWork | None) -> tuple[Floats, Floats]:
         """Pull the payloads of `hop`: when they are here, and how long the link is busy with them."""
@@ -162,24 +188,43 @@ class _Simulation:
             self._watch(hop, "payload", rank, start, end)
         return arrival, seconds
 
-    def _push(self, hop: int, work: HopWork) -> None:
-        """Send this hop's gradients to the owners of the payload."""
-        rank = np.flatnonzero(work.travelling)
+    def _give_back(self, hop: int, now: HopWork) -> None:
+        """Push what is computed; where slots are full, once all ranks have computed and met."""
+        waits = (now.travelling > 0) & ~now.computes  # joined with a later hop
+        travels = bool(now.travelling.any())
+        self._meeting |= travels and hop > 1 and self._slots > 0 and (hop - 1) % self._slots == 0
+        if not self._slots:
+            self._add_landed()
+        elif self._meeting and not waits.any():
+            self._add_landed()
+            self._meeting = False
+        self._held.append((hop, now.travelling))
+        held, self._held = self._held, []
+        self._pushing = np.zeros(len(self._ranks))
+        for earlier, tokens in held:
+            later = tokens * (waits | self._meeting)
+            self._push(earlier, tokens - later)
+            if later.any():
+                self._held.append((earlier, later))
+
+    def _push(self, hop: int, tokens: Ints) -> None:
+        """Send a hop's gradients to the owners of the payload."""
+        rank = np.flatnonzero(tokens)
         owner = (rank - hop) % len(self._ranks)
-        tokens = work.travelling[rank]
+        tokens = tokens[rank]
         issued = np.maximum(np.maximum(self._free, self._pushed)[rank], self._slots_free)
         start, end = self._links.carry(issued, rank, owner, tokens * self._case.payload_bytes)
-        self._pushing = np.zeros(len(self._ranks))
         self._landing[owner] = np.maximum(self._landing[owner], end)
-        self._adding[owner] += self._machine.touching(tokens * self._case.payload_elements * self._sum_bytes)
-        self._pushing[rank], self._pushed[rank] = end - start, end
+        self._adding[owner] += self._machine.touching(tokens * self._case.payload_elements * self._part_bytes)
+        self._pushing[rank] += end - start
+        self._pushed[rank] = end
         self._watch(hop, "gradients", rank, start, end)
 
     def _add_landed(self) -> None:
         """Wait for the gradients that are under way to this rank and add them up."""
         end = np.maximum(self._free, self._landing)
         begin = self._free
-        if self._slots and self._what == "backward":  # all ranks meet
+        if self._slots and self._backward:  # all ranks meet
             begin = np.full_like(end, begin.max())
             end = np.full_like(end, end.max() + self._machine.transport.barrier)
         self._uneven = self._uneven + (begin - self._free)
@@ -190,18 +235,28 @@ class _Simulation:
             self._slots_free = float(self._free.max()) + self._machine.transport.barrier
         self._landing, self._adding = np.full(len(self._ranks), NEVER), np.zeros(len(self._ranks))
 
-    def _seconds(self, hop: int, work: HopWork) -> Floats:
-        """[num_ranks]: the blocks, and the merges of their rows."""
-        blocks = self._machine.kernels.seconds(self._what, self._case, work)
-        if hop:
-            elements = work.rows * self._case.heads * self._case.head_dim
-            blocks = blocks + self._machine.touching(elements * self._sum_bytes)
+    def _finish(self) -> None:
+        """Results are written: out; or dq, and dk and dv with what has come for them."""
+        copied = 2 * self._own_graph  # results of a graph are read and written once more
+        self._compute(self._rows * (1 + copied))
+        if self._backward:
+            self._add_landed()
+            self._compute(self._own * (2 + copied))
+
+    def _compute(self, seconds: Floats) -> None:
+        self._busy, self._free = self._busy + seconds, self._free + seconds
+
+    def _seconds(self, work: HopWork) -> Floats:
+        """[num_ranks]: the blocks, and reading their results for the merge."""
+        blocks = self._machine.blocks(self._what, self._case, work)
+        elements = work.rows * self._case.heads * self._case.head_dim
+        blocks = blocks + self._machine.touching(elements * self._part_bytes)
         return np.bincount(work.rank, weights=blocks, minlength=len(self._ranks)).astype(np.float64)
 
     @property
-    def _sum_bytes(self) -> int:
-        """Bytes moved per element of x += y: x is fp32 and read and written, y comes in the inputs' dtype."""
-        return 8 + self._case.element_bytes
+    def _part_bytes(self) -> float:
+        """Bytes moved per element of a partial result; of many, five at a time join a sum in fp32."""
+        return self._case.element_bytes + (8 / 5 if self._case.plan.cp_size > _PARTS else 0)
 
     def _slowed(self, seconds: Floats, transfers: Floats) -> Floats:
         """Compute beside transfers, which leave it a part of its speed while they last."""
@@ -214,6 +269,16 @@ class _Simulation:
                 self._spans.append(
                     Span(rank=rank, hop=hop, what=what, start=float(start[index]), end=float(end[index]))
                 )
+
+
+def _times(one: Pass, count: int) -> Pass:
+    """The same pass so many times, one after the other."""
+    numbers = {name: getattr(one, name) * count for name in _NUMBERS}
+    hops = [
+        HopResult(hop=hop.hop, **{name: value * count for name, value in vars(hop).items() if name != "hop"})
+        for hop in one.hops
+    ]
+    return replace(one, **numbers, hops=hops)
 
 
 def _hop_result(hop: int, sent: Ints, busy: Floats, exposed: Floats) -> HopResult:

@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from ringattn.transport.copy_engine import GRAPH_BYTES
 from tools.simulate.case import PASSES, Case
-from tools.simulate.work import HopWork
+from tools.simulate.work import CAUSAL, FULL, HopWork
 
 Floats = npt.NDArray[np.float64]
 
 H100 = Path(__file__).parent / "h100.yaml"
+GRAPHS = ("never", "short", "always")
 _KINDS = ("full", "causal", "masked")
 
 
@@ -35,9 +37,11 @@ class Kernels:
     rates: dict[str, Floats]
 
     def seconds(self, what: str, case: Case, work: HopWork) -> Floats:
-        """[blocks]: how long each takes."""
+        """[blocks]: how long each takes. Of a causal block the rows that see all columns are as a full block's."""
         size = np.sqrt(work.rows * work.columns * (case.heads / self.heads))
-        return case.flops(what, 1.0) * work.pairs / self._rate(what, size, work.kind)
+        whole = np.where(work.kind == CAUSAL, (work.rows - work.columns) * work.columns, 0)
+        by_kind = (work.pairs - whole) / self._rate(what, size, work.kind)
+        return case.flops(what, 1.0) * (by_kind + whole / self._rate(what, size, np.full_like(work.kind, FULL)))
 
     def rate(self, what: str, size: float, kind: int) -> float:
         return float(self._rate(what, np.array([size]), np.array([kind]))[0])
@@ -59,8 +63,11 @@ class Transport:
         ahead: bytes of payloads under way to a rank at a time; two payloads at least.
         slots: gradients gather at their owner in so many slots until all ranks meet; 0: it adds up those of each hop.
         barrier: a meeting of all ranks, before and after each pass, and where slots are full.
-        call: the host's work per pass beside its hops.
-        hop: the host's work per hop with anything to do, by pass.
+        peers: payloads lie in memory that all ranks reach: each rank copies its own there first, and hops are joined.
+        graphs: passes are CUDA graphs "never", for "short" shards (the transport's own) or "always" (the caller's).
+        graph: start of a graph of the transport's own, beside the copies of its inputs and results.
+        call: the host's work per pass beside its hops; none in a graph.
+        hop: the host's work per hop with anything to do, by pass; none in a graph.
     """
 
     name: str
@@ -71,8 +78,18 @@ class Transport:
     ahead: float
     slots: int
     barrier: float
+    peers: bool
+    graphs: str
+    graph: float
     call: float
     hop: dict[str, float]
+
+    def captures(self, case: Case) -> bool:
+        """Whether the transport runs the passes as graphs of its own, see `CopyEngineTransport`."""
+        if self.graphs != "short" or case.num_ranks == 1 or case.plan.documents is not None:
+            return False
+        widest = max(case.heads * case.head_dim, case.payload_elements) * case.element_bytes
+        return widest * case.plan.longest_shard <= GRAPH_BYTES
 
     def bandwidth(self, sizes: Floats) -> Floats:
         """Bytes/s of messages of these sizes inside a host."""
@@ -103,6 +120,16 @@ class Machine:
     memory: float
     dense: float
     peak: float
+
+    def blocks(self, what: str, case: Case, work: HopWork) -> Floats:
+        """[blocks]: how long each takes."""
+        return self.kernels.seconds(what, case, work) + self.grouped(what, case, work.columns)
+
+    def grouped(self, what: str, case: Case, columns: Any) -> Any:
+        """Seconds to sum gradients over the query heads of a key head: each query head's are written and read."""
+        if what == "forward" or case.heads == case.kv_heads:
+            return columns * 0.0
+        return self.touching(columns * (4 * case.heads * case.head_dim * case.element_bytes))
 
     def touching(self, num_bytes: Any) -> Any:
         """Seconds to read or write so many bytes."""
@@ -188,6 +215,9 @@ class MachineFile:
             ahead=self._number(f"{where}.ahead_mib") * 2**20,
             slots=int(self._get(f"{where}.slots", int)),
             barrier=self._number(f"{where}.barrier_us") * 1e-6,
+            peers=bool(self._get(f"{where}.peers", bool)),
+            graphs=self._one_of(f"{where}.graphs", GRAPHS),
+            graph=self._number(f"{where}.graph_us") * 1e-6,
             call=self._number(f"{where}.call_us") * 1e-6,
             hop=self._by_pass(f"{where}.hop_us"),
         )
@@ -209,6 +239,12 @@ class MachineFile:
         value = self._number(name)
         if not value:
             raise ValueError(f"{self._path}: {name}: expected more than 0")
+        return value
+
+    def _one_of(self, name: str, known: tuple[str, ...]) -> str:
+        value = str(self._get(name, str))
+        if value not in known:
+            raise ValueError(f"{self._path}: {name}: expected one of {', '.join(known)}, got {value!r}")
         return value
 
     def _share(self, name: str) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from model.config import ModelConfig
 from model.flops import count_parameters, expansion_flops, flops_per_token
 from tools.simulate.case import PASSES, Case, visible_pairs
@@ -95,7 +97,17 @@ def ideal(case: Case, machine: Machine, what: str) -> float:
     kind = CAUSAL if case.plan.causal else FULL
     # The square whose visible pairs, over all heads, are as many as this rank's heads have.
     size = (pairs * (2 if kind == CAUSAL else 1) * case.heads / machine.kernels.heads) ** 0.5
-    return max(machine.ideal[what], case.flops(what, pairs) / machine.kernels.rate(what, size, kind))
+    grouped = machine.grouped(what, case, case.plan.seq_len / case.num_ranks)
+    return max(machine.ideal[what], case.flops(what, pairs) / machine.kernels.rate(what, size, kind) + grouped)
+
+
+def blocks_alone(case: Case, machine: Machine, what: str) -> float:
+    """Seconds of the slowest rank's blocks, one after the other: the row `blocks` of tools.bench_attention."""
+    work, seconds = work_of(case.plan), np.zeros(case.num_ranks)
+    for hop in range(work.num_hops):
+        now = work.hop(hop)
+        seconds += np.bincount(now.rank, machine.blocks(what, case, now), case.num_ranks)
+    return float(seconds.max())
 
 
 def step(found: Prediction, config: ModelConfig) -> Step:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -80,8 +81,10 @@ def show_pairs(pairs: Sequence[Pair], title: str, console: Console) -> None:
             f"{pair.predicted_percent:.0f}",
         )
     console.print(table)
-    errors = sorted(abs(pair.error_percent) for pair in pairs)
-    console.print(f"median error {errors[len(errors) // 2]:.1f}%, largest {errors[-1]:.1f}%, of {len(pairs)} figures")
+    for variant in dict.fromkeys(pair.variant for pair in pairs):
+        errors = [abs(pair.error_percent) for pair in pairs if pair.variant == variant]
+        told = f"median error {median(errors):.1f}%, largest {max(errors):.1f}%, of {len(errors)} figures"
+        console.print(f"{variant}: {told}")
 
 
 def write_files(found: Sequence[Prediction], about: dict[str, Any], folder: Path) -> None:

@@ -20,7 +20,7 @@ from ringattn.mask import Block, Relation
 Ints = npt.NDArray[np.int64]
 
 FULL, CAUSAL, MASKED = 0, 1, 2
-_KINDS = {Relation.FULL: FULL, Relation.CAUSAL: CAUSAL, Relation.PARTIAL: MASKED}
+KINDS = {Relation.FULL: FULL, Relation.CAUSAL: CAUSAL, Relation.PARTIAL: MASKED}
 
 # Blocks that a few seconds can list.
 BLOCK_LIMIT = 200_000
@@ -44,8 +44,18 @@ class HopWork:
 
     @property
     def pairs(self) -> Ints:
-        """Pairs that a kernel computes for each block: of a masked one all, whether visible or not."""
-        return np.where(self.kind == CAUSAL, self.rows * (self.rows + 1) // 2, self.rows * self.columns)
+        """Pairs that a kernel computes for each block: of a masked one all, whether visible or not.
+
+        Row i of a causal block sees columns 0 .. i, as far as there are any.
+        """
+        rows, columns = self.rows, self.columns
+        causal = columns * (columns + 1) // 2 + (rows - columns) * columns
+        return np.where(self.kind == CAUSAL, causal, rows * columns)
+
+    @property
+    def computes(self) -> npt.NDArray[np.bool_]:
+        """[num_ranks]: who has a block."""
+        return np.bincount(self.rank, minlength=len(self.travelling)) > 0
 
     def pairs_by_rank(self) -> Ints:
         return np.bincount(self.rank, weights=self.pairs, minlength=len(self.travelling)).astype(np.int64)
@@ -55,6 +65,7 @@ class Work(Protocol):
     """What the ranks do at each hop."""
 
     num_hops: int
+    most_joined: int  # hops that a stop brings
 
     def hop(self, hop: int) -> HopWork:
         """At `hop` rank r works on the payload of rank r - hop."""
@@ -73,6 +84,8 @@ def work_of(plan: ringattn.Plan, limit: int = BLOCK_LIMIT) -> Work:
 
 class PlainWork:
     """One document without a window: at most one block of a rank and a hop."""
+
+    most_joined = 1
 
     def __init__(self, plan: ringattn.Plan) -> None:
         size, length = plan.cp_size, plan.seq_len
@@ -121,6 +134,8 @@ class PlainWork:
 class ListedWork:
     """Whatever `Plan.blocks` says."""
 
+    most_joined = 1
+
     def __init__(self, plan: ringattn.Plan, limit: int) -> None:
         self._size = plan.cp_size
         self._hops: dict[int, list[tuple[int, int, int, int]]] = {}
@@ -142,7 +157,7 @@ class ListedWork:
         entries = self._hops.setdefault(hop, [])
         for block in blocks:
             rows, columns = block.q_stop - block.q_start, block.k_stop - block.k_start
-            entries.append((rank, rows, columns, _KINDS[block.relation]))
+            entries.append((rank, rows, columns, KINDS[block.relation]))
         travelling = self._travelling.setdefault(hop, np.zeros(self._size, dtype=np.int64))
         travelling[rank] = columns_needed(blocks)
         return len(blocks)

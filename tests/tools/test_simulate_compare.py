@@ -1,0 +1,103 @@
+"""Predicted against measured: which rows are read, with which transport, and how far off the page's rows are."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.tools.simulate_cases import call, h100, measured, real
+from tools.simulate.predict import predict
+
+
+@pytest.mark.parametrize("name", ["attention.json", "attention.csv"])
+def test_compare(name: str, tmp_path: Path) -> None:
+    measured(tmp_path)
+    result = call("--compare", tmp_path / name, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    assert [(row["variant"], row["transport"], row["what"], row["measured_ms"]) for row in rows] == [
+        ("ideal", "-", "forward", 1.0),
+        ("ideal", "-", "fwd+bwd", 4.0),
+        ("ours p2p", "nccl", "forward", 2.0),
+        ("ours p2p", "nccl", "fwd+bwd", 5.0),
+        ("ours copy_engine", "copy-engine", "forward", 1.5),
+        ("ours copy_engine", "copy-engine", "fwd+bwd", 4.5),
+    ]
+    found = predict(real(2), h100("nccl")).summary
+    assert [row["predicted_ms"] for row in rows[:4]] == [
+        found.ideal_forward_ms, found.ideal_both_ms, found.forward_ms, found.both_ms
+    ]  # fmt: skip
+    assert rows[2]["error_percent"] == pytest.approx(100 * (found.forward_ms / 2.0 - 1))
+    assert (rows[2]["measured_percent"], rows[2]["predicted_percent"]) == (50.0, found.forward_percent)
+    assert f"{rows[2]['error_percent']:+.1f}%" in result.output
+    assert "median error" in result.output
+
+
+def test_compare_with_four_gpus(tmp_path: Path) -> None:
+    """docs/simulate.md: a run of tools.bench_attention on 4 H100."""
+    result = call("--compare", Path(__file__).parent / "simulate_measured_h100x4.json", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert Counter((row["variant"], row["transport"]) for row in rows) == {
+        ("ideal", "-"): 16,
+        ("blocks, captured", "-"): 16,
+        ("ours copy_engine", "copy-engine"): 16,
+        ("ours copy_engine, captured", "copy-engine, captured"): 16,
+        ("ours copy_engine, no graphs", "copy-engine, no graphs"): 16,
+    }
+    errors = sorted(abs(row["error_percent"]) for row in rows)
+    assert errors[40] < 3
+    assert errors[-2] < 17
+    assert errors[-1] < 30
+
+
+def test_compare_reads_the_mask_from_either_file(tmp_path: Path) -> None:
+    measured(tmp_path, causal=False)
+    found = []
+    for name in ("attention.json", "attention.csv"):
+        assert call("--compare", tmp_path / name, "--out", tmp_path / name[-3:]).exit_code == 0
+        found.append(json.loads((tmp_path / name[-3:] / "comparison.json").read_text())["rows"])
+    assert found[0] == found[1]
+    assert found[0][0]["predicted_ms"] == predict(real(2, causal=False), h100("nccl")).summary.ideal_forward_ms
+
+
+def test_compare_with_another_transport_and_link(tmp_path: Path) -> None:
+    measured(tmp_path)
+    for options in (("--transport", "copy-engine"), ("--link-intra", "1")):
+        result = call("--compare", tmp_path / "attention.csv", *options, "--out", tmp_path / options[1])
+        assert result.exit_code == 0, result.output
+    first, second = (
+        json.loads((tmp_path / name / "comparison.json").read_text())["rows"] for name in ("copy-engine", "1")
+    )
+    assert [row["transport"] for row in first[2:]] == ["copy-engine"] * 4
+    assert second[2]["predicted_ms"] > 60  # 64 MiB at 1 GB/s
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "expected attention.json or attention.csv"),
+        ("not json", "expected attention.json or attention.csv"),
+        ('{"rows": [1]}', "expected attention.json or attention.csv"),
+        ('{"rows": []}', "no timed row of 'ideal' or of ours"),
+        ('{"rows": [{"status": "ok"}]}', "row 1: no 'variant'"),
+    ],
+)
+def test_compare_with_something_else(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    result = call("--compare", path)
+    assert result.exit_code == 2
+    told = " ".join(result.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    assert message in told
+
+
+def test_compare_says_which_row_has_no_rates(tmp_path: Path) -> None:
+    measured(tmp_path, dtype="fp32")
+    result = call("--compare", tmp_path / "attention.json")
+    assert result.exit_code == 2
+    told = " ".join(result.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    assert "row 1: --dtype: the rates of h100.yaml are for bf16, fp16, not fp32" in told

@@ -1,0 +1,64 @@
+"""The work of a ring that joins hops and cuts its local block backward, as `ringattn.schedule` says for each rank."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ringattn.schedule import Stop, joined_schedule
+from ringattn.transport.copy_engine import GRAPH_BYTES
+from tools.simulate.case import Case
+from tools.simulate.work import KINDS, HopWork, Work
+
+# Ranks whose schedules are made one by one; copy engines reach no further than a host.
+JOINED_RANKS = 64
+
+
+def head_groups(case: Case) -> int:
+    """In how many groups of heads a pass goes around, one after the other."""
+    widths = max(case.heads * case.head_dim, case.payload_elements)
+    wanted = case.plan.longest_shard * widths * case.element_bytes / GRAPH_BYTES  # as in ringattn.softmax
+    return next(
+        n for n in range(1, case.kv_heads + 1) if case.kv_heads % n == 0 and (n >= wanted or n == case.kv_heads)
+    )
+
+
+class ScheduledWork:
+    """What travels at each hop as without joining, blocks at the last hop of their stop, and a local part after all.
+
+    Args:
+        plain: the work hop by hop.
+        case: one group of heads.
+        what: "forward" or "backward".
+    """
+
+    def __init__(self, plain: Work, case: Case, what: str) -> None:
+        self._plain = plain
+        self._hops = plain.num_hops
+        self._blocks: dict[int, list[tuple[int, int, int, int]]] = {}
+        self.most_joined = 1
+        for rank in range(case.num_ranks):
+            stops = joined_schedule(
+                case.plan,
+                rank,
+                token_bytes=case.payload_bytes,
+                pair_flops=case.flops(what, 1.0),
+                backward=what == "backward",
+                tall=True,
+            )
+            self.most_joined = max(self.most_joined, *(len(stop.hops) for stop in stops))
+            for hop, stop in zip(self._at(stops), stops, strict=True):
+                self._blocks.setdefault(hop, []).extend(
+                    (rank, b.q_stop - b.q_start, b.k_stop - b.k_start, KINDS[b.relation]) for b in stop.blocks
+                )
+        self.num_hops = 1 + max(self._blocks, default=0)
+
+    def _at(self, stops: tuple[Stop, ...]) -> list[int]:
+        """The hop that each stop's work is done at: its last one; a second local stop comes after all hops."""
+        return [stop.hops[-1] if stop.hops != (0,) or not number else self._hops for number, stop in enumerate(stops)]
+
+    def hop(self, hop: int) -> HopWork:
+        table = np.array(self._blocks.get(hop, []), dtype=np.int64).reshape(-1, 4)
+        plain = self._plain.hop(min(hop, self._hops - 1))
+        travelling = plain.travelling if hop < self._hops else np.zeros_like(plain.travelling)
+        rank, rows, columns, kind = table.T
+        return HopWork(rank=rank, rows=rows, columns=columns, kind=kind, travelling=travelling)
