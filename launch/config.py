@@ -101,8 +101,10 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the computation; the master weights stay fp32"
     )
-    recompute: bool = Field(
-        default=False, description="recompute each layer in the backward pass instead of keeping it"
+    recompute: bool | Literal["keep_attention"] = Field(
+        default=False,
+        description="recompute each layer in the backward pass instead of keeping it; keep_attention: all of it but "
+        "attention, so that the ring does not run again",
     )
 
 

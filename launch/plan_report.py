@@ -28,6 +28,7 @@ from model.flops import (
 )
 
 _FP32 = 4
+_RECOMPUTED = {False: "", True: " with recompute", "keep_attention": " with recompute of all but attention"}
 
 
 def render(config: Config, num_processes: int) -> str:
@@ -130,11 +131,11 @@ def _memory_lines(
     tile = loss_bytes(model, min(config.optim.loss_tile, tokens), size)
     sent = ring_bytes(model, plan, size)
     expanded = expanded_bytes(model, plan, size)
-    states = column_state_bytes(model, plan, recompute=config.engine.recompute)
+    states = column_state_bytes(model, plan, recompute=config.engine.recompute is True)
     total = weights + gradients + 2 * moments + activations + tile + sent.memory + expanded + states
     yield "parameters", f"{parameters:,} in all"
     yield "weights, gradients, AdamW", " + ".join(format_bytes(part) for part in (weights, gradients, 2 * moments))
-    yield "activations", f"{format_bytes(activations)}{' with recompute' if config.engine.recompute else ''}"
+    yield "activations", f"{format_bytes(activations)}{_RECOMPUTED[config.engine.recompute]}"
     yield "loss tile", f"{format_bytes(tile)} ({config.optim.loss_tile:,} positions at a time)"
     yield "messages of a hop", f"{format_bytes(sent.memory)} (own, held and arriving; gradients)"
     if expanded:

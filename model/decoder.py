@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import ringattn
 from model.attend import AttentionFn, Outcome
 from model.attention_kinds import build_attention
 from model.config import ModelConfig
@@ -16,6 +18,8 @@ from model.layers import DecoderLayer, RMSNorm
 from model.loss import IGNORED_LABEL, tiled_cross_entropy
 from model.rope import Rotation, rotation
 from model.selector import Carried
+
+Recompute = bool | Literal["keep_attention"]
 
 
 class LossHead(nn.Module):
@@ -46,10 +50,11 @@ class Decoder(nn.Module):
     Args:
         config: The shape.
         recompute: Keep only each layer's input for the backward and run the layer (its attention too) again there. All
-            ranks of a ring must agree on it, as the second run communicates as well.
+            ranks of a ring must agree on it, as the second run communicates as well. "keep_attention": also keep what
+            `ringattn.ring_attention` returns, so that the ring does not run forward again.
     """
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, recompute: Recompute = False) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
@@ -101,9 +106,10 @@ class Decoder(nn.Module):
     ) -> Outcome:
         if self.recompute and torch.is_grad_enabled():
             # no dropout anywhere: random states need not be kept, which saves a device synchronisation per layer
-            found: Outcome = checkpoint(
-                layer, hidden, turn, attention, carried, use_reentrant=False, preserve_rng_state=False
-            )
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if self.recompute == "keep_attention":
+                options["context_fn"] = ringattn.keeping_attention
+            found: Outcome = checkpoint(layer, hidden, turn, attention, carried, **options)
             return found
         return layer(hidden, turn, attention, carried)
 
@@ -118,7 +124,8 @@ class Decoder(nn.Module):
             if values.dtype != torch.long:
                 raise ValueError(f"decoder: expected {name} as int64, got {values.dtype}")
             # reading values of a GPU tensor would wait for the GPU; there the kernels' own assertions stand guard
-            if values.device.type == "cpu" and values.numel():
+            # (and in a traced graph, which cannot look at them)
+            if values.device.type == "cpu" and values.numel() and not torch.compiler.is_compiling():
                 least, most = int(values.min()), int(values.max())
                 if least < low or most >= self.config.vocab_size:
                     raise ValueError(

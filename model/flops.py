@@ -150,14 +150,15 @@ def state_bytes(config: ModelConfig) -> int:
     return 16 * count_parameters(config).total
 
 
-def activation_bytes_per_token(config: ModelConfig, element_bytes: int, *, recompute: bool = False) -> int:
+def activation_bytes_per_token(config: ModelConfig, element_bytes: int, *, recompute: bool | str = False) -> int:
     """Estimate of the peak of activation memory per token of a shard, beside the loss's scratch.
 
     Per layer: the inputs of both norms and of all products, what lies between projections and attention (inputs of q/k
     norms, a query's expansion), the attention's q, payload, out and lse (fp32), and four widths of the SwiGLU. With
-    `recompute` one hidden state per layer and one layer's worth during the backward. Added once: the gradients in
-    flight inside a layer's backward. What a ring holds in flight (two payloads, expanded blocks) comes on top. For
-    grouped heads within 5% of the peak measured on CUDA in bf16; on CPU the norms keep more.
+    `recompute` one hidden state per layer and one layer's worth during the backward; "keep_attention" adds out and lse
+    of the other layers. Added once: the gradients in flight inside a layer's backward. What a ring holds in flight (two
+    payloads, expanded blocks) comes on top. For grouped heads within 5% of the peak measured on CUDA in bf16; on CPU
+    the norms keep more.
     """
     shape = attention_shape(config)
     hidden = 4 * config.dim
@@ -168,7 +169,8 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, *, recom
     # the final norm's input, the loss's gradient of the hidden states; a layer's gradients in flight
     ends = (2 * config.dim + 2 * config.dim + config.ffn_dim) * element_bytes
     if recompute:
-        return config.layers * (config.dim * element_bytes + votes) + layer + ends
+        kept = shape.heads * (shape.value_dim * element_bytes + 4) if recompute == "keep_attention" else 0
+        return config.layers * (config.dim * element_bytes + votes) + (config.layers - 1) * kept + layer + ends
     return config.layers * (layer + votes) + ends
 
 

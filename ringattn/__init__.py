@@ -9,6 +9,7 @@ out = ringattn.unshard(out.detach(), plan, group)
 from ringattn import testing
 from ringattn.attention import ring_attention
 from ringattn.errors import PeerError, RingAttnError, TopologyError
+from ringattn.keeping import keeping_attention
 from ringattn.layout import shard, unshard
 from ringattn.plan import Plan
 from ringattn.scoring.latent import FactorExpansion, LatentExpansion
@@ -31,6 +32,7 @@ __all__ = [
     "SimulatedScore",
     "TopologyError",
     "Votes",
+    "keeping_attention",
     "make_transport",
     "make_ulysses",
     "ring_attention",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.agreement import DTYPES, agree
-from ringattn.kernels import accumulator_dtype, check_kernel
-from ringattn.kernels.selective import selective_problem
+from ringattn.arguments import check_group, default_scale, plain_call, prepare
+from ringattn.keeping import Results, kept_or_run, selectively_checkpointed
+from ringattn.kernels import accumulator_dtype
+from ringattn.operators import attend_by_operator
+from ringattn.passes import run_backward, run_forward
 from ringattn.plan import Plan
 from ringattn.ring import Ring
 from ringattn.schedule import plain_schedule
 from ringattn.scoring.attention import SelectiveAttention, selection_terms
 from ringattn.scoring.expansion import Expand, Expansion
-from ringattn.scoring.selection import Selection, selection_problem
+from ringattn.scoring.selection import Selection
 from ringattn.softmax import SoftmaxAttention
-from ringattn.transport import Payload, Step, Transport, transport_of
+from ringattn.transport import Transport
 
 if TYPE_CHECKING:
     from ringattn.ulysses import Ulysses
@@ -79,34 +79,44 @@ def ring_attention(
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.
     """
-    rank = 0 if group is None else dist.get_rank(group)
-    size = 1 if group is None else dist.get_world_size(group)
-    if size != plan.cp_size:
-        raise ValueError(
-            f"ring_attention: the plan has cp_size {plan.cp_size}, the group has {size} rank{'s' if size > 1 else ''}"
-            f"{' (group=None is a single process)' if group is None else ''}; build the Plan for this group"
-        )
-    scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
+    options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand}
+    options |= {"kernel": kernel, "transport": transport, "ulysses": ulysses}
+    if torch.compiler.is_compiling():
+        from ringattn.traced import traced_attention  # not before: it imports the compiler
+
+        return traced_attention(_attend, q, k, v, plan, group, **options)
+    if selectively_checkpointed() and plain_call(selection, expand, ulysses):
+        return attend_by_operator(q, k, v, plan, group, kernel=kernel, scale=scale, transport=transport)
+    return _attend(q, k, v, plan, group, **options)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    group: dist.ProcessGroup | None,
+    *,
+    scale: float | None,
+    selection: Selection | None,
+    expand: Expand | None,
+    kernel: str,
+    transport: str | Transport,
+    ulysses: int | Ulysses,
+) -> Any:
+    rank = check_group(plan, group)
+    options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand, "kernel": kernel}
     if ulysses != 1:
-        return _with_heads_exchanged(
-            ulysses, transport, group, q, k, v, plan, scale=scale, selection=selection, expand=expand, kernel=kernel
-        )
-    expansion = Expansion(expand, plan, q.device)
-    keys, values, problem = _expanded(q, k, v, plan, rank, expansion)
-    problem = problem or _scoring_problem(q, keys, values, plan, rank, kernel, selection)
-    if group is not None and size > 1:
-        scoring = _scoring_description(selection, expand)
-        agree(q, k, v, plan, group, problem, scale, scoring)
-    elif problem is not None:
-        raise ValueError(f"ring_attention: {problem}")
-    channel = transport_of(transport, plan, group) if group is not None and size > 1 else None
-    ring = Ring(plan=plan, rank=rank, transport=channel)
+        scale = default_scale(q) if scale is None else scale
+        return _with_heads_exchanged(ulysses, transport, group, q, k, v, plan, **(options | {"scale": scale}))
+    call = prepare(q, k, v, plan, group, rank, transport=transport, **options)
+    width, parameters = call.values.shape[-1], call.expansion.parameters
     if selection is None:
-        work = SoftmaxAttention(ring, expansion, kernel, scale)
-        return _RingAttention.apply(work, values.shape[-1], q, k, v, *expansion.parameters)
-    terms = selection_terms(selection, q, keys, scale)
-    selective = SelectiveAttention(ring, expansion, kernel, scale, terms)
-    own_keys = keys[:, :, terms.key_head].detach()
+        work = SoftmaxAttention(call.ring, call.expansion, kernel, call.scale)
+        return _RingAttention.apply(work, width, q, k, v, *parameters)
+    terms = selection_terms(selection, q, call.keys, call.scale)
+    selective = SelectiveAttention(call.ring, call.expansion, kernel, call.scale, terms)
+    own_keys = call.keys[:, :, terms.key_head].detach()
     if expand is not None:
         own_keys = own_keys.clone()  # a view would keep the expanded keys of all heads until the backward
     earlier_q, earlier_k = (
@@ -114,8 +124,8 @@ def ring_attention(
         for name in ("q", "k")
     )
     weights = selection.weights(q, accumulator_dtype(q.dtype))
-    arguments = (q, k, v, own_keys, earlier_q, earlier_k, weights, *expansion.parameters)
-    out, cost = _SelectiveRingAttention.apply(selective, values.shape[-1], *arguments)
+    arguments = (q, k, v, own_keys, earlier_q, earlier_k, weights, *parameters)
+    out, cost = _SelectiveRingAttention.apply(selective, width, *arguments)
     return out if selection.memory_tau is None else (out, cost)
 
 
@@ -156,10 +166,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, work: SoftmaxAttention, width: int, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor
     ) -> Tensor:
-        # Autocast would turn the fp32 sums of a block into bf16.
-        with torch.autocast(q.device.type, enabled=False):
-            step = partial(work.forward, width)
-            out, lse = _run(work, ("forward", width), step, (q,), (k, v))
+        out, lse = kept_or_run(work.expansion, partial(run_forward, work, width, q, k, v))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.work = work
         return out
@@ -170,20 +177,9 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         work: SoftmaxAttention = ctx.work
         work.expansion.start_backward()
-        with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = _run(work, "backward", work.backward, (dout.to(q.dtype), q, out, lse), (k, v))
+        dq, dk, dv = run_backward(work, dout, q, k, v, out, lse)
         parameters = work.expansion.finished_parameter_gradients()
         return None, None, dq, dk, dv, *parameters
-
-
-def _run(
-    work: SoftmaxAttention, name: Hashable, step: Step, inputs: tuple[Tensor, ...], payload: Payload
-) -> tuple[Tensor, ...]:
-    """A pass, by the transport's leave as a captured graph. What `expand` does may differ from call to call."""
-    channel = work.ring.transport
-    if channel is None or not work.expansion.plain:
-        return step(*inputs, payload)
-    return channel.run((name, work.kernel, work.scale), work.ring.plan, step, inputs, payload)
 
 
 class _SelectiveRingAttention(torch.autograd.Function):
@@ -204,8 +200,13 @@ class _SelectiveRingAttention(torch.autograd.Function):
         ballot_q = _ballot(q[:, :, work.terms.head], earlier_q)
         ballot_k = _ballot(own_keys, earlier_k)
         payload = (k, v) if earlier_k is None else (k, v, earlier_k)
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse, cost, carries = work.forward(q, payload, ballot_q, ballot_k, weights, width)
+
+        def forward() -> Results:
+            with torch.autocast(q.device.type, enabled=False):
+                out, lse, cost, carries = work.forward(q, payload, ballot_q, ballot_k, weights, width)
+            return out, lse, cost, *carries
+
+        out, lse, cost, *carries = kept_or_run(work.expansion, forward)
         # Not rounded: what rounding would change in rowsum(out * dout) adds up over whole rows in the votes' gradients.
         ctx.save_for_backward(q, k, v, own_keys, earlier_q, earlier_k, weights, out, lse, *carries)
         ctx.work = work
@@ -250,67 +251,3 @@ def _ballot(own: Tensor, earlier: Tensor | None) -> Tensor:
     """[B, S, R, Dz]: the own term first."""
     own = own.unsqueeze(2)
     return own if earlier is None else torch.cat([own, earlier], dim=2)
-
-
-def _scoring_description(selection: Selection | None, expand: Expand | None) -> str:
-    """Selection and expansion in words that must be equal on all ranks, and are in all layers of most models.
-
-    Not among them: the value of a learned gain, and how many layers' votes came before.
-    """
-    expansion = "no expand" if expand is None else "with expand"
-    if selection is None:
-        return f"no selection, {expansion}"
-    gain = "learned" if isinstance(selection.gain, Tensor) else f"{float(selection.gain):g}"
-    return (
-        f"selection head {selection.head}, lag {selection.lag}, gain {gain}, protect_first {selection.protect_first}, "
-        f"memory_tau {selection.memory_tau}, {expansion}"
-    )
-
-
-def _expanded(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, expansion: Expansion
-) -> tuple[Tensor, Tensor, str | None]:
-    """The own keys and values, and what is wrong with the tensors on this rank, or None."""
-    tokens = plan.shard_len(rank)
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        return k, v, f"q, k, v need one dtype of fp64, fp32, bf16, fp16; got {q.dtype}, {k.dtype}, {v.dtype}"
-    if not q.device == k.device == v.device:
-        return k, v, f"q, k, v need one device, got {q.device}, {k.device}, {v.device}"
-    if q.dim() != 4 or k.dim() < 3 or v.dim() < 3 or q.shape[:2] != k.shape[:2] or q.shape[:2] != v.shape[:2]:
-        return k, v, f"expected q [B, S, H, D], k [B, S, G, D], v [B, S, G, Dv] with one B and S, got {shapes}"
-    if q.shape[1] != tokens:
-        return (
-            k,
-            v,
-            f"rank {rank} of the ring holds {tokens} of {plan.seq_len} tokens under this plan, q has {q.shape[1]} "
-            "along dim 1; cut the sequence once with ringattn.shard(x, plan, rank)",
-        )
-    if max(k.dim(), v.dim()) > 5:
-        return k, v, f"payloads have at most five dimensions, got {shapes}"
-    keys, values, problem = expansion.own(rank, k, v)
-    if problem is not None:
-        return k, v, problem
-    expected = "expand: expected keys" if expansion.parameters or keys is not k else "expected k"
-    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[:2] != q.shape[:2]:
-        return k, v, f"{expected} [B, S, G, D] and values [B, S, G, Dv], got {tuple(keys.shape)}, {tuple(values.shape)}"
-    if keys.shape[3] != q.shape[3]:
-        return k, v, f"{expected} of q's width {q.shape[3]}, got {keys.shape[3]}; {shapes}"
-    if keys.shape[2] == 0 or q.shape[2] % keys.shape[2]:
-        return k, v, f"query heads must be a multiple of key/value heads, got {q.shape[2]} and {keys.shape[2]}"
-    if not q.dtype == keys.dtype == values.dtype:
-        return k, v, f"{expected} and values in q's dtype {q.dtype}, got {keys.dtype} and {values.dtype}"
-    return keys, values, None
-
-
-def _scoring_problem(
-    q: Tensor, keys: Tensor, values: Tensor, plan: Plan, rank: int, kernel: str, selection: Selection | None
-) -> str | None:
-    if selection is not None:
-        problem = selection_problem(selection, plan, q, keys, rank)
-        return problem or selective_problem(kernel, q, keys, values, q.shape[-1])
-    try:
-        check_kernel(kernel, q, keys, values)
-    except ValueError as error:
-        return str(error)
-    return None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.handles import new_handle
 from ringattn.layout import LAYOUTS, chunks_of
 from ringattn.mask import Block, Mask, Relation, chunk_blocks, coalesce
 
@@ -60,6 +61,8 @@ class Plan:
     _transports: dict[tuple[int, str], Any] = field(default_factory=dict, repr=False, compare=False)
     # What the ranks agreed on in the first call under this plan (see agreement.py).
     _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    # By which an operator finds this plan (see handles.py): every plan has its own.
+    _handle: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "cp_size"):
@@ -77,6 +80,11 @@ class Plan:
                 f"got sinks={self.sinks}, window={self.window}"
             )
         object.__setattr__(self, "documents", _document_tuple(self.documents, self.seq_len))
+        object.__setattr__(self, "_handle", new_handle(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are plans of their own, agreed anew."""
+        return Plan, (self.seq_len, self.cp_size, self.layout, self.causal, self.window, self.sinks, self.documents)
 
     @property
     def mask(self) -> Mask:

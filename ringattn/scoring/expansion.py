@@ -98,6 +98,10 @@ class Expansion:
         self._own = (rank, (result[0].detach(), result[1].detach()))
         return *self._own[1], None
 
+    def forget_own(self) -> None:
+        """Drop what `own` expanded: no forward will use it."""
+        self._own = None
+
     @property
     def plain(self) -> bool:
         """Whether keys and values travel as they are."""
