@@ -8,6 +8,7 @@ import time
 import torch
 from rich.console import Console
 
+from launch.carrier import Carrier
 from launch.config import Config
 from launch.meters import host_memory_bytes, known_peak_tflops, peak_memory_bytes, utilisation
 from launch.metrics import MetricsWriter
@@ -17,7 +18,6 @@ from launch.steps import Evaluation, StepResult
 from launch.topology import Topology
 from model.config import ModelConfig
 from model.flops import flops_per_token
-from ringattn.transport import Transport
 
 
 class Account:
@@ -32,13 +32,13 @@ class Account:
         topology: Topology,
         model: ModelConfig,
         *,
-        transport: Transport | None,
+        carrier: Carrier | None,
         metrics: MetricsWriter,
     ) -> None:
         self._config = config
         self._topology = topology
         self._model = model
-        self._transport = transport
+        self._carrier = carrier
         self._metrics = metrics
         self._started = time.monotonic()
         self._rates: list[float] = []
@@ -48,14 +48,14 @@ class Account:
 
     def skip(self) -> None:
         """Forget what the ring counted since the last step: it was no training."""
-        if self._transport is not None:
-            self._transport.stats.take()
+        if self._carrier is not None:
+            self._carrier.stats.take()
 
     def step(self, progress: Progress, bar: RunProgress, result: StepResult, rate: float, seconds: float) -> None:
         """Show and record what a step took."""
         topology = self._topology
         tokens = self._config.optim.rows_per_step * self._config.data.seq_len
-        totals = None if self._transport is None else self._transport.stats.take()
+        totals = None if self._carrier is None else self._carrier.stats.take()
         self._loss = result.loss
         self._rates.append(tokens / seconds)
         self._step_seconds += seconds

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ringattn
+from launch.carrier import Carrier
 from ringattn import SelectionStatistics
-from ringattn.transport import Transport
 
 
 class RowAttention:
@@ -36,7 +36,7 @@ class RowAttention:
         rank: int,
         *,
         kernel: str,
-        transport: Transport | None,
+        carrier: Carrier | None,
         penalty_weight: float = 0.0,
         with_statistics: bool = False,
     ) -> None:
@@ -47,14 +47,15 @@ class RowAttention:
             group: The ring, None for a single process.
             rank: Own rank in it.
             kernel: As in `ring_attention`.
-            transport: Likewise; None is "auto".
+            carrier: What moves between the ranks; None for a single process, or "auto".
             penalty_weight: What a layer's max_i M_i is multiplied with: eps * valid tokens / (layers * tokens).
             with_statistics: Look at F in each layer (one small pass of the ring more).
         """
         self._plan = plan
         self._group = group
         self._rank = rank
-        self._options: dict[str, Any] = {"kernel": kernel, "transport": transport or "auto"}
+        self._carrier = carrier
+        self._options: dict[str, Any] = {"kernel": kernel, **({} if carrier is None else carrier.options)}
         self._weight = penalty_weight
         self._with_statistics = with_statistics
         self.recording = True
@@ -65,8 +66,7 @@ class RowAttention:
         """Out [B, S, H, Dv]; with a memory loss, and gradients on, also this rank's penalty (a scalar)."""
         found = ringattn.ring_attention(q, k, v, self._plan, self._group, **options, **self._options)
         if self.recording and self._with_statistics and options.get("selection") is not None:
-            looked = ringattn.selection_statistics(q, k, v, self._plan, self._group, **options, **self._options)
-            self.statistics.append(looked)
+            self.statistics.append(self._look(q, k, v, options))
         if not isinstance(found, tuple):
             return found
         out, cost = found
@@ -76,6 +76,12 @@ class RowAttention:
         if self.recording:
             self.penalty = self.penalty + penalty.detach().double()
         return out, penalty
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> SelectionStatistics:
+        """Over all ranks of the ring: one head votes, so there is nothing to exchange it for."""
+        transport = "auto" if self._carrier is None else self._carrier.transport
+        arguments = {**options, "kernel": self._options["kernel"], "transport": transport}
+        return ringattn.selection_statistics(q, k, v, self._plan, self._group, **arguments)
 
     def _penalty(self, cost: Tensor) -> Tensor:
         """Weight times max_i M_i over the whole row, on the rank that holds it; 0 on the others."""

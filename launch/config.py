@@ -83,6 +83,9 @@ class ParallelConfig(Section):
         default="auto",
         description="how a payload moves from rank to rank: copy_engine between GPUs of one host, p2p by messages",
     )
+    ulysses: PositiveInt = Field(
+        default=1, description="ranks that exchange heads for tokens; parallel.cp for no ring at all"
+    )
     self_check: bool = Field(
         default=True,
         description="before the first step, prove attention of this run at small size against its definition",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from launch.config_model_checks import idle_selection, model_problems, selection_problems
 from launch.config_problem import Problem
+from launch.config_ulysses import ulysses_problems
 from launch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _mesh_problems(config: Config) -> Iterator[Problem]:
     cp, dp = config.parallel.cp, config.parallel.dp
     if isinstance(cp, int):
         yield from _sequence_problems(config, cp)
+        yield from ulysses_problems(config, cp)
     if isinstance(dp, int):
         yield from _batch_problems(config, dp)
 
@@ -137,7 +139,7 @@ def resolve_mesh(config: Config, num_processes: int) -> tuple[int, int]:
         cp = num_processes // dp
     if dp * cp != num_processes or not dp or not cp:
         raise ConfigError(_misfit(config, num_processes))
-    problems = [*_sequence_problems(config, cp), *_batch_problems(config, dp)]
+    problems = [*_sequence_problems(config, cp), *ulysses_problems(config, cp), *_batch_problems(config, dp)]
     if problems:
         lines = [f"{problem.keys[0]}: {problem.message}" for problem in problems]
         raise ConfigError("\n".join([f"with {num_processes} processes (dp={dp}, cp={cp}):", *lines]))
@@ -208,6 +210,13 @@ def _idle_settings(config: Config) -> Iterator[Problem]:
         parallel.window is not None and parallel.window >= data.seq_len,
         "parallel.window",
         f"it is not shorter than data.seq_len={data.seq_len}",
+    )
+    yield from idle(
+        parallel.transport != "auto" and parallel.ulysses > 1 and parallel.ulysses == parallel.cp,
+        "parallel.transport",
+        f"parallel.ulysses is parallel.cp={parallel.cp}: no ring is left",
+        "parallel.ulysses",
+        "parallel.cp",
     )
     yield from idle(optim.schedule == "constant", "optim.min_lr_ratio", "optim.schedule is constant")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import ringattn
+from launch.carrier import Carrier
 from launch.config import Config
 from launch.errors import NumericsError, everywhere
 from launch.ranks import Ranks
@@ -18,11 +19,10 @@ from model.attention_kinds import build_attention
 from model.config import ModelConfig
 from model.kinds import attention_shape
 from model.rope import rotation
-from ringattn.transport import Transport
 
 
 def check_attention(
-    config: Config, topology: Topology, model: ModelConfig, transport: Transport | None, ranks: Ranks
+    config: Config, topology: Topology, model: ModelConfig, carrier: Carrier | None, ranks: Ranks
 ) -> str:
     """Run `ringattn.self_check` with this run's parts, every ring its own.
 
@@ -50,8 +50,8 @@ def check_attention(
             dtype=torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
             device=topology.device,
             kernel=parallel.kernel,
-            transport=transport or "auto",
             guided=model.selection is not None and model.selection.guide,
+            **({} if carrier is None else carrier.options),
             **call.scoring(),
         )
     except ringattn.SelfCheckError as error:
@@ -61,8 +61,8 @@ def check_attention(
         told = "\n".join(dict.fromkeys(problems))  # the ranks of a ring say the same
         raise everywhere(
             NumericsError(
-                f"{told}\n  The keys are parallel.kernel and parallel.transport; nothing was trained. "
-                "parallel.self_check=false trains all the same"
+                f"{told}\n  The keys are parallel.kernel, parallel.transport and parallel.ulysses; nothing was "
+                "trained. parallel.self_check=false trains all the same"
             )
         )
     assert report is not None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import ringattn
 from launch.attention import RowAttention
+from launch.carrier import Carrier
 from launch.config import Config
 from launch.data import IGNORED, Corpus, Row
 from launch.engine import Engine
@@ -29,7 +30,6 @@ from launch.topology import Topology
 from model.attend import AttentionFn
 from model.config import ModelConfig
 from ringattn import SelectionStatistics
-from ringattn.transport import Transport
 
 _NATS_PER_BIT = math.log(2.0)
 
@@ -93,7 +93,7 @@ class StepRunner:
         topology: Topology,
         engine: Engine,
         corpus: Corpus,
-        transport: Transport | None,
+        carrier: Carrier | None,
         model: ModelConfig,
     ) -> None:
         self._config = config
@@ -101,7 +101,7 @@ class StepRunner:
         self._topology = topology
         self._engine = engine
         self._corpus = corpus
-        self._transport = transport
+        self._carrier = carrier
         self._ranks = Ranks(rank=topology.rank, world_size=topology.world_size, group=topology.cpu_group)
         self._probe = _GradientProbe()
         parallel = config.parallel
@@ -234,7 +234,7 @@ class StepRunner:
             topology.cp_group if topology.cp > 1 else None,
             topology.cp_rank,
             kernel=self._config.parallel.kernel,
-            transport=self._transport,
+            carrier=self._carrier,
             penalty_weight=self._memory_eps * valid / (self._model.layers * self._plan.seq_len),
             with_statistics=with_statistics,
         )

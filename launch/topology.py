@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,7 @@ class Topology:
     cpu_group: dist.ProcessGroup
     timeouts: Timeouts
     owns_world: bool
+    _adopted: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
 
     @staticmethod
     def start(config: Config) -> Topology:
@@ -185,8 +186,17 @@ class Topology:
         finally:
             self._set_timeout(before)
 
+    def adopt(self, group: dist.ProcessGroup) -> None:
+        """Keep a group of tensors that was made later like the own ones: warmed, and with the timeout in force.
+
+        A collective of the group.
+        """
+        self._adopted.append(group)
+        distributed_c10d._set_pg_timeout(self.timeouts.now, group)
+        self._warm_up(group)
+
     def _set_timeout(self, timeout: timedelta) -> None:
-        for group in (self.world_group, self.cp_group, self.cpu_group):
+        for group in (self.world_group, self.cp_group, self.cpu_group, *self._adopted):
             # No public call changes the timeout of a group that exists.
             distributed_c10d._set_pg_timeout(timeout, group)
         self.timeouts.now = timeout
@@ -224,10 +234,13 @@ class Topology:
         return float(number)
 
     def _warm(self) -> None:
-        # NCCL's first batched P2P of a group needs all of its ranks; after a collective the communicator is there.
         for group in (self.world_group, self.cp_group):
-            dist.all_reduce(torch.zeros(1, device=self.device), group=group)
+            self._warm_up(group)
         self.barrier()
+
+    def _warm_up(self, group: dist.ProcessGroup) -> None:
+        # NCCL's first batched P2P of a group needs all of its ranks; after a collective the communicator is there.
+        dist.all_reduce(torch.zeros(1, device=self.device), group=group)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

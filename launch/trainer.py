@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-import ringattn
 from launch.account import Account
+from launch.carrier import Carrier, make_carrier
 from launch.checkpoint import CheckpointStore, Found, checkpoint_bytes
 from launch.config import Config
 from launch.data import Corpus, open_corpus
@@ -33,7 +33,6 @@ from launch.steps import Batch, Evaluation, StepResult, StepRunner
 from launch.topology import Topology
 from model.config import ModelConfig, preset
 from model.decoder import Decoder
-from ringattn.transport import Transport
 
 _log = logging.getLogger(__name__)
 
@@ -103,23 +102,20 @@ class Trainer:
         if found is not None:
             self._starting = f"loading {found.path.name}"
             self._resume(store, found, model, engine, corpus)
-        transport = None
-        if self.topology.cp > 1:
-            transport = ringattn.make_transport(
-                self.config.parallel.transport, self.topology.cp_group, timeout=lambda: self.topology.timeouts.now
-            )
-            self._say(f"ring: {transport.description}")
+        carrier = make_carrier(self.config, self.topology)
+        if carrier is not None:
+            self._say(carrier.description)
         if self.config.parallel.self_check:
             self._starting = "checking attention at small size (parallel.self_check)"
-            self._say(check_attention(self.config, self.topology, model, transport, self._ranks))
-        self._runner = StepRunner(self.config, self.topology, engine, corpus, transport, model)
+            self._say(check_attention(self.config, self.topology, model, carrier, self._ranks))
+        self._runner = StepRunner(self.config, self.topology, engine, corpus, carrier, model)
         metrics = self._ranks.agree(
             "opening the metrics", lambda: MetricsWriter(self._run_dir, self.config.metrics, enabled=self._leader)
         )
         self._starting = None
         with metrics:
             metrics.resume(self.progress.step)
-            status = self._train(self._parts(store, model, engine, corpus, transport, metrics))
+            status = self._train(self._parts(store, model, engine, corpus, carrier, metrics))
         engine.close()
         return status
 
@@ -129,7 +125,7 @@ class Trainer:
         model: ModelConfig,
         engine: Engine,
         corpus: Corpus,
-        transport: Transport | None,
+        carrier: Carrier | None,
         metrics: MetricsWriter,
     ) -> _Parts:
         assert self._runner is not None
@@ -145,7 +141,7 @@ class Trainer:
                 self.progress, self.config, model, self.topology, corpus.cursor(self.progress.next_row)
             ),
         )
-        account = Account(self.config, self.topology, model, transport=transport, metrics=metrics)
+        account = Account(self.config, self.topology, model, carrier=carrier, metrics=metrics)
         return _Parts(self._runner, metrics, saver, account)
 
     def _refuse_diverged(self, found: Found) -> None:

@@ -20,8 +20,10 @@ from ringattn.plan import Plan
 from ringattn.scoring.expansion import Expand
 from ringattn.scoring.selection import Selection
 from ringattn.selfcheck_case import Case, Errors, Parts, compare, make_case
+from ringattn.teams import heads_problem
 from ringattn.testing import visibility
 from ringattn.transport import Transport
+from ringattn.ulysses import Ulysses
 
 # Tokens of a rank: enough for several tiles of a GPU kernel, few enough for the oracle, whose cost is their square.
 _TOKENS = {"cuda": 64, "cpu": 24}
@@ -61,6 +63,7 @@ def self_check(
     scale: float | None = None,
     kernel: str = "auto",
     transport: str | Transport = "auto",
+    ulysses: int | Ulysses = 1,
     selection: Selection | None = None,
     guided: bool = False,
     expand: Callable[[], Expand] | None = None,
@@ -71,9 +74,10 @@ def self_check(
     Two problems at most: one document, and (with `documents`) several in a row, one of them a single token; B is 1, the
     length is odd and not a multiple of the ring. Errors may be twice those of dense attention in the same dtype, and a
     floor. A window, sinks, the lag and the gain of selection are cut down to the length, `memory_tau` is left out, and
-    without `expand` two key/value heads and their query heads stand for all. Nothing of it is random, and the run's
-    random state stays as it was; counts of `transport` are zero afterwards. It takes well under five seconds, but for
-    what Triton compiles for the first time on a machine (half a minute with selection; else the run would do it).
+    without `expand` two key/value heads (with Ulysses two per member of a team) and their query heads stand for all.
+    Nothing of it is random, and the run's random state stays as it was; counts of `transport` and `ulysses` are zero
+    afterwards. It takes well under five seconds, but for what Triton compiles for the first time on a machine (half a
+    minute with selection; else the run would do it).
 
     Args:
         heads, kv_heads: query and key/value heads (after the expansion).
@@ -82,7 +86,8 @@ def self_check(
         layout, causal, window, sinks: as in `Plan`.
         documents: whether rows hold several documents.
         dtype, device: of q, k and v in the run.
-        scale, kernel, transport: as in `ring_attention`; a transport is the run's own.
+        scale, kernel, transport, ulysses: as in `ring_attention`; a transport, or what was made for Ulysses, is the
+            run's own.
         selection: the run's; a tensor as gain is checked as a learned one.
         guided: with selection: votes of shallower layers come along.
         expand: makes the run's `expand` anew, in the run's dtype; called a few times. Its parameters are filled here.
@@ -104,14 +109,14 @@ def self_check(
         scale=scale,
         kernel=kernel,
         transport=transport,
+        ulysses=ulysses,
         selection=selection,
         guided=guided,
         expand=expand,
     )
     if expand is None:
         payload = None
-        if kv_heads > 0 and heads % kv_heads == 0:
-            heads, kv_heads = heads // kv_heads * min(kv_heads, 2), min(kv_heads, 2)
+        heads, kv_heads = _fewer_heads(heads, kv_heads, parts)
     seq_len = _length(parts.size, parts.device.type)
     if selection is not None:
         lag = min(selection.lag, seq_len // 4)
@@ -135,8 +140,9 @@ def self_check(
         bad = [(case, errors) for case, errors in found if bool(errors.wrong().any())]
         if bad:
             raise SelfCheckError(_report(*bad[0], parts))
-    if not isinstance(transport, str):
-        transport.stats.take()
+    for carrier in (transport, ulysses):
+        if not isinstance(carrier, str | int):
+            carrier.stats.take()
     return SelfCheck(
         seconds=time.perf_counter() - began,
         seq_len=seq_len,
@@ -144,6 +150,14 @@ def self_check(
         errors=_worst(found[0][1].names, [errors.errors.amax(dim=0) for _, errors in found]),
         tolerances=_worst(found[0][1].names, [errors.tolerances for _, errors in found]),
     )
+
+
+def _fewer_heads(heads: int, kv_heads: int, parts: Parts) -> tuple[int, int]:
+    """Query and key/value heads of the small problems: dealt out and grouped as the run's are."""
+    if kv_heads < 1 or heads % kv_heads or heads_problem(heads, kv_heads, parts.size, parts.degree) is not None:
+        return heads, kv_heads  # to be refused in the run's own numbers
+    few = min(kv_heads, 2 * parts.degree)
+    return heads // kv_heads * few, few
 
 
 def _length(size: int, device: str) -> int:
@@ -190,6 +204,11 @@ def _advice(case: Case, parts: Parts) -> str:
     plainest = "reference" if parts.selection is None else "tiled"
     if parts.kernel != plainest and not bool(compare(case, replace(parts, kernel=plainest)).wrong().any()):
         return f"with kernel={plainest!r} it is right, so the kernel is wrong here: use that one, and report this"
+    if parts.degree > 1 and not bool(compare(case, replace(parts, ulysses=1, transport="p2p")).wrong().any()):
+        return (
+            "with ulysses=1 and transport='p2p' it is right, so what exchanges heads for tokens (or carries the inner "
+            "ring) is wrong here: use these, and report this"
+        )
     carrier = "" if parts.size == 1 else "what carries the payloads (try transport='p2p'), then at "
     return (
         f"with kernel={plainest!r} it is wrong too, so look at {carrier}the mask and this installation of torch; "
@@ -211,6 +230,7 @@ def _described(case: Case, parts: Parts) -> str:
         f"{str(parts.dtype).removeprefix('torch.')} on {parts.device.type}",
         f"kernel {parts.kernel}",
         f"transport {transport}",
+        "" if parts.degree == 1 else f"ulysses of degree {parts.degree}",
         "no selection" if parts.selection is None else f"selection head {parts.selection.head}",
         "no expand" if parts.expand is None else "with expand",
     ]
@@ -239,9 +259,11 @@ def _located(case: Case, parts: Parts, name: str, rank: int) -> tuple[str, bool]
         excess = errors.excess()[rank]
         column = errors.names.index(name if name in errors.names else "out")
         hop = (visitor - source) % parts.size
-        words = f"what is wrong is what queries of rank {visitor} get from keys of rank {source} (hop {hop})"
+        words = f"what is wrong is what queries of rank {visitor} get from keys of rank {source}"
         if not by_query:
-            words = f"what is wrong is what keys of rank {source} get back from queries of rank {visitor} (hop {hop})"
+            words = f"what is wrong is what keys of rank {source} get back from queries of rank {visitor}"
+        if parts.degree == 1:  # else ranks of a team are in one hop
+            words += f" (hop {hop})"
         if excess[column] > max(1.0, worst[0]):
             worst = (float(excess[column]), words)
     return worst[1] or "no single pair of ranks shows it alone", all_right

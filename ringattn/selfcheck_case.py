@@ -18,6 +18,7 @@ from ringattn.scoring.expansion import Expand
 from ringattn.scoring.selection import Selection, Votes
 from ringattn.testing import dense_attention, error
 from ringattn.transport import Transport
+from ringattn.ulysses import Ulysses
 
 # Absolute errors that always pass, times the largest value where that is above 1: dense attention of the same precision
 # may be exact by luck. Anything that is worth finding is of order 1.
@@ -34,6 +35,7 @@ class Parts:
     scale: float | None
     kernel: str
     transport: str | Transport
+    ulysses: int | Ulysses
     selection: Selection | None
     guided: bool
     expand: Callable[[], Expand] | None
@@ -45,6 +47,10 @@ class Parts:
     @property
     def size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def degree(self) -> int:
+        return self.ulysses if isinstance(self.ulysses, int) else self.ulysses.degree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +152,7 @@ def _over_the_ring(case: Case, parts: Parts) -> dict[str, Tensor]:
         expand=expand,
         kernel=parts.kernel,
         transport=parts.transport,
+        ulysses=parts.ulysses,
     )
     watched = None if case.watched is None else cut(case.watched[None])
     found = _with_gradients(out, cut(case.dout), leaves, shared, watched)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 import ringattn
 from launch.attention import RowAttention
+from launch.carrier import Carrier
 from ringattn.testing import dense_attention, error, memory_cost, selection_bias, visibility
 from tests.processes import run_ranks
 
@@ -37,14 +38,23 @@ def expected(documents):
     return [penalty.detach(), *(x.grad for x in leaves)]
 
 
-def ring_worker(rank, world_size):
+def carried(world_size, degree):
+    """Attention over all ranks, with teams of `degree`; None in a single process."""
+    if world_size == 1:
+        return None
+    ulysses = None if degree == 1 else ringattn.make_ulysses(dist.group.WORLD, degree)
+    return Carrier(transport=ringattn.make_transport("p2p", dist.group.WORLD), ulysses=ulysses)
+
+
+def ring_worker(rank, world_size, degree=1):
     group = dist.group.WORLD if world_size > 1 else None
+    carrier = carried(world_size, degree)
     results = []
     for documents in DOCUMENTS:
         plan = ringattn.Plan(SEQ_LEN, world_size, documents=documents)
         q, k, v, dout = (ringattn.shard(x, plan, rank) for x in tensors())
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        attend = RowAttention(plan, group, rank, kernel="auto", transport=None, penalty_weight=WEIGHT)
+        attend = RowAttention(plan, group, rank, kernel="auto", carrier=carrier, penalty_weight=WEIGHT)
         out, penalty = attend(q, k, v, selection=selection())
         ((out * dout).sum() + penalty).backward()
         total = penalty.detach().clone()
@@ -57,9 +67,9 @@ def ring_worker(rank, world_size):
     return results
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3])
-def test_memory_loss_over_a_ring(cp_size):
-    results = ring_worker(0, 1) if cp_size == 1 else run_ranks(ring_worker, cp_size)[0]
+@pytest.mark.parametrize(("cp_size", "degree"), [(1, 1), (2, 1), (3, 1), (2, 2), (4, 2)])
+def test_memory_loss_over_a_ring(cp_size, degree):
+    results = ring_worker(0, 1) if cp_size == 1 else run_ranks(ring_worker, cp_size, degree)[0]
     for documents, found in zip(DOCUMENTS, results, strict=True):
         for name, actual, wanted in zip(("penalty", "dq", "dk", "dv"), found, expected(documents), strict=True):
             assert error(actual, wanted) < 1e-10, (documents, name)
@@ -74,11 +84,29 @@ def test_the_penalty_has_a_gradient_at_all():
     assert error(with_penalty, q.grad) > 1e-3
 
 
+def statistics_worker(rank, world_size):
+    plan = ringattn.Plan(SEQ_LEN, world_size, documents=DOCUMENTS[1])
+    q, k, v, _ = (ringattn.shard(x, plan, rank) for x in tensors())
+    found = []
+    for degree in (1, 2):
+        options = {"kernel": "auto", "carrier": carried(world_size, degree), "with_statistics": True}
+        attend = RowAttention(plan, dist.group.WORLD, rank, **options)
+        attend(q, k, v, selection=selection())
+        found.append(attend.statistics)
+    return found
+
+
+def test_statistics_do_not_depend_on_who_exchanges_heads():
+    for ring, ulysses in run_ranks(statistics_worker, 2):
+        assert ring == ulysses
+        assert ring[0].visible_keys > 0
+
+
 def test_only_the_first_forward_is_recorded():
     plan = ringattn.Plan(SEQ_LEN, 1)
     q, k, v, _ = tensors()
     q.requires_grad_()
-    attend = RowAttention(plan, None, 0, kernel="auto", transport=None, penalty_weight=WEIGHT, with_statistics=True)
+    attend = RowAttention(plan, None, 0, kernel="auto", carrier=None, penalty_weight=WEIGHT, with_statistics=True)
     attend(q, k, v, selection=selection())
     once = attend.penalty
     attend.recording = False

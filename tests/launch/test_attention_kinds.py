@@ -39,12 +39,12 @@ def run(corpus, folder, name, engine, **changes):
     return nested | {"engine": {**nested["engine"], **engine}}
 
 
-def compare(corpus, folder, names_and_engines, world_size):
+def compare(corpus, folder, names_and_engines, world_size, **changes):
     names = sorted({name for name, _ in names_and_engines})
     alone = [run(corpus, folder / "alone" / name, name, ENGINES[0]) for name in names]
     assert run_ranks(train_worker, 1, alone, timeout=300) == [[EXIT_DONE] * len(alone)]
     runs = [
-        run(corpus, folder / str(number), name, {**engine, "recompute": number % 2 == 1})
+        run(corpus, folder / str(number), name, {**engine, "recompute": number % 2 == 1}, **changes)
         for number, (name, engine) in enumerate(names_and_engines)
     ]
     assert run_ranks(train_worker, world_size, runs, timeout=300) == [[EXIT_DONE] * len(runs)] * world_size
@@ -58,6 +58,17 @@ def compare(corpus, folder, names_and_engines, world_size):
 def test_training_over_a_ring_equals_one_process(corpus, tmp_path):
     engines = {engine["name"]: engine for engine in ENGINES}
     compare(corpus, tmp_path, [(name, engines[engine]) for name, engine in FAST.items()], 2)
+
+
+def test_heads_for_tokens_with_expansion_and_selection(corpus, tmp_path):
+    compare(corpus, tmp_path, [("mla guided", ENGINES[1])], 2, parallel__ulysses=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_for_tokens_of_every_kind_crossed_with_a_ring(corpus, tmp_path, kind):
+    names = [(f"{kind}{guided}", engine) for guided in ("", " guided") for engine in (ENGINES[1], ENGINES[2])]
+    compare(corpus, tmp_path, names, 4, parallel__ulysses=2)
 
 
 @pytest.mark.slow

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
+from itertools import product
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from launch import config_ulysses
 from launch.config import SECTIONS, Config
 from launch.config_checks import min_seq_len, without_effect
 from launch.config_describe import describe_field
 from launch.config_model_checks import preset_fields
 from launch.errors import ConfigError
 from model.config import ModelConfig, SelectionConfig, preset
+from ringattn import teams
 
 ON = {"model__selection": True}
 SAS = {"model__attention": "sas", "model__simulated_heads": 12, "model__simulated_dim": 48}
@@ -39,6 +44,32 @@ def test_every_section_is_listed_and_described() -> None:
     for name, section in SECTIONS.items():
         assert Config.model_fields[name].annotation is section
         assert all(field.description and describe_field(field) for field in section.model_fields.values())
+
+
+def test_the_rule_of_ulysses_is_the_librarys() -> None:
+    for heads, kv_heads, size, degree in product((1, 4, 6, 8, 24), (1, 2, 3, 8), (1, 2, 3, 4, 8), (0, 1, 2, 3, 4, 8)):
+        text = config_ulysses.degree_problem(size, degree)
+        text = text or config_ulysses.heads_problem(heads, kv_heads, size, degree)
+        expected = teams.heads_problem(heads, kv_heads, size, degree)
+        assert expected == (None if text is None else f"ulysses: {text}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"), [({}, (6, 2)), (SAS, (12, 12)), (MLA, (6, 2)), ({"model__kv_heads": 6}, (6, 6))]
+)
+def test_the_heads_that_are_exchanged_are_the_expanded_ones(changes: dict[str, Any], heads: tuple[int, int]) -> None:
+    assert config_ulysses.exchanged_heads(make(**changes)) == heads
+    assert make(**changes, parallel__ulysses=2, parallel__cp=4).mesh(4) == (1, 4)
+
+
+def test_heads_are_judged_without_torch() -> None:
+    code = (
+        "import sys; from launch.config_load import load_config\n"
+        "try: load_config('configs/quickstart.yaml', ['parallel.ulysses=4', 'parallel.cp=4'])\n"
+        "except Exception as error: found = str(error)\n"
+        "assert 'got 6 and 2 heads' in found and 'torch' not in sys.modules, found"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_config_is_frozen() -> None:
@@ -95,6 +126,13 @@ def test_values_out_of_range_or_of_another_type_are_refused(key: str, value: obj
         ({"parallel__kernel": "cpu", "run__device": "cuda"}, "kernel cpu runs on cpu only"),
         ({"parallel__cp": 33}, "zigzag over cp=33 ranks needs at least 66 tokens .* got 64; .* to at most 32"),
         ({"parallel__cp": 65, "parallel__layout": "striped"}, "striped over cp=65 ranks needs at least 65"),
+        ({"parallel__ulysses": 3, "parallel__cp": 4}, "parallel.ulysses: the degree must divide the 4 ranks .* got 3"),
+        ({"parallel__ulysses": 2, "parallel__cp": 1}, "must divide the 1 ranks of the ring, got 2; possible: 1"),
+        (
+            {"parallel__ulysses": 4, "parallel__cp": 4},
+            "got 6 and 2 heads; possible over 4 ranks: 2; or use the ring alone",
+        ),
+        ({**SAS, "parallel__ulysses": 8, "parallel__cp": 8}, "got 12 and 12 heads; possible over 8 ranks: 2, 4"),
         ({"parallel__dp": 2}, "optim.rows_per_step: must be a multiple of dp=2, .* got 1; set it to 2"),
         ({"parallel__dp": 2, "optim__rows_per_step": 5}, "got 5; set it to 4 or 6"),
         ({"optim__warmup_steps": 3}, "optim.warmup_steps: expected at most optim.steps=2, got 3"),
@@ -162,6 +200,8 @@ def test_auto_is_resolved_for_a_number_of_processes(
         ({"parallel__dp": 4, "optim__rows_per_step": 4}, 2, "expected a multiple of parallel.dp=4"),
         ({}, 40, "40 processes .*\n.*zigzag over cp=40 ranks needs at least 80 tokens"),
         ({"parallel__cp": 2}, 4, "4 processes .*\noptim.rows_per_step: must be a multiple of dp=2"),
+        ({"parallel__ulysses": 2}, 3, "3 processes .*\nparallel.ulysses: the degree must divide the 3 ranks"),
+        ({"parallel__ulysses": 4}, 4, "parallel.ulysses: degree 4 needs query heads .* got 6 and 2 heads"),
     ],
 )
 def test_processes_that_do_not_fit_are_refused(changes: dict[str, Any], processes: int, expected: str) -> None:
@@ -181,6 +221,10 @@ def test_processes_that_do_not_fit_are_refused(changes: dict[str, Any], processe
         ({"data__bpe_vocab": 500}, "data.bpe_vocab: no effect because data.tokenizer is bytes, not bpe"),
         ({"parallel__sinks": 4}, "parallel.sinks: no effect because parallel.window is null"),
         ({"parallel__window": 64}, "parallel.window: no effect because it is not shorter than data.seq_len=64"),
+        (
+            {"parallel__ulysses": 2, "parallel__cp": 2, "parallel__transport": "p2p"},
+            "parallel.transport: no effect because parallel.ulysses is parallel.cp=2: no ring is left",
+        ),
         ({"optim__schedule": "constant", "optim__min_lr_ratio": 0.5}, "optim.min_lr_ratio: no effect because"),
         ({"model__selection_lag": 4}, "model.selection_lag: no effect because model.selection is false"),
         ({"model__selection": False, "model__selection_guide": True}, "model.selection_guide: no effect because"),

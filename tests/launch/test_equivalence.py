@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from launch.errors import EXIT_DONE
+from launch.metrics import read_metrics
 from tests.launch.runs import losses, settings, train_worker, write_corpus
 from tests.processes import run_ranks
 
@@ -63,6 +64,33 @@ def test_dp_times_cp_and_recompute(corpus, tmp_path, alone):
         ("zigzag", {"name": "fsdp", "recompute": True}, 2, {}),
     ]
     compare(corpus, tmp_path, alone, 4, variants)
+
+
+FEW = {"optim__steps": 4, "optim__rows_per_step": 1, "optim__warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def few_alone(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    assert run_ranks(train_worker, 1, [settings(corpus, folder, **FEW)]) == [[EXIT_DONE]]
+    return losses(folder)
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_heads_for_tokens_give_the_losses_of_one_process(corpus, tmp_path, few_alone, cp_size):
+    """Ulysses in the place of the ring, and teams of two in a ring of two."""
+    compare(corpus, tmp_path, few_alone, cp_size, [("zigzag", ENGINES[0], 1, {**FEW, "parallel__ulysses": 2})])
+    sent = {record["ring_bytes_sent"] for record in read_metrics(tmp_path / "0" / "metrics.jsonl")}
+    # In two layers each token's half of the heads of q, k, v and out, there and back.
+    assert sent == {2 * 101 * (2 * 16 + 1 * 16) * 4} if cp_size == 2 else min(sent) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "dp", "degree"), [(2, 1, 2), (4, 1, 2), (4, 1, 4), (4, 2, 2)])
+def test_heads_for_tokens_in_every_layout_and_engine(corpus, tmp_path, alone, world_size, dp, degree):
+    engines = (*FAST_ENGINES, {"name": "fsdp", "recompute": True})
+    ulysses = {"parallel__ulysses": degree}
+    compare(corpus, tmp_path, alone, world_size, [(*pair, dp, ulysses) for pair in itertools.product(LAYOUTS, engines)])
 
 
 @pytest.mark.slow

@@ -147,12 +147,14 @@ def preempted_run(corpus, folder):
     ("world_size", "changes"),
     [
         (3, {"parallel__layout": "contiguous"}),
-        (4, {"parallel__dp": 2, "engine__name": "fsdp"}),
+        (4, {"parallel__dp": 2, "engine__name": "fsdp", "parallel__ulysses": 2}),
         pytest.param(1, {"engine__name": "zero", "engine__zero_stage": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"engine__name": "zero", "engine__zero_stage": 3}, marks=pytest.mark.slow),
     ],
 )
-def test_rows_12_and_13_resume_under_another_cp_dp_layout_and_engine(corpus, tmp_path, clean, world_size, changes):
+def test_rows_12_and_13_resume_under_another_cp_dp_layout_engine_and_degree(
+    corpus, tmp_path, clean, world_size, changes
+):
     preempted_run(corpus, tmp_path)
     run = short_run(corpus, tmp_path, **changes)
     assert run_ranks(train_worker, world_size, [run]) == [[EXIT_DONE]] * world_size

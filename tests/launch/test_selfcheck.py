@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.carrier import make_carrier
 from launch.config import Config
 from launch.errors import EXIT_DONE, EXIT_NUMERICS
 from launch.ranks import Ranks
@@ -23,6 +24,8 @@ MODELS = {
     "gqa window": {},
     **{kind: {"attention": kind, **KINDS[kind]} for kind in ("mla", "tpa", "sas")},
     "sas guided": {"attention": "sas", **KINDS["sas"], **GUIDED},
+    "gqa guided ulysses": GUIDED,
+    "tpa ulysses": {"attention": "tpa", **KINDS["tpa"]},
 }
 
 
@@ -31,6 +34,8 @@ def kinds_worker(rank, world_size):
     for name, model in MODELS.items():
         nested = settings(Path("corpus.jsonl"), Path("run"), engine__precision="bf16" if name == "mla" else "fp32")
         nested["model"] |= model
+        if "ulysses" in name:
+            nested["parallel"]["ulysses"] = 2
         if name == "gqa window":
             nested["parallel"] |= {"window": 8, "sinks": 2, "layout": "striped"}
         config = Config(**nested)
@@ -39,7 +44,7 @@ def kinds_worker(rank, world_size):
         torch.manual_seed(3)
         before = torch.get_rng_state()
         shape = preset("test", **{"vocab_size": 257, **config.model.overrides()})
-        told[name] = check_attention(config, topology, shape, None, ranks)
+        told[name] = check_attention(config, topology, shape, make_carrier(config, topology), ranks)
         assert torch.equal(torch.get_rng_state(), before)
     return told
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -190,16 +191,22 @@ def test_a_wrong_mesh_is_refused_before_any_group() -> None:
 
 def silent_peer(rank: int, world_size: int) -> list[Any]:
     topology = Topology.start(config(hop_timeout_s=0.3, setup_timeout_s=20.0))
+    later = dist.new_group(timeout=timedelta(seconds=600))
+    topology.adopt(later)
     seen: list[Any] = [topology.timeouts.now]
     topology.use_hop_timeout()
     with topology.patient():
         seen.append(topology.timeouts.now)
         topology.barrier()
     seen.append(topology.timeouts.now)
-    if rank == 0:
-        for group in (topology.world_group, topology.cp_group, topology.cpu_group):
-            with pytest.raises(RuntimeError):
-                dist.all_reduce(torch.zeros(1), group=group)
+    if rank == 1:
+        time.sleep(4)  # silent, not gone
+        return seen
+    began = time.monotonic()
+    for group in (topology.world_group, topology.cp_group, topology.cpu_group, later):
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(torch.zeros(1), group=group)
+    assert time.monotonic() - began < 3
     return seen
 
 

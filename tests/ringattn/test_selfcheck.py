@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import ringattn
 from ringattn.kernels import KERNELS
 from ringattn.kernels.reference import ReferenceKernel
+from ringattn.selfcheck import _fewer_heads
 from ringattn.transport.p2p import P2PTransport
 from tests.processes import run_ranks
 
@@ -77,6 +79,82 @@ def stats_worker(rank, world_size):
 
 def test_it_leaves_no_counts_behind():
     assert run_ranks(stats_worker, 2) == [0, 0]
+
+
+def ulysses_worker(rank, world_size, degree):
+    made = {layout: ringattn.make_ulysses(dist.group.WORLD, degree, layout=layout) for layout in ("zigzag", "striped")}
+    learned = ringattn.Selection(head=3, gain=torch.zeros(1), memory_tau=1.0)
+    runs = [
+        {**SHAPE, "documents": True, "dtype": torch.bfloat16},
+        {**SHAPE, "layout": "striped", "window": 4096, "sinks": 4},
+        {**SHAPE, "documents": True, "selection": learned, "guided": True},
+        {**SIMULATED, "selection": ringattn.Selection(head=6)},
+        {"heads": 12, "kv_heads": 1, "head_dim": 8},
+    ]
+    found = [
+        ringattn.self_check(group=dist.group.WORLD, **run, ulysses=made[run.get("layout", "zigzag")]) for run in runs
+    ]
+    assert made["zigzag"].stats.take().hops == 0
+    return [*found, ringattn.self_check(group=dist.group.WORLD, **SHAPE, ulysses=degree)]
+
+
+@pytest.mark.parametrize(
+    ("cp_size", "degree"),
+    [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)],
+)
+def test_heads_for_tokens_pass_too(cp_size, degree):
+    for report in run_ranks(ulysses_worker, cp_size, degree)[0]:
+        assert report.seconds < 5.0
+        assert all(0 < error <= report.tolerances[name] for name, error in report.errors.items())
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "degree", "expected"),
+    [
+        (32, 8, 1, 1, (8, 2)),
+        (12, 1, 4, 1, (12, 1)),
+        (32, 8, 4, 2, (16, 4)),
+        (32, 8, 4, 4, (32, 8)),
+        (64, 16, 4, 4, (32, 8)),
+        (32, 8, 16, 16, (32, 8)),  # each key/value head to two ranks
+        (36, 18, 4, 4, (36, 18)),  # to be refused as they are
+        (7, 2, 1, 1, (7, 2)),
+    ],
+)
+def test_the_heads_of_the_small_problems_can_be_dealt_out_as_the_runs(heads, kv_heads, size, degree, expected):
+    assert _fewer_heads(heads, kv_heads, SimpleNamespace(size=size, degree=degree)) == expected
+
+
+def swapped_heads_worker(rank, world_size, degree):
+    """The exchange of heads mixes up what comes from two members."""
+    from ringattn.head_exchange import HeadExchange
+
+    right = HeadExchange.to_tokens
+
+    def swapped(self, tensors, spans):
+        return [x.flip(2) if len(tensors) == 1 else x for x in right(self, tensors, spans)]
+
+    HeadExchange.to_tokens = swapped
+    with pytest.raises(ringattn.SelfCheckError) as caught:
+        ringattn.self_check(group=dist.group.WORLD, **SHAPE, ulysses=degree)
+    return str(caught.value)
+
+
+def test_a_fault_of_the_exchange_of_heads_is_told_from_one_of_the_ring():
+    told = run_ranks(swapped_heads_worker, 2, 2)
+    assert told[0] == told[1]
+    assert "with ulysses=1 and transport='p2p' it is right, so what exchanges heads for tokens" in told[0]
+    assert "ulysses of degree 2" in told[0]
+    assert "(hop" not in told[0]
+
+
+def unfit_worker(rank, world_size):
+    with pytest.raises(ringattn.TopologyError, match="got 36 and 18 heads; possible over 4 ranks: 2; or use the ring"):
+        ringattn.self_check(heads=36, kv_heads=18, head_dim=8, group=dist.group.WORLD, ulysses=4)
+
+
+def test_heads_that_do_not_fit_the_run_are_not_made_to_fit():
+    run_ranks(unfit_worker, 4)
 
 
 class IgnoresCausal(ReferenceKernel):
