@@ -24,6 +24,19 @@ _PAYLOADS = {"mla": "latent and rotary key", "tpa": "factors of k and v", "sas":
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wire:
+    """Bytes per token of one layer, mean over layers, that go around a ring.
+
+    Attributes:
+        payload: With the keys of shallower layers' votes.
+        ballot: In the additional passes of selection.
+    """
+
+    payload: float
+    ballot: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RingBytes:
     """What a ring sends, in bytes, for the longest shard.
 
@@ -44,60 +57,80 @@ class RingBytes:
     memory: float
 
 
-def ring_bytes(model: ModelConfig, plan: ringattn.Plan, element_bytes: int) -> RingBytes:
-    """Count the messages of `ringattn.ring` and `ringattn.scoring.attention`; none in a ring of one."""
-    if plan.cp_size == 1:
-        return RingBytes(payload=0.0, ballot=0.0, states=0.0, per_row=0.0, memory=0.0)
-    tokens = _most_tokens(plan)
-    per_token = payload_bytes_per_token(model, element_bytes) + guide_bytes_per_token(model, element_bytes)
-    ballot = ballot_bytes_per_token(model, element_bytes)
-    states = 2.0 * _most_states_sent(model, plan) * _FP32  # for prefixes, and again for suffixes
-    travelled = _most_tokens_sent(plan)
-    return RingBytes(
-        payload=tokens * per_token,
-        ballot=tokens * ballot,
-        states=states,
-        per_row=model.layers * (travelled * (per_token + ballot) + states),
-        memory=tokens * (5 * per_token + per_token / element_bytes * _FP32),
+def wire_of(model: ModelConfig, element_bytes: int) -> Wire:
+    """What goes around a ring without Ulysses."""
+    return Wire(
+        payload=payload_bytes_per_token(model, element_bytes) + guide_bytes_per_token(model, element_bytes),
+        ballot=ballot_bytes_per_token(model, element_bytes),
     )
 
 
-def _most_tokens_sent(plan: ringattn.Plan) -> int:
-    """Tokens whose payloads the busiest rank sends: forward, backward, and as gradients of payloads that it used."""
+def ring_bytes(model: ModelConfig, plan: ringattn.Plan, element_bytes: int, wire: Wire | None = None) -> RingBytes:
+    """Count the messages of `ringattn.ring` and `ringattn.scoring.attention`; none in a ring of one.
+
+    Args:
+        wire: None: as without Ulysses.
+    """
+    if plan.cp_size == 1:
+        return RingBytes(payload=0.0, ballot=0.0, states=0.0, per_row=0.0, memory=0.0)
+    tokens, wire = plan.longest_shard, wire or wire_of(model, element_bytes)
+    return RingBytes(
+        payload=tokens * wire.payload,
+        ballot=tokens * wire.ballot,
+        states=max(_states_sent(model, plan)),
+        per_row=max(sent_per_row(model, plan, wire)),
+        memory=tokens * (5 * wire.payload + wire.payload / element_bytes * _FP32),
+    )
+
+
+def sent_per_row(model: ModelConfig, plan: ringattn.Plan, wire: Wire) -> list[float]:
+    """Bytes that each rank of a ring sends for one row, all layers and hops."""
+    travelled, states = _tokens_sent(plan), _states_sent(model, plan)
+    per_token = wire.payload + wire.ballot
+    return [model.layers * (t * per_token + s) for t, s in zip(travelled, states, strict=True)]
+
+
+def _tokens_sent(plan: ringattn.Plan) -> list[int]:
+    """Tokens whose payloads each rank sends: forward, backward, and as gradients of payloads that it used."""
     ranks = range(plan.cp_size)
     if plan.cp_size > 64:  # the table of all pairs takes long: as if every rank needed every payload
-        return 3 * (plan.num_hops - 1) * _most_tokens(plan)
+        return [3 * (plan.num_hops - 1) * plan.longest_shard for _ in ranks]
     sent = []
     for rank in ranks:
         given = sum(len(plan.columns(visitor, rank)) for visitor in ranks if visitor != rank)
         used = sum(len(plan.columns(rank, source)) for source in ranks if source != rank)
         sent.append(2 * given + used)
-    return max(sent)
+    return sent
 
 
-def _most_states_sent(model: ModelConfig, plan: ringattn.Plan) -> int:
-    """Column states that the busiest rank sends: of its pieces to the owners of keys, of its keys to all pieces."""
+def _states_sent(model: ModelConfig, plan: ringattn.Plan) -> list[float]:
+    """Bytes of column states that each rank sends: of its pieces to the owners of keys, of its keys to all pieces."""
     pieces, keys = _pieces(model, plan), [plan.shard_len(rank) for rank in range(plan.cp_size)]
-    return max(own * (sum(keys) - held) + (sum(pieces) - own) * held for own, held in zip(pieces, keys, strict=True))
+    counts = [own * (sum(keys) - held) + (sum(pieces) - own) * held for own, held in zip(pieces, keys, strict=True)]
+    return [2.0 * count * _FP32 for count in counts]  # for prefixes, and again for suffixes
 
 
-def attention_lines(model: ModelConfig, seq_len: int, element_bytes: int) -> Iterator[tuple[str, str]]:
-    """Kind, parameters, what travels, operations and selection."""
+def attention_lines(
+    model: ModelConfig, seq_len: int, element_bytes: int, ulysses: int = 1
+) -> Iterator[tuple[str, str]]:
+    """Kind, parameters, what travels, operations and selection; `ulysses` is the degree."""
     shape = attention_shape(model)
     yield "kind", _kind(model)
     made = f", {shape.expansions:,} of them make heads of what is projected" if shape.expansions else ""
     yield "parameters per layer", f"{shape.parameters:,}{made}"
-    payload = f"{shape.payload:,} elements, {payload_bytes_per_token(model, element_bytes):,} bytes per layer"
-    ratio = f"; {shape.expanded / shape.payload:.3g} times as many on arrival" if shape.payload_flops else ""
-    yield "what travels, per token", f"{payload}{ratio}"
+    if ulysses == 1:
+        payload = f"{shape.payload:,} elements, {payload_bytes_per_token(model, element_bytes):,} bytes per layer"
+        ratio = f"; {shape.expanded / shape.payload:.3g} times as many on arrival" if shape.payload_flops else ""
+        yield "what travels, per token", f"{payload}{ratio}"
     keys = (seq_len + 1) / 2
     forward = f"{format_count(pair_flops(model) * keys)}FLOP for {keys:,.0f} keys (causal mean)"
     yield "forward per token, all layers", f"{forward}, {_share(model, seq_len):.0%} of the model"
     if shape.payload_flops or shape.query_flops:
         flops = format_count(model.layers * expansion_flops(model))
         again = format_count(model.layers * shape.payload_flops)
-        yield "expansion per token, all layers", f"{flops}FLOP forward; {again}FLOP once more at every hop"
-    yield from _selection_lines(model, seq_len)
+        where = f"{again}FLOP once more at every hop" if ulysses == 1 else "at home, before heads are exchanged"
+        yield "expansion per token, all layers", f"{flops}FLOP forward; {where}"
+    yield from _selection_lines(model, seq_len, ulysses)
 
 
 def expanded_bytes(model: ModelConfig, plan: ringattn.Plan, element_bytes: int) -> int:
@@ -106,7 +139,7 @@ def expanded_bytes(model: ModelConfig, plan: ringattn.Plan, element_bytes: int) 
     if not shape.payload_flops:
         return 0
     kept = shape.heads * (3 * shape.value_dim + shape.score_dim) if model.attention == "sas" else 0
-    return _most_tokens(plan) * ((shape.expanded + kept) * element_bytes + shape.expanded * _FP32)
+    return plan.longest_shard * ((shape.expanded + kept) * element_bytes + shape.expanded * _FP32)
 
 
 def column_state_bytes(model: ModelConfig, plan: ringattn.Plan, *, recompute: bool) -> int:
@@ -142,7 +175,7 @@ def _kind(model: ModelConfig) -> str:
     }.get(str(model.attention), f"{model.attention}: {heads} query and {kv_heads} key/value heads of {width}")
 
 
-def _selection_lines(model: ModelConfig, seq_len: int) -> Iterator[tuple[str, str]]:
+def _selection_lines(model: ModelConfig, seq_len: int, ulysses: int) -> Iterator[tuple[str, str]]:
     selection = model.selection
     if selection is None:
         return
@@ -153,16 +186,12 @@ def _selection_lines(model: ModelConfig, seq_len: int) -> Iterator[tuple[str, st
     core = pair_flops(model) * (seq_len + 1) / 2
     more = selection_overhead(model, seq_len)
     shares = f"{more.forward / core:.1%} of the attention's forward, {more.backward / (2 * core):.1%} of its backward"
-    yield "additional passes in a ring", shares
+    yield "additional passes in a ring", shares + (f"; {ulysses} times, once per rank of a team" if ulysses > 1 else "")
 
 
 def _share(model: ModelConfig, seq_len: int) -> float:
     """Part of the model's operations that is scores, values and votes (causal)."""
     return pair_flops(model) * (seq_len + 1) / 2 / flops_per_token(model, seq_len).forward_causal
-
-
-def _most_tokens(plan: ringattn.Plan) -> int:
-    return max(plan.shard_len(rank) for rank in range(plan.cp_size))
 
 
 def _pieces(model: ModelConfig, plan: ringattn.Plan) -> list[int]:

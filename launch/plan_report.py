@@ -11,6 +11,7 @@ from pathlib import Path
 import ringattn
 from launch.config import Config
 from launch.plan_attention import (
+    RingBytes,
     attention_lines,
     column_state_bytes,
     expanded_bytes,
@@ -18,6 +19,7 @@ from launch.plan_attention import (
     payload_name,
     ring_bytes,
 )
+from launch.plan_ulysses import exchange_lines, expanded_at_home, inner_plan, ulysses_bytes
 from launch.progress import format_bytes
 from model.config import ModelConfig, preset
 from model.flops import (
@@ -50,7 +52,7 @@ def render(config: Config, num_processes: int) -> str:
     sections = (
         ("topology", _topology_lines(config, dp, cp)),
         ("tokens", _token_lines(config, plan)),
-        ("attention", attention_lines(model, config.data.seq_len, element_bytes(config))),
+        ("attention", attention_lines(model, config.data.seq_len, element_bytes(config), config.parallel.ulysses)),
         ("ring", _ring_lines(config, model, plan)),
         ("memory per process (estimate)", _memory_lines(config, model, plan, num_processes)),
         ("compute", _compute_lines(config, model, num_processes)),
@@ -100,8 +102,28 @@ def _ring_lines(config: Config, model: ModelConfig, plan: ringattn.Plan) -> Iter
     if plan.cp_size == 1:
         yield "hops", "none: one process holds the whole row"
         return
-    sent, hops = ring_bytes(model, plan, element_bytes(config)), plan.num_hops - 1
-    payload = payload_name(model)
+    size, degree = element_bytes(config), config.parallel.ulysses
+    if degree == 1:
+        sent = ring_bytes(model, plan, size)
+        yield from _hop_lines(model, plan, sent, payload_name(model))
+        total = sent.per_row
+    else:
+        exchanged = ulysses_bytes(model, plan, size, degree)
+        yield from exchange_lines(model, plan, size, degree)
+        plan, total = inner_plan(plan, degree), exchanged.per_row
+        if plan.cp_size > 1:
+            yield from _hop_lines(model, plan, exchanged.ring, "k and v")
+    yield "sent per rank and row", f"at most {format_bytes(total)} over {model.layers} layers"
+    if 1 < plan.cp_size <= 64:  # the table of all pairs; beyond, the simulator's business
+        work = [sum(plan.visible_pairs(r, s) for s in range(plan.cp_size)) for r in range(plan.cp_size)]
+        yield (
+            "balance",
+            f"the busiest rank has {max(work) * plan.cp_size / sum(work):.3f} times the mean attention work",
+        )
+
+
+def _hop_lines(model: ModelConfig, plan: ringattn.Plan, sent: RingBytes, payload: str) -> Iterator[tuple[str, str]]:
+    hops = plan.num_hops - 1
     guided = model.selection is not None and model.selection.guide
     mean = ", with shallower layers' votes, mean over layers" if guided else ""
     size = format_bytes(sent.payload)
@@ -111,13 +133,6 @@ def _ring_lines(config: Config, model: ModelConfig, plan: ringattn.Plan) -> Iter
     if sent.ballot:
         ballot = f"{format_bytes(sent.ballot)} a hop (the selection head's keys), as many hops each way"
         yield "additional passes of selection", f"{ballot}; {format_bytes(sent.states)} of column states"
-    yield "sent per rank and row", f"at most {format_bytes(sent.per_row)} over {model.layers} layers"
-    if plan.cp_size <= 64:  # the table of all pairs; beyond, the simulator's business
-        work = [sum(plan.visible_pairs(r, s) for s in range(plan.cp_size)) for r in range(plan.cp_size)]
-        yield (
-            "balance",
-            f"the busiest rank has {max(work) * plan.cp_size / sum(work):.3f} times the mean attention work",
-        )
 
 
 def _memory_lines(
@@ -129,17 +144,24 @@ def _memory_lines(
     size = element_bytes(config)
     activations = tokens * activation_bytes_per_token(model, size, recompute=config.engine.recompute)
     tile = loss_bytes(model, min(config.optim.loss_tile, tokens), size)
-    sent = ring_bytes(model, plan, size)
-    expanded = expanded_bytes(model, plan, size)
-    states = column_state_bytes(model, plan, recompute=config.engine.recompute is True)
-    total = weights + gradients + 2 * moments + activations + tile + sent.memory + expanded + states
+    degree, again = config.parallel.ulysses, bool(config.engine.recompute)
+    inner = inner_plan(plan, degree)  # the same plan if the degree is 1
+    if degree == 1:
+        messages, expanded = ring_bytes(model, plan, size).memory, expanded_bytes(model, plan, size)
+    else:
+        messages = ulysses_bytes(model, plan, size, degree).memory
+        expanded = expanded_at_home(model, plan, size, recompute=again)
+    states = column_state_bytes(model, inner, recompute=config.engine.recompute is True)
+    total = weights + gradients + 2 * moments + activations + tile + messages + expanded + states
     yield "parameters", f"{parameters:,} in all"
     yield "weights, gradients, AdamW", " + ".join(format_bytes(part) for part in (weights, gradients, 2 * moments))
     yield "activations", f"{format_bytes(activations)}{_RECOMPUTED[config.engine.recompute]}"
     yield "loss tile", f"{format_bytes(tile)} ({config.optim.loss_tile:,} positions at a time)"
-    yield "messages of a hop", f"{format_bytes(sent.memory)} (own, held and arriving; gradients)"
+    exchange = "of an exchange of heads, and of a hop: " if degree > 1 else ""
+    yield "messages of a hop", f"{format_bytes(messages)} ({exchange}own, held and arriving; gradients)"
     if expanded:
-        yield "expanded keys and values", f"{format_bytes(expanded)} of one rank, with gradients"
+        whose = "of one rank, with gradients" if degree == 1 else "of the own tokens, as long as layers are kept"
+        yield "expanded keys and values", f"{format_bytes(expanded)} {whose}"
     if states:
         yield "column states of selection", format_bytes(states)
     yield "sum", f"{format_bytes(total)}, without libraries and fragmentation"

@@ -11,6 +11,7 @@ from launch.config import Config
 from launch.errors import ConfigError
 from launch.plan_attention import ring_bytes
 from launch.plan_report import model_of, render
+from launch.plan_ulysses import ulysses_bytes
 from model.decoder import Decoder
 from tests.processes import run_ranks
 
@@ -105,6 +106,72 @@ def test_every_kind_sends_the_bytes_of_its_plan():
         model = model_of(settings_of(kind, selection, layout))
         planned = ring_bytes(model, ringattn.Plan(64, 2, layout=layout), 4)
         assert max(rank[number] for rank in sent) == planned.per_row, (kind, selection, layout)
+
+
+def ulysses_settings(kind, selection, layout, degree, kv_heads=2, seq_len=64):
+    model = {**SHAPE, "attention": kind, "kv_heads": kv_heads, **KINDS[kind], **selection}
+    return config(model=model, parallel={"layout": layout, "ulysses": degree}, data={"seq_len": seq_len})
+
+
+def ulysses_worker(rank, world_size, cases):
+    """As `kinds_worker`, with heads exchanged."""
+    found = []
+    for case in cases:
+        settings = ulysses_settings(*case)
+        module = Decoder(model_of(settings))
+        module.init_weights(0)
+        seq_len, layout = settings.data.seq_len, settings.parallel.layout
+        plan = ringattn.Plan(seq_len, world_size, layout=layout)
+        ulysses = ringattn.make_ulysses(dist.group.WORLD, settings.parallel.ulysses, layout=layout)
+        attention = functools.partial(ringattn.ring_attention, plan=plan, group=dist.group.WORLD, ulysses=ulysses)
+        tokens = torch.arange(plan.shard_len(rank))[None]
+        module(tokens, tokens, plan.positions(rank), attention, 16).backward()
+        found.append(ulysses.stats.take().bytes_sent)
+    return found
+
+
+GUIDED = {"selection": True, "selection_lag": 12, "selection_guide": True, "selection_gain": "learned"}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ulysses_sends_the_bytes_of_its_plan(world_size):
+    cases = [(kind, {}, "zigzag", 2) for kind in KINDS] + [
+        ("gqa", {}, layout, 2) for layout in ("striped", "contiguous")
+    ]
+    cases += [("gqa", SELECTIONS[1], "zigzag", 2), ("sas", GUIDED, "zigzag", 2), ("mla", GUIDED, "contiguous", 2)]
+    # As many ranks in a team as there are, some with copies of heads; shards of unequal length.
+    cases += [("gqa", {}, "zigzag", world_size, 1), ("gqa", {}, "zigzag", 2, 4), ("gqa", GUIDED, "zigzag", world_size)]
+    uneven = ("gqa", {}, "zigzag", world_size, 2, 101)
+    sent = run_ranks(ulysses_worker, world_size, [*cases, uneven])
+    for number, case in enumerate([*cases, uneven]):
+        settings = ulysses_settings(*case)
+        plan = ringattn.Plan(settings.data.seq_len, world_size, layout=settings.parallel.layout)
+        planned = ulysses_bytes(model_of(settings), plan, 4, settings.parallel.ulysses)
+        assert max(rank[number] for rank in sent) == planned.per_row, case
+        assert (planned.ring.per_row > 0) == (settings.parallel.ulysses < world_size), case
+
+
+def test_ulysses_is_described():
+    alone, crossed = (render(ulysses_settings("gqa", {}, "zigzag", degree), 4) for degree in (4, 2))
+    assert "teams of 4 ranks; no ring is left" in alone
+    assert "1 of 4 query and 1 of 2 key/value heads, each on 2 ranks, 64 tokens" in alone
+    # 16 tokens to 3 others: a head of q and one each of k and v of 8 x 4 bytes; a head of out
+    assert "4.5 KiB there (heads of q, k, v), 1.5 KiB back (out)" in alone
+    # 16 tokens to 3 others and of 3 others, there and back, 4 heads of 8 x 4 bytes, 2 layers
+    assert "at most 24.0 KiB over 2 layers" in alone
+    assert "hops per layer" not in alone
+    assert "what travels, per token" not in alone
+    assert "teams of 2 ranks; 2 teams form a ring" in crossed
+    assert "2 of 4 query and 1 of 2 key/value heads, 32 tokens" in crossed
+    assert "1 forward, 1 backward" in crossed
+    assert "at most 2.0 KiB (k and v of one rank" in crossed  # 32 tokens x 2 x 8 x 4 bytes
+    assert "1.000 times the mean attention work" in crossed
+    latent = render(ulysses_settings("mla", GUIDED, "zigzag", 2), 4)
+    assert "FLOP forward; at home, before heads are exchanged" in latent
+    assert "(heads of q, k, v, queries and keys that vote)" in latent
+    assert "2 times, once per rank of a team" in latent
+    # 2 layers x 16 tokens x 2 heads of 8 + 4 + 8, 4 bytes
+    assert "5.0 KiB of the own tokens, as long as layers are kept" in latent
 
 
 @pytest.mark.parametrize(
