@@ -15,7 +15,7 @@ from ringattn.arguments import plain_call
 from ringattn.plan import Plan
 
 # Before, only objects of some types could be arguments of a function that is called instead of traced.
-_CALLS_WITH_OBJECTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+_CALLS_WITH_OBJECTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
 def traced_attention(
