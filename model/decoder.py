@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import ringattn
 from model.attend import AttentionFn, Outcome
@@ -20,6 +21,13 @@ from model.rope import Rotation, rotation
 from model.selector import Carried
 
 Recompute = bool | Literal["keep_attention"]
+
+
+def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """The form of `ringattn.keeping_attention` that torch.compile knows."""
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+    contexts = create_selective_checkpoint_contexts([torch.ops.ringattn.attend.default])
+    return contexts
 
 
 class LossHead(nn.Module):
@@ -108,7 +116,8 @@ class Decoder(nn.Module):
             # no dropout anywhere: random states need not be kept, which saves a device synchronisation per layer
             options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             if self.recompute == "keep_attention":
-                options["context_fn"] = ringattn.keeping_attention
+                traced = torch.compiler.is_compiling()
+                options["context_fn"] = _selective_contexts if traced else ringattn.keeping_attention
             found: Outcome = checkpoint(layer, hidden, turn, attention, carried, **options)
             return found
         return layer(hidden, turn, attention, carried)

@@ -1,0 +1,56 @@
+"""A whole decoder in one graph of torch.compile, over a ring: loss and gradients of eager."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringattn
+from tests.model.dense import random_row
+from tests.model.kinds import decoder, kind
+from tests.processes import run_ranks
+
+LENGTH = 23
+
+
+def worker(rank, world_size, backend, recompute, layers):
+    """For three rows: how far compiled is off eager, the exchanges of both, and the graphs compiled so far."""
+    group = dist.group.WORLD
+    transport = ringattn.make_transport("p2p", group)
+    module = decoder(kind("gqa", layers=layers), recompute=recompute)
+    tokens, labels, _ = random_row(module.config, LENGTH)
+    torch._dynamo.utils.counters.clear()
+    compiled, found = torch.compile(module, backend=backend, fullgraph=True), []
+    for documents in (None, (0, 9, LENGTH), (0, 4, 11, LENGTH)):
+        plan, results, hops = ringattn.Plan(LENGTH, world_size, documents=documents), [], []
+        attention = functools.partial(ringattn.ring_attention, plan=plan, group=group, transport=transport)
+        for function in (module, compiled):
+            module.zero_grad()
+            cut = (ringattn.shard(x, plan, rank) for x in (tokens, labels))
+            loss = function(*cut, plan.positions(rank), attention, 64)
+            loss.backward()
+            results.append([loss.detach(), *(parameter.grad.clone() for parameter in module.parameters())])
+            hops.append(transport.stats.take().hops)
+        off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
+        found.append((off, *hops, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    return found
+
+
+def check(backend, recompute, layers):
+    for found in run_ranks(worker, 2, backend, recompute, layers, timeout=300):
+        for off, eager, compiled, graphs in found:
+            assert off <= 1e-10, found
+            assert eager == compiled, found
+            assert graphs == 1, found
+
+
+def test_one_graph_serves_all_rows():
+    check("eager", False, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, "keep_attention"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_every_backend(backend, recompute):
+    check(backend, recompute, 2)
