@@ -124,7 +124,7 @@ class RowMerge:
             merge_(self._running[0][:, rows], self._running[1][:, :, rows], out, lse)
             return
         if len(self._parts) + (self._running is not None) == _MAX_PARTS:
-            running = self._running or empty_result(self._q, self._width, fill=False)
+            running = empty_result(self._q, self._width, fill=False)  # never in place, see merge_parts
             self._write(*running)
             self._running = running
         self._parts.append((rows.start, out if out.stride(-1) == 1 else out.contiguous(), lse))

@@ -67,6 +67,7 @@ def ring_forward(
         if held is not None:
             with torch.profiler.record_function(f"ring {what} {_named(stop)}"):
                 visit(stop, held)
+        held = None  # or the next payload would take room beside it
         passage.leave(stop)
     passage.close()
 
@@ -104,6 +105,7 @@ def ring_backward(
         elif found is not None:
             for total, part in zip(totals, found, strict=True):
                 total.add(stop.only[1], part)
+        held = found = None
         passage.leave(stop)
     passage.close(totals)
     rooms = (None,) * len(totals) if into is None else into

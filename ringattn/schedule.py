@@ -19,6 +19,8 @@ from torch import Tensor
 from ringattn.mask import Block, Relation
 from ringattn.plan import Plan
 
+MOST_JOINED = 3  # hops; also the slots of an inbox, see transport/copy_engine.py
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
@@ -71,7 +73,7 @@ def joined_schedule(
     pair_flops: float,
     backward: bool,
     tall: bool,
-    most: int = 3,
+    most: int = MOST_JOINED,
     rates: Rates = _RATES,
 ) -> tuple[Stop, ...]:
     """Stops of several hops where that is possible and does not wait longer.

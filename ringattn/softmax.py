@@ -145,7 +145,7 @@ class SoftmaxAttention:
     def _head_groups(self, q: Tensor, payload: Payload) -> Iterator[tuple[slice, slice]]:
         """(query heads, key/value heads) that go around together: what travels and what waits must stay small."""
         heads, kv_heads = q.shape[2], payload[0].shape[2]
-        if not self.expansion.plain or not q.is_cuda:
+        if not self.expansion.plain or self.ring.transport is None:
             yield slice(0, heads), slice(0, kv_heads)
             return
         plan = self.ring.plan

@@ -152,6 +152,7 @@ def ulysses_of(ulysses: int | Ulysses, plan: Plan, group: dist.ProcessGroup, tra
     key = (id(group), f"ulysses of degree {ulysses} over {transport}")
     if key not in plan._transports:  # what is kept holds the group, so that the id stays its own
         plan._transports[key] = make_ulysses(group, ulysses, layout=plan.layout, transport=transport)
+        plan._transports[key].stats.timed = False  # nobody asks for its counts
     made: Ulysses = plan._transports[key]
     return made
 

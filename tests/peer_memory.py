@@ -33,6 +33,7 @@ class FilePeerMemory:
         self.rank = self._ranks[dist.get_rank(group)]
         self.device = torch.device("cpu")
         self.generation = 0
+        self.pinned = False
         self.barriers = 0
         self._group = group
         self._folder = folder
@@ -59,6 +60,9 @@ class FilePeerMemory:
         self.barriers += 1
         if self.barriers != self._skip:
             dist.barrier(self._group)
+
+    def patience_ms(self):
+        return 30_000
 
     def lane(self):
         return _AtOnce()

@@ -40,7 +40,11 @@ def _part_lse(L, start, stop, batch, head, row, s_batch, s_head, s_row):
     return tl.load(L + batch * s_batch + head * s_head + (row - start) * s_row, mask=held, other=-float("inf"))
 
 
+# Run-time values: each of them being divisible by 16 or not would otherwise make another kernel.
 _FREE = ["rows", "heads", "b0", "e0", "b1", "e1", "b2", "e2", "b3", "e3", "b4", "e4", "b5", "e5"]
+
+
+_FREE_LSE = ["l_batch", "l_head", *(f"{name}{n}" for name in "uv" for n in range(6))]
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -79,7 +83,7 @@ def _weighted(P, lse, base, start, stop, batch, head, row, d, s_batch, s_row, s_
     return weight, weight[:, None] * _part_rows(P, start, stop, batch, head, row, d, s_batch, s_row, s_head, held)
 
 
-@triton.jit(do_not_specialize=_FREE)
+@triton.jit(do_not_specialize=[*_FREE, *_FREE_LSE])
 def _merge_kernel(
     OUT, LSE, P0, P1, P2, P3, P4, P5, L0, L1, L2, L3, L4, L5, rows, heads,
     o_batch, o_row, o_head, l_batch, l_head, l_row,
@@ -154,7 +158,8 @@ def sum_parts(parts: Sequence[Part], out: Tensor) -> None:
 def merge_parts(parts: Sequence[LsePart], out: Tensor, lse: Tensor) -> None:
     """Write the merge of one to six normalised parts to out [B, S, H, D] and lse [B, H, S].
 
-    Where a part's lse is -inf its out is not read. A part may be `out` and `lse` themselves.
+    Where a part's lse is -inf its out is not read. No part may be `out` and `lse` themselves: several warps read the
+    lse, one writes it, and none waits for another.
     """
     rows, heads, width = out.shape[1:]
     filled = [*parts, *[parts[0]] * (MAX_PARTS - len(parts))]

@@ -129,8 +129,9 @@ def make_transport(
             each of several hosts and the second between them. "auto" takes copy_engine where every rank can reach every
             other one's memory, else p2p.
         group: The ring.
-        timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` was made with.
-            NCCL keeps the group's own limit, since waiting on the host would hold up the queue of kernels.
+        timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` was made with,
+            and half an hour at the copy engine's barriers. NCCL keeps the group's own limit, since waiting on the host
+            would hold up the queue of kernels.
         graphs: copy_engine only: run passes of short shards as CUDA graphs, since launching takes longer there than
             computing.
         timed: measure how long compute stands waiting, see `RingStats`.
@@ -180,5 +181,7 @@ def transport_of(transport: str | Transport, plan: Plan, group: dist.ProcessGrou
         return transport
     key = (id(group), transport)
     if key not in plan._transports:
-        plan._transports[key] = make_transport(transport, group)  # it holds the group, so that the id stays its own
+        plan._transports[key] = make_transport(
+            transport, group, timed=False
+        )  # it holds the group, so that the id stays its own
     return plan._transports[key]

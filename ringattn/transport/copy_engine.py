@@ -21,15 +21,16 @@ from torch import Tensor
 
 from ringattn.merge import RowSum, copy_
 from ringattn.plan import Plan
-from ringattn.schedule import Stop, own_tokens
+from ringattn.schedule import MOST_JOINED, Stop, own_tokens
 from ringattn.transport.graphs import PassGraphs, Step
 from ringattn.transport.p2p import P2PPending, P2PTransport
-from ringattn.transport.peer_memory import Mark, PeerMemory
+from ringattn.transport.peer_memory import Lane, Mark, PeerMemory
+from ringattn.transport.turns import Turn
 
 GRAPH_BYTES = 2**26  # of a payload, or of what stays here; longer shards keep the GPU busy without graphs
 
 _ALIGN = 256
-_SLOTS = 3
+_SLOTS = MOST_JOINED  # runs of joined hops end where slots are used again
 _AHEAD_BYTES = 2**26  # payloads on their way to a rank at a time; at least two
 _PULL, _PUSH = 0, 1  # channels of the barriers
 
@@ -85,6 +86,8 @@ class CopyEngineTransport:
         self._control = control
         self.pulls = memory.lane()
         self.pushes = memory.lane()
+        self.turn = Turn()
+        self._lane: Lane | None = None  # of the caller, last time
         self._graphs = PassGraphs(self.stats)
         self._capture = graphs
 
@@ -93,8 +96,19 @@ class CopyEngineTransport:
     ) -> tuple[Tensor, ...]:
         if not self._captures(plan, inputs, payload):
             return step(*inputs, payload)
-        generation = self.memory.generation
-        return self._graphs.run((key, plan), generation, step, inputs, payload, lambda: self._place(plan, payload)[1])
+        self.turn.check()
+        self.follow(self.memory.caller())
+        # Of what a graph holds for good, all that shapes and dtypes do not tell. Not the plan itself, which keeps
+        # transports by name: a circle; but the positions that masks are made of lie where the graph reads them.
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        key = (key, plan.fingerprint, deterministic, self.memory.patience_ms(), self.memory.generation)
+        return self._graphs.run(key, step, inputs, payload, lambda: self._place(plan, payload)[1], plan._positions)
+
+    def follow(self, main: Lane) -> None:
+        """If the caller has changed streams, what it does now comes after what it did before on the other."""
+        if self._lane is not None and self._lane != main:
+            main.after(self._lane.mark())
+        self._lane = main
 
     def _captures(self, plan: Plan, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> bool:
         """The same on all ranks, but for empty shards; capturing is no collective."""
@@ -111,7 +125,15 @@ class CopyEngineTransport:
     def open(
         self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
     ) -> CopyEnginePassage:
+        if payload[0].device != self.memory.device:
+            raise ValueError(
+                f"transport: made for {self.memory.device} (the current device then), got tensors on "
+                f"{payload[0].device}; call torch.cuda.set_device before make_transport"
+            )
+        if payload[0].is_cuda and torch.cuda.is_current_stream_capturing() and not self._graphs.capturing:
+            self.memory.pinned = True  # a graph of the caller's, of which nothing is known here, will read and write it
         room, own = self._place(plan, payload)
+        self.turn.begin(what)
         return CopyEnginePassage(self, plan, stops, room, payload, own, returns=returns)
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
@@ -137,6 +159,7 @@ class CopyEnginePassage:
         *,
         returns: bool,
     ) -> None:
+        self._transport = transport
         self._memory = transport.memory
         self._stats = transport.stats
         self._pulls, self._pushes = transport.pulls, transport.pushes
@@ -151,6 +174,8 @@ class CopyEnginePassage:
         if self._alone:
             return
         self._main = self._memory.caller()
+        if not (payload[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            transport.follow(self._main)
         for mine, x in zip(own, payload, strict=True):
             if mine.data_ptr() != x.data_ptr():  # as in a graph
                 copy_(mine, x)
@@ -167,8 +192,8 @@ class CopyEnginePassage:
         # Room for the first ones is made now, and their copies are issued once the first stop's work is: a GPU begins
         # what was issued first, and this rank's own tokens need no copy.
         most = max((stop.tokens for stop in self._coming), default=0)
-        self._first = self._coming[: max(2, _AHEAD_BYTES // max(1, most * per_token))]
-        for stop in self._first:
+        self._unissued = self._coming[: max(2, _AHEAD_BYTES // max(1, most * per_token))]
+        for stop in self._unissued:
             self._buffers[stop.hops] = self._buffer(stop)
 
     def arrival(self, stop: Stop) -> tuple[Tensor, ...] | None:
@@ -183,9 +208,9 @@ class CopyEnginePassage:
     def leave(self, stop: Stop) -> None:
         if self._alone:
             return
-        for first in self._first:
-            self._pull(first)
-        self._first = []
+        for stop_ahead in self._unissued:
+            self._pull(stop_ahead)
+        self._unissued = []
         if self._buffers.pop(stop.hops, None) is not None and self._coming:
             following = self._coming[0]
             self._buffers[following.hops] = self._buffer(following)
@@ -208,6 +233,7 @@ class CopyEnginePassage:
                 self._arrived.append(hop)
 
     def close(self, totals: Sequence[RowSum] = ()) -> None:
+        self._transport.turn.end()
         if self._alone:
             return
         if self._returns:

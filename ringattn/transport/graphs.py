@@ -6,6 +6,7 @@ into tensors of the graph's own (the payload straight to where peers read it), i
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ Step = Callable[..., tuple[Tensor, ...]]
 """(*inputs, payload) -> results: the same launches in the same order at every call."""
 
 _CALLS_BEFORE = 2  # kernels are compiled and libraries find their plans in the first calls
+_MOST = 32  # graphs at a time; the one not used for longest goes
 
 
 class PassGraphs:
@@ -25,59 +27,99 @@ class PassGraphs:
 
     Args:
         stats: the transport's counts; a replay counts as what was captured.
+
+    Attributes:
+        capturing: a pass is being captured here, not by the caller.
     """
 
     def __init__(self, stats: RingStats) -> None:
         self._stats = stats
-        self._generation = 0
-        self._calls: dict[Any, int] = {}
-        self._captured: dict[Any, _Captured] = {}
+        self._calls: OrderedDict[Any, int] = OrderedDict()
+        self._captured: OrderedDict[Any, _Captured] = OrderedDict()
         self._pool: Any = None
+        self.capturing = False
 
     def run(
         self,
         key: Any,
-        generation: int,
         step: Step,
         inputs: Sequence[Tensor],
         payload: tuple[Tensor, ...],
         place: Callable[[], tuple[Tensor, ...]],
+        kept: object,
     ) -> tuple[Tensor, ...]:
         """`step(*inputs, payload)`, from a graph if there is one.
 
         Args:
-            key: all that matters besides the shapes of inputs and payload; hashable.
-            generation: of the peer memory. Graphs of an older one are void.
+            key: all that matters besides the shapes and dtypes of inputs and payload; hashable.
             step: see `Step`.
             inputs: tensors that stay here.
             payload: travels.
             place: where the payload lies in peer memory.
+            kept: what must live as long as a graph of this step.
         """
-        if self._generation != generation:
-            self._calls.clear()
-            self._captured.clear()
-            self._generation = generation
         key = (key, *((x.shape, x.dtype) for x in (*inputs, *payload)))
         captured = self._captured.get(key)
-        if captured is None:
-            self._calls[key] = self._calls.get(key, 0) + 1
-            if self._calls[key] <= _CALLS_BEFORE:
-                return step(*inputs, payload)
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            captured = self._captured[key] = _Captured(step, inputs, place(), self._pool, self._stats)
+        if captured is not None:
+            self._captured.move_to_end(key)
+            return captured.replay(inputs, payload)
+        self._calls[key] = self._calls.pop(key, 0) + 1
+        if len(self._calls) > _MOST:
+            self._calls.popitem(last=False)
+        if self._calls[key] < _CALLS_BEFORE:
+            return step(*inputs, payload)
+        with torch.inference_mode(False), torch.no_grad():  # a graph serves training and evaluation alike
+            own = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs], place()
+            _fill(*own, inputs, payload)
+            if self._calls[key] == _CALLS_BEFORE:
+                return step(*own[0], own[1])  # strides as in the graph: libraries plan for these too
+            self._make_room()
+            captured = self._capture(step, *own, kept)
+        del self._calls[key]
+        self._captured[key] = captured
         return captured.replay(inputs, payload)
+
+    def _capture(self, step: Step, inputs: list[Tensor], own: tuple[Tensor, ...], kept: object) -> _Captured:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        self.capturing = True
+        try:
+            return _Captured(step, inputs, own, self._pool, self._stats, kept)
+        finally:
+            self.capturing = False
+
+    def _make_room(self) -> None:
+        if len(self._captured) < _MOST:
+            return
+        torch.cuda.synchronize()  # it may be running
+        self._captured.popitem(last=False)
+        if not self._captured:
+            self._pool = None
+
+
+def _fill(into: Sequence[Tensor], own: Sequence[Tensor], inputs: Sequence[Tensor], payload: Sequence[Tensor]) -> None:
+    pairs = list(zip((*into, *own), (*inputs, *payload), strict=True))
+    for dtype in {x.dtype for x, _ in pairs}:  # one launch each
+        some = [(mine, x) for mine, x in pairs if mine.dtype == dtype]
+        torch._foreach_copy_([mine for mine, _ in some], [x for _, x in some])
 
 
 class _Captured:
     """One pass as a graph."""
 
     def __init__(
-        self, step: Step, inputs: Sequence[Tensor], own: tuple[Tensor, ...], pool: Any, stats: RingStats
+        self,
+        step: Step,
+        inputs: list[Tensor],
+        own: tuple[Tensor, ...],
+        pool: Any,
+        stats: RingStats,
+        kept: object,
     ) -> None:
-        self._inputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+        self._inputs = inputs
         self._own = own
         self._stats = stats
+        self._kept = kept
         self._graph = torch.cuda.CUDAGraph()
         hops, sent = stats.hops, stats.bytes_sent
         # Other threads (NCCL's watchdog) may go on making CUDA calls meanwhile.
@@ -87,10 +129,8 @@ class _Captured:
         stats.hops, stats.bytes_sent = hops, sent
 
     def replay(self, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        pairs = list(zip((*self._inputs, *self._own), (*inputs, *payload), strict=True))
-        for dtype in {x.dtype for x, _ in pairs}:  # one launch each
-            some = [(into, x) for into, x in pairs if into.dtype == dtype]
-            torch._foreach_copy_([into for into, _ in some], [x for _, x in some])
+        with torch.no_grad():
+            _fill(self._inputs, self._own, inputs, payload)
         self._graph.replay()
         self._stats.hops += self._counts[0]
         self._stats.untimed_hops += self._counts[0]

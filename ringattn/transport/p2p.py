@@ -20,6 +20,7 @@ from ringattn.plan import Plan
 from ringattn.schedule import Stop, own_tokens
 from ringattn.transport.graphs import Step
 from ringattn.transport.stats import RingStats
+from ringattn.transport.turns import Turn
 
 
 class Message:
@@ -57,6 +58,7 @@ class P2PTransport:
         self.rank = dist.get_rank(group)
         self._batched = dist.get_backend(group) == "nccl"  # NCCL needs both directions in one launch
         self.description = f"p2p over {dist.get_backend(group)}"
+        self.turn = Turn()
 
     def run(
         self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]
@@ -67,6 +69,7 @@ class P2PTransport:
         self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
     ) -> P2PPassage:
         assert [stop.hops for stop in stops] == [(hop,) for hop in range(plan.num_hops)]
+        self.turn.begin(what)
         return P2PPassage(self, plan, payload, what)
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
@@ -135,6 +138,7 @@ class P2PPassage:
 
     def close(self, totals: Sequence[RowSum] = ()) -> None:
         self._collect(totals)
+        self._transport.turn.end()
 
     def _collect(self, totals: Sequence[RowSum]) -> None:
         if self._returning is not None:

@@ -43,11 +43,13 @@ class PeerMemory(Protocol):
         rank: own place in the ring.
         device: of the own region.
         generation: grows with each new set of regions; what was made for an older one is void.
+        pinned: regions stay when bigger ones take their place, for graphs that go on using them.
     """
 
     rank: int
     device: torch.device
     generation: int
+    pinned: bool
 
     def reserve(self, size: int) -> None:
         """Make all regions at least `size` bytes. Collective if they are smaller: every rank asks for the same."""
@@ -57,6 +59,9 @@ class PeerMemory(Protocol):
 
     def barrier(self, channel: int) -> None:
         """In the order of the current stream: go on when all ranks have come here on this channel."""
+
+    def patience_ms(self) -> int:
+        """How long a barrier that is issued now waits for the others, milliseconds."""
 
     def lane(self) -> Lane:
         """A new lane."""
@@ -87,6 +92,8 @@ class CudaPeerMemory:
         self.rank = ranks[dist.get_rank(group)]
         self.device = device
         self.generation = 0
+        self.pinned = False
+        self._kept: list[object] = []
         self._group = group
         self._timeout = timeout
         self._size = 0
@@ -100,12 +107,14 @@ class CudaPeerMemory:
 
         torch.cuda.synchronize(self.device)
         dist.barrier(self._group)  # no rank is using the old regions any more
+        if self.pinned:
+            self._kept.append((self._handle, self._regions))
         self._size = -(-size // _GRAIN) * _GRAIN
-        own = symmetric.empty(self._size, dtype=torch.uint8, device=self.device)
-        self._handle = symmetric.rendezvous(own, self._group)
-        self._regions = [
-            self._handle.get_buffer(rank, [self._size], torch.uint8) for rank in range(dist.get_world_size(self._group))
-        ]
+        with torch.inference_mode(False):  # training may come after an evaluation that came first
+            own = symmetric.empty(self._size, dtype=torch.uint8, device=self.device)
+            self._handle = symmetric.rendezvous(own, self._group)
+            places = range(dist.get_world_size(self._group))
+            self._regions = [self._handle.get_buffer(place, [self._size], torch.uint8) for place in places]
         self._regions[self._places[self.rank]] = own
         self.generation += 1
 
@@ -114,8 +123,11 @@ class CudaPeerMemory:
 
     def barrier(self, channel: int) -> None:
         assert self._handle is not None
+        self._handle.barrier(channel, self.patience_ms())
+
+    def patience_ms(self) -> int:
         limit = timedelta(minutes=30) if self._timeout is None else self._timeout()
-        self._handle.barrier(channel, int(limit.total_seconds() * 1e3))
+        return int(limit.total_seconds() * 1e3)
 
     def lane(self) -> CudaLane:
         # Of high priority: a barrier's small kernel must not queue behind attention.
@@ -131,6 +143,12 @@ class CudaLane:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
         self._outer: list[tuple[int, int, int]] = []
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CudaLane) and self._stream == other._stream
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
 
     def mark(self) -> torch.cuda.Event:
         return self._stream.record_event()

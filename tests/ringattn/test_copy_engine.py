@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.testing import error
+from ringattn import merge, softmax
+from ringattn.schedule import plain_schedule
+from ringattn.testing import dense_attention, error
 from ringattn.transport.copy_engine import CopyEngineTransport, Room
 from ringattn.transport.p2p import P2PTransport
 from tests.peer_memory import FilePeerMemory, copy_engine_on_files
@@ -107,3 +109,84 @@ def test_without_a_passage_s_first_barrier_a_late_rank_is_read_too_early(skipped
     assert began == 5  # two forward, three backward
     right = error(result[0], oracle(Case(63, "zigzag"))[0]) <= 1e-10
     assert right == (skipped is None)
+
+
+def late_worker(rank, world_size, folder, skipped):
+    """Rank 1 is late with its last pull; rank 0 goes on to a passage with another payload."""
+    memory = FilePeerMemory(dist.group.WORLD, folder, skip_barrier=skipped)
+    transport = CopyEngineTransport(memory, P2PTransport(dist.group.WORLD))
+    opened = transport.open
+
+    def slow(*arguments, **options):
+        passage = opened(*arguments, **options)
+        leave = passage.leave
+        passage.leave = lambda stop: (time.sleep(0.3), leave(stop))
+        return passage
+
+    if rank == 1:
+        transport.open = slow
+    plan = ringattn.Plan(64, world_size, causal=False)
+    outs = []
+    for case in (Case(64, "zigzag"), Case(65, "zigzag")):
+        q, k, v = (ringattn.shard(x[:, :64], plan, rank) for x in problem(case)[:3])
+        outs.append(ringattn.ring_attention(q, k, v, plan, dist.group.WORLD, transport=transport))
+    return [ringattn.unshard(x, plan, dist.group.WORLD) for x in outs]
+
+
+@pytest.mark.parametrize("skipped", [None, 2])
+def test_without_its_last_barrier_a_passage_is_overtaken_by_the_next(skipped, tmp_path):
+    out = run_ranks(late_worker, 2, str(tmp_path), skipped)[0][0]
+    q, k, v = (x[:, :64] for x in problem(Case(64, "zigzag"))[:3])
+    right = error(out, dense_attention(q, k, v, causal=False)) <= 1e-10
+    assert right == (skipped is None)
+
+
+def broken_worker(rank, world_size, folder):
+    found = []
+    for transport in (copy_engine_on_files(dist.group.WORLD, folder), P2PTransport(dist.group.WORLD)):
+        plan = ringattn.Plan(64, world_size)
+        stops = plain_schedule(plan, rank)
+        payload = (torch.zeros(1, 32, 1, 8), torch.zeros(1, 32, 1, 8))
+        transport.turn.begin("forward")  # as a passage does that an error breaks off
+        with pytest.raises(ringattn.PeerError, match=r"an earlier pass over this transport \(forward\) broke off"):
+            transport.open(plan, stops, payload, "again", returns=False)
+        found.append(transport.stats.hops)
+    return found
+
+
+def test_after_a_passage_that_broke_off_nothing_more_is_sent(tmp_path):
+    assert run_ranks(broken_worker, 2, str(tmp_path)) == [[0, 0], [0, 0]]
+
+
+def lazy_worker(rank, world_size, folder):
+    """Sums that only hold on to their parts, as on GPUs, over inbox slots that are used again."""
+    merge._fused = lambda device, dtype: dtype == torch.float32
+    transport = copy_engine_on_files(dist.group.WORLD, folder)
+    return attend(Case(33, "zigzag"), rank, world_size, transport, torch.float32)
+
+
+@pytest.mark.slow
+def test_sums_let_go_of_inbox_slots_before_they_are_used_again(tmp_path):
+    found = run_ranks(lazy_worker, 5, str(tmp_path), timeout=300)[0]
+    for name, actual, expected in zip(("out", "dq", "dk", "dv"), found, oracle(Case(33, "zigzag")), strict=True):
+        assert error(actual, expected) <= 1e-4, name
+
+
+def grouped_worker(rank, world_size, folder):
+    """Heads go around in groups, over both transports."""
+    found = []
+    for group_bytes in (2**40, 1):  # one group; as many as there are key heads
+        softmax._GROUP_BYTES = group_bytes
+        for transport in (copy_engine_on_files(dist.group.WORLD, f"{folder}/{int(group_bytes == 1)}"), "p2p"):
+            found.append(attend(Case(45, "zigzag", heads=(8, 4)), rank, world_size, transport))
+    return found, transport
+
+
+def test_groups_of_heads_equal_all_at_once(tmp_path):
+    for name in "01":
+        (tmp_path / name).mkdir()
+    results, _ = run_ranks(grouped_worker, 3, str(tmp_path))[0]
+    truth = oracle(Case(45, "zigzag", heads=(8, 4)))
+    for result in results:
+        for name, actual, expected in zip(("out", "dq", "dk", "dv"), result, truth, strict=True):
+            assert error(actual, expected) <= 1e-10, name

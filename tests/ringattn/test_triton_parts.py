@@ -23,7 +23,7 @@ def parts(count, dtype=torch.bfloat16):
     generator = torch.Generator().manual_seed(count)
     found = []
     for number in range(count):
-        start, stop = SPANS[number]
+        start, stop = SPANS[number % len(SPANS)]
         out = torch.randn(2, 3, stop - start, 24, generator=generator, dtype=torch.float32).to(dtype).transpose(1, 2)
         lse = 20 * torch.randn(2, 3, stop - start, generator=generator)
         lse[:, :, -3:-1] = -torch.inf
@@ -85,7 +85,7 @@ def test_a_single_whole_part_is_the_sum_and_a_view_can_take_the_result(lazy):
     assert not wide[:, :, :2].any()
 
 
-@pytest.mark.parametrize("count", [0, 1, 6, 7, 8])
+@pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 13])
 def test_a_lazy_merge_of_any_number_of_parts(lazy, count):
     q, found = torch.zeros(2, ROWS, 3, 8, dtype=torch.bfloat16), parts(count)
     merged = merge.RowMerge(q, 24)
@@ -97,6 +97,22 @@ def test_a_lazy_merge_of_any_number_of_parts(lazy, count):
     merged.result(out, lse)
     torch.testing.assert_close(out, expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, expected[1])
+
+
+def test_a_merge_is_never_in_place(lazy, monkeypatch):
+    from ringattn.kernels import triton_parts
+
+    def watched(parts, out, lse):
+        assert all(
+            part.data_ptr() != out.data_ptr() and part_lse.data_ptr() != lse.data_ptr() for _, part, part_lse in parts
+        )
+        return merge_parts(parts, out, lse)
+
+    monkeypatch.setattr(triton_parts, "merge_parts", watched)
+    merged = merge.RowMerge(torch.zeros(2, ROWS, 3, 8, dtype=torch.bfloat16), 24)
+    for span, part, lse in parts(18):
+        merged.add(span, part, lse)
+    merged.result(torch.empty(2, ROWS, 3, 24), torch.empty(2, 3, ROWS))
 
 
 def test_copies_to_and_from_some_heads_of_a_wider_tensor(lazy):

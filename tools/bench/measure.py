@@ -86,12 +86,37 @@ class Oracle:
             cut.take(x, part)
             for x, part in zip(self.inputs, (cut.heads, cut.kv_heads, cut.kv_heads, cut.heads), strict=True)
         )
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = case.attend(*leaves)
-        found = dict(zip(PARTS, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
+        found = dict(zip(PARTS, _as_timed(case, q, k, v, dout), strict=True))
         ranks.synchronize()  # not by reading a number, which would wait for ever
         parts = PARTS if cut.owns_keys(self.point) else PARTS[:2]
         return {name: _error(found[name], cut.take(self.answers[name], heads[name])) for name in parts}
+
+
+def _as_timed(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    """Out, dq, dk, dv as the timed calls make them: the fourth time, with other inputs before, and from a graph."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+
+    def step() -> tuple[Tensor, ...]:
+        out = case.attend(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    def set_to(factor: float) -> None:
+        with torch.no_grad():
+            for leaf, x in zip(leaves, (q, k, v), strict=True):
+                leaf.copy_(factor * x)
+
+    set_to(0.5)
+    for _ in range(3):
+        found = step()
+    if case.captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            found = step()
+        set_to(1.0)
+        graph.replay()
+        return tuple(x.clone() for x in found)
+    set_to(1.0)
+    return step()
 
 
 def check(variant: Variant, oracle: Oracle, ranks: Ranks) -> dict[str, float]:

@@ -1,0 +1,32 @@
+"""One passage at a time, each to its end: what ranks send and wait for is matched by nothing but its order."""
+
+from __future__ import annotations
+
+from ringattn.errors import PeerError
+
+
+class Turn:
+    """Whose turn it is on a transport. A passage that an error broke off leaves the transport void."""
+
+    def __init__(self) -> None:
+        self._what: str | None = None
+
+    def check(self) -> None:
+        """Raise if an earlier passage did not end.
+
+        Raises:
+            PeerError: naming it.
+        """
+        if self._what is not None:
+            raise PeerError(
+                f"ring: an earlier pass over this transport ({self._what}) broke off on this rank, so that the others' "
+                "sends and barriers would meet the wrong ones of this one; nothing more is sent over it. Look for the "
+                "error before this one; start again to resume from the last checkpoint"
+            )
+
+    def begin(self, what: str) -> None:
+        self.check()
+        self._what = what
+
+    def end(self) -> None:
+        self._what = None
