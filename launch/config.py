@@ -79,9 +79,9 @@ class ParallelConfig(Section):
     kernel: Literal["auto", "reference", "cpu", "cudnn", "flash", "tiled", "triton"] = Field(
         default="auto", description="attention of one block; tiled and triton: selective attention"
     )
-    transport: Literal["auto", "copy_engine", "p2p"] = Field(
+    transport: Literal["auto", "copy_engine", "hybrid", "p2p"] = Field(
         default="auto",
-        description="how a payload moves from rank to rank: copy_engine between GPUs of one host, p2p by messages",
+        description="how payloads move: copy_engine inside a host, p2p by messages, hybrid: the first inside hosts",
     )
     ulysses: PositiveInt = Field(
         default=1, description="ranks that exchange heads for tokens; parallel.cp for no ring at all"
