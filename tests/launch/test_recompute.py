@@ -29,10 +29,6 @@ def compare(tmp_path, engines):
     assert sent[2::2] == [sent[2]] * len(engines)
 
 
-def test_fsdp(tmp_path):
-    compare(tmp_path, [{"name": "fsdp"}])
-
-
 @pytest.mark.slow
 def test_every_engine(tmp_path):
     compare(tmp_path, [{"name": "ddp"}, {"name": "fsdp"}, {"name": "zero", "zero_stage": 3}])
