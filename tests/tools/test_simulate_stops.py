@@ -101,10 +101,10 @@ def test_groups_of_heads_are_the_library_s(sizes: tuple[int, int, int]) -> None:
     tokens, heads, kv_heads = sizes
     case = case_of(2, tokens, heads, kv_heads)
     assert (GRAPH_BYTES, events._PARTS) == (softmax._GROUP_BYTES, merge._MAX_PARTS)
-    # Shapes without memory, said to be on a GPU.
-    ring = SimpleNamespace(plan=case.plan)
+    # Shapes without memory.
+    ring = SimpleNamespace(plan=case.plan, transport="any")
     attention = SimpleNamespace(ring=ring, expansion=SimpleNamespace(plain=True))
-    q = SimpleNamespace(shape=(1, tokens, heads, 128), is_cuda=True, element_size=lambda: 2)
+    q = SimpleNamespace(shape=(1, tokens, heads, 128), element_size=lambda: 2)
     payload = (SimpleNamespace(shape=(1, tokens, kv_heads, 128)),) * 2
     groups = list(softmax.SoftmaxAttention._head_groups(attention, q, payload))  # type: ignore[arg-type]
     assert head_groups(case) == len(groups)
