@@ -60,6 +60,7 @@ def test_training_over_a_ring_equals_one_process(corpus, tmp_path):
     compare(corpus, tmp_path, [(name, engines[engine]) for name, engine in FAST.items()], 2)
 
 
+@pytest.mark.slow
 def test_heads_for_tokens_with_expansion_and_selection(corpus, tmp_path):
     compare(corpus, tmp_path, [("mla guided", ENGINES[1])], 2, parallel__ulysses=2)
 

@@ -76,7 +76,7 @@ def few_alone(corpus, tmp_path_factory):
     return losses(folder)
 
 
-@pytest.mark.parametrize("cp_size", [2, 4])
+@pytest.mark.parametrize("cp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_heads_for_tokens_give_the_losses_of_one_process(corpus, tmp_path, few_alone, cp_size):
     """Ulysses in the place of the ring, and teams of two in a ring of two."""
     compare(corpus, tmp_path, few_alone, cp_size, [("zigzag", ENGINES[0], 1, {**FEW, "parallel__ulysses": 2})])

@@ -133,7 +133,7 @@ def ulysses_worker(rank, world_size, cases):
 GUIDED = {"selection": True, "selection_lag": 12, "selection_guide": True, "selection_gain": "learned"}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ulysses_sends_the_bytes_of_its_plan(world_size):
     cases = [(kind, {}, "zigzag", 2) for kind in KINDS] + [
         ("gqa", {}, layout, 2) for layout in ("striped", "contiguous")

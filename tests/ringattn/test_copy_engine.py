@@ -41,7 +41,9 @@ def worker(rank, world_size, folder):
     return results, transport.stats.take(), transport.memory.barriers
 
 
-@pytest.mark.parametrize("cp_size", [2, 3, 4, pytest.param(5, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "cp_size", [2, 3, 4, pytest.param(5, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_equals_the_dense_oracle(cp_size, tmp_path):
     found = run_ranks(worker, cp_size, str(tmp_path), timeout=120)
     for case, result in zip([*cases(), Case(3, "zigzag")], found[0][0], strict=True):

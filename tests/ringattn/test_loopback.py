@@ -22,7 +22,7 @@ def in_turns(case, cp_size, dtype=torch.float64):
     return attend_in_turns(q, k, v, dout, plan, attend)
 
 
-@pytest.mark.parametrize("cp_size", [2, 3, 8, 16])
+@pytest.mark.parametrize("cp_size", [2, 3, 8, pytest.param(16, marks=pytest.mark.slow)])
 def test_equals_the_dense_oracle(cp_size):
     for layout, mask in itertools.product(("contiguous", "zigzag", "striped"), ({}, {"causal": False}, {"window": 5})):
         case = Case(101, layout, tuple(mask.items()))

@@ -95,7 +95,10 @@ MANY_HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", MANY_HEADS)
+@pytest.mark.parametrize(
+    "name",
+    ["grouped, lag inside a tile", *(pytest.param(n, marks=pytest.mark.slow) for n in ("exact", "lag of a tile"))],
+)
 def test_sums_over_heads_in_bf16_are_as_exact_as_fp32(name):
     """The gain's gradient, one number in fp32, is less wrong than anything that is summed or weighted in bf16."""
     case = problem(**MANY_HEADS[name], heads=16, dtype=torch.bfloat16)
