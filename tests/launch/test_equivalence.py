@@ -46,7 +46,9 @@ def compare(corpus, tmp_path, alone, world_size, variants):
         assert worst <= 1e-5, (world_size, variant, worst)
 
 
-@pytest.mark.parametrize("cp_size", [1, pytest.param(2, marks=pytest.mark.slow), 3, 4])
+@pytest.mark.parametrize(
+    "cp_size", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_every_layout_gives_the_losses_of_one_process(corpus, tmp_path, alone, cp_size):
     layouts = ("zigzag",) if cp_size in (1, 4) else LAYOUTS  # all of them for all sizes in the slow table below
     compare(corpus, tmp_path, alone, cp_size, [(layout, ENGINES[0], 1, {}) for layout in layouts])
@@ -57,6 +59,7 @@ def test_every_engine_gives_the_losses_of_one_process(corpus, tmp_path, alone, c
     compare(corpus, tmp_path, alone, cp_size, [("zigzag", engine, 1, {}) for engine in FAST_ENGINES])
 
 
+@pytest.mark.slow
 def test_dp_times_cp_and_recompute(corpus, tmp_path, alone):
     variants = [
         ("zigzag", ENGINES[0], 2, {}),

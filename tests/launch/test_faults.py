@@ -197,7 +197,7 @@ def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 @pytest.mark.parametrize(
     ("where", "blame"),
     [("loss", "the loss of rank 1 is not finite"), ("gradient", "it began in the loss of rank 1")],

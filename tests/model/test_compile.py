@@ -45,6 +45,7 @@ def check(backend, recompute, layers):
             assert graphs == 1, found
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_rows():
     check("eager", False, 1)
 

@@ -81,7 +81,7 @@ def cases_for(cp_size):
     return [*found, Case(33, "zigzag", (), (6, 1))]
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("cp_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_equals_the_dense_oracle(cp_size):
     cases = cases_for(cp_size)
     results = run_ranks(ring_worker, cp_size, cases, timeout=120)[0]

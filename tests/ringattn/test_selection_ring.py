@@ -152,7 +152,9 @@ def cases_for(cp_size):
 LAYOUTS = ("contiguous", "zigzag")
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "cp_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_selection_over_a_ring_equals_the_dense_definition(cp_size):
     cases = cases_for(cp_size)
     if cp_size == 1:
