@@ -104,10 +104,32 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the computation; the master weights stay fp32"
     )
+
+
+class MemoryConfig(Section):
+    """What is kept, recomputed, moved to the host or done in pieces; `memory: auto` is short for {auto: true}."""
+
+    auto: bool = Field(default=False, description="choose everything below by the memory at hand; short: memory: auto")
     recompute: bool | Literal["keep_attention"] = Field(
         default=False,
         description="recompute each layer in the backward pass instead of keeping it; keep_attention: all of it but "
         "attention, so that the ring does not run again",
+    )
+    keep_layers: PositiveInt | None = Field(
+        default=None,
+        description="layers, counted from the last, that keep_attention is for, the others are as with true; null: all",
+    )
+    offload: Literal["none", "inputs", "all"] = Field(
+        default="none",
+        description="what goes to pinned host memory until the backward pass: each layer's input; all: and what "
+        "keep_attention keeps",
+    )
+    tile: PositiveInt | None = Field(
+        default=None,
+        description="positions that norms, projections and feed-forward see at a time (tokens); null: the whole shard",
+    )
+    optimizer: Literal["device", "host"] = Field(
+        default="device", description="where the fp32 weights and AdamW state of fsdp and zero are"
     )
 
 
@@ -178,6 +200,7 @@ class Config(Section):
     data: DataConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
     optim: OptimConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
@@ -209,6 +232,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataConfig,
     "parallel": ParallelConfig,
     "engine": EngineConfig,
+    "memory": MemoryConfig,
     "optim": OptimConfig,
     "checkpoint": CheckpointConfig,
     "evaluate": EvaluateConfig,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from launch.config_memory import memory_problems
 from launch.config_model_checks import idle_selection, model_problems, selection_problems
 from launch.config_problem import Problem
 from launch.config_ulysses import ulysses_problems
@@ -26,6 +27,7 @@ def cross_problems(config: Config) -> list[Problem]:
         selection_problems,
         _kernel_problems,
         _mesh_problems,
+        memory_problems,
         _optim_problems,
     )
     return [problem for check in checks for problem in check(config)]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from launch.config import SECTIONS, Config
 from launch.config_checks import without_effect
 from launch.config_describe import describe_field, describe_value, hint
-from launch.config_names import keys_of, override_hint, similar_file, similar_key, unknown_section
+from launch.config_names import SHORT_FORMS, keys_of, override_hint, similar_file, similar_key, unknown_section
 from launch.config_problem import ConflictingSettings, Problem
 from launch.errors import ConfigError
 from launch.yaml_lines import Located, YamlError, parse_yaml, plain
@@ -154,6 +154,9 @@ def _read_file(draft: _Draft) -> None:
         draft.section_lines[name] = section.line
         if section.value is None:  # `evaluate:` with every line under it commented out
             continue
+        if name in SHORT_FORMS and section.value == SHORT_FORMS[name]:
+            _store(draft, name, SHORT_FORMS[name], True, origin)
+            continue
         if not isinstance(section.value, dict):
             draft.report(
                 origin, f"{name}: expected a section with keys {keys_of(name)}, got {describe_value(plain(section))}"
@@ -186,6 +189,8 @@ def _parse_file(draft: _Draft) -> Located | None:
 def _read_override(draft: _Draft, number: int, override: str) -> None:
     origin = f"override {number}"
     dotted, equals, text = override.partition("=")
+    if equals and dotted in SHORT_FORMS and text == SHORT_FORMS[dotted]:
+        dotted, text = f"{dotted}.{text}", "true"
     name, dot, key = dotted.partition(".")
     if not equals or not dot or not key:
         draft.report(origin, f"expected section.key=value, got {override!r}{override_hint(dotted, equals, text)}")

@@ -8,6 +8,10 @@ from pathlib import Path
 from launch.config import SECTIONS
 from launch.config_describe import nearest
 
+# `section: word`, short for `section: {word: true}`
+SHORT_FORMS = {"memory": "auto"}
+_MOVED = {"engine.recompute": "memory.recompute"}
+
 
 def unknown_section(name: str) -> str:
     """What to say about a section that does not exist."""
@@ -20,6 +24,8 @@ def unknown_section(name: str) -> str:
 
 def similar_key(section: str, key: str) -> str:
     """`; did you mean ...?` for a setting that the section does not have."""
+    if f"{section}.{key}" in _MOVED:
+        return f"; it is {_MOVED[f'{section}.{key}']} now"
     owners = [name for name, model in SECTIONS.items() if key in model.model_fields]
     if owners:
         return f"; did you mean {owners[0]}.{key}?"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ringattn
 from launch.config import Config
+from launch.memory_choice import with_memory
 from launch.plan_attention import (
     RingBytes,
     attention_lines,
@@ -41,6 +42,7 @@ def render(config: Config, num_processes: int) -> str:
         DataError: the tokenizer folder, which decides the vocabulary, cannot be loaded.
     """
     dp, cp = config.mesh(num_processes)
+    config = with_memory(config, num_processes, None)
     model = model_of(config)
     plan = ringattn.Plan(
         config.data.seq_len,
@@ -142,20 +144,20 @@ def _memory_lines(
     weights, gradients, moments = (_FP32 * parameters * share for share in _shares(config, num_processes))
     tokens = max(plan.shard_len(rank) for rank in range(plan.cp_size))
     size = element_bytes(config)
-    activations = tokens * activation_bytes_per_token(model, size, recompute=config.engine.recompute)
+    activations = tokens * activation_bytes_per_token(model, size, recompute=config.memory.recompute)
     tile = loss_bytes(model, min(config.optim.loss_tile, tokens), size)
-    degree, again = config.parallel.ulysses, bool(config.engine.recompute)
+    degree, again = config.parallel.ulysses, bool(config.memory.recompute)
     inner = inner_plan(plan, degree)  # the same plan if the degree is 1
     if degree == 1:
         messages, expanded = ring_bytes(model, plan, size).memory, expanded_bytes(model, plan, size)
     else:
         messages = ulysses_bytes(model, plan, size, degree).memory
         expanded = expanded_at_home(model, plan, size, recompute=again)
-    states = column_state_bytes(model, inner, recompute=config.engine.recompute is True)
+    states = column_state_bytes(model, inner, recompute=config.memory.recompute is True)
     total = weights + gradients + 2 * moments + activations + tile + messages + expanded + states
     yield "parameters", f"{parameters:,} in all"
     yield "weights, gradients, AdamW", " + ".join(format_bytes(part) for part in (weights, gradients, 2 * moments))
-    yield "activations", f"{format_bytes(activations)}{_RECOMPUTED[config.engine.recompute]}"
+    yield "activations", f"{format_bytes(activations)}{_RECOMPUTED[config.memory.recompute]}"
     yield "loss tile", f"{format_bytes(tile)} ({config.optim.loss_tile:,} positions at a time)"
     exchange = "of an exchange of heads, and of a hop: " if degree > 1 else ""
     yield "messages of a hop", f"{format_bytes(messages)} ({exchange}own, held and arriving; gradients)"

@@ -228,7 +228,7 @@ def _report(error: BaseException, topology: Topology | None, doing: str) -> None
     if isinstance(error, torch.OutOfMemoryError):
         _print_error(
             f"{prefix}out of memory, {doing}: {str(error).splitlines()[0]} Next: more ranks per ring (parallel.cp), "
-            "engine.recompute=true, or a smaller optim.loss_tile or data.seq_len"
+            "memory.recompute=true, or a smaller optim.loss_tile or data.seq_len"
         )
     else:
         _print_error(f"{prefix}{error}" if _expected(error) else _trace(error, prefix))

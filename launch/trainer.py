@@ -21,6 +21,7 @@ from launch.config import Config
 from launch.data import Corpus, open_corpus
 from launch.engine import Engine, build_engine
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, WriteError, everywhere
+from launch.memory_choice import device_facts, with_memory
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress
 from launch.ranks import Ranks
@@ -241,10 +242,16 @@ class Trainer:
                 )
             )
         model = preset(self.config.model.preset, **overrides)
-        decoder = Decoder(model, recompute=self.config.engine.recompute)
+        # before the model is built: what cannot fit is refused while nothing is allocated
+        self.config = self._ranks.agree("choosing memory settings", self._with_memory)
+        decoder = Decoder(model, recompute=self.config.memory.recompute)
         decoder.init_weights(self.config.run.seed)
         engine = build_engine(self.config.engine.name, decoder, topology=self.topology, config=self.config)
         return model, engine
+
+    def _with_memory(self) -> Config:
+        facts = device_facts(self.topology) if self.config.memory.auto else None
+        return with_memory(self.config, self.topology.world_size, facts)
 
     def _resume(self, store: CheckpointStore, found: Found, model: ModelConfig, engine: Engine, corpus: Corpus) -> None:
         # The data first: other data can change the vocabulary, and that is then the reason worth telling.

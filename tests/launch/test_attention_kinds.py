@@ -44,7 +44,7 @@ def compare(corpus, folder, names_and_engines, world_size, **changes):
     alone = [run(corpus, folder / "alone" / name, name, ENGINES[0]) for name in names]
     assert run_ranks(train_worker, 1, alone, timeout=300) == [[EXIT_DONE] * len(alone)]
     runs = [
-        run(corpus, folder / str(number), name, {**engine, "recompute": number % 2 == 1}, **changes)
+        run(corpus, folder / str(number), name, engine, memory__recompute=number % 2 == 1, **changes)
         for number, (name, engine) in enumerate(names_and_engines)
     ]
     assert run_ranks(train_worker, world_size, runs, timeout=300) == [[EXIT_DONE] * len(runs)] * world_size

@@ -64,7 +64,7 @@ def test_dp_times_cp_and_recompute(corpus, tmp_path, alone):
     variants = [
         ("zigzag", ENGINES[0], 2, {}),
         ("striped", ENGINES[1], 2, {}),
-        ("zigzag", {"name": "fsdp", "recompute": True}, 2, {}),
+        ("zigzag", ENGINES[1], 2, {"memory__recompute": True}),
     ]
     compare(corpus, tmp_path, alone, 4, variants)
 
@@ -91,9 +91,16 @@ def test_heads_for_tokens_give_the_losses_of_one_process(corpus, tmp_path, few_a
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "dp", "degree"), [(2, 1, 2), (4, 1, 2), (4, 1, 4), (4, 2, 2)])
 def test_heads_for_tokens_in_every_layout_and_engine(corpus, tmp_path, alone, world_size, dp, degree):
-    engines = (*FAST_ENGINES, {"name": "ddp", "recompute": True}, {"name": "fsdp", "recompute": "keep_attention"})
-    pairs = [*((layout, ENGINES[0]) for layout in LAYOUTS), *(("zigzag", engine) for engine in engines)]
-    compare(corpus, tmp_path, alone, world_size, [(*pair, dp, {"parallel__ulysses": degree}) for pair in pairs])
+    ways = [
+        *((engine, False) for engine in FAST_ENGINES),
+        ({"name": "ddp"}, True),
+        ({"name": "fsdp"}, "keep_attention"),
+    ]
+    table = [*((layout, ENGINES[0], False) for layout in LAYOUTS), *(("zigzag", *way) for way in ways)]
+    variants = [
+        (layout, engine, dp, {"parallel__ulysses": degree, "memory__recompute": way}) for layout, engine, way in table
+    ]
+    compare(corpus, tmp_path, alone, world_size, variants)
 
 
 @pytest.mark.slow

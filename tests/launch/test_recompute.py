@@ -1,4 +1,4 @@
-"""engine.recompute=keep_attention through whole runs: the losses of a run that keeps everything, in fewer bytes."""
+"""memory.recompute=keep_attention through whole runs: the losses of a run that keeps everything, in fewer bytes."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def compare(tmp_path, engines):
     corpus = write_corpus(tmp_path)
     ways = [({"name": "ddp"}, False), *((engine, way) for engine in engines for way in (True, "keep_attention"))]
     runs = [
-        settings(corpus, tmp_path / str(number), **FEW) | {"engine": {**engine, "recompute": way}}
+        settings(corpus, tmp_path / str(number), **FEW) | {"engine": engine, "memory": {"recompute": way}}
         for number, (engine, way) in enumerate(ways)
     ]
     assert run_ranks(train_worker, 2, runs, timeout=300) == [[EXIT_DONE] * len(runs)] * 2

@@ -175,7 +175,7 @@ class _Trainer:
 
     def __init__(self, config: Config, shape: ModelConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
-        module = Decoder(shape, recompute=config.engine.recompute)
+        module = Decoder(shape, recompute=config.memory.recompute)
         module.init_weights(config.run.seed)
         self.engine: Engine = build_engine(config.engine.name, module, topology=topology, config=config)
         parallel, seq_len = config.parallel, config.data.seq_len

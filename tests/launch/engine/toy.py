@@ -35,20 +35,27 @@ def toy_config(
     The learning rate keeps 20 steps well conditioned: at 0.01 float32 and float64 already part by 1e-3.
     """
     name = kind.rstrip("0123")
-    engine = {"name": name, "precision": precision, "recompute": recompute}
+    engine = {"name": name, "precision": precision}
     if name == "zero":
         engine["zero_stage"] = int(kind[-1])
     rows = {"steps": 20, "lr": 0.003, "rows_per_step": 12, "clip_norm": None, **optim}
     run = {"dir": "unused", "device": device}
     return Config.model_validate(
-        {"run": run, "data": {"seq_len": 64}, "engine": engine, "optim": rows, "parallel": {"cp": 1}}
+        {
+            "run": run,
+            "data": {"seq_len": 64},
+            "engine": engine,
+            "memory": {"recompute": recompute},
+            "optim": rows,
+            "parallel": {"cp": 1},
+        }
     )
 
 
 def toy_module(config: Config, *, tied: bool) -> Decoder:
     """Sizes are odd on purpose: most tensors divide by no world size."""
     shape = preset("test", vocab_size=37, layers=2, dim=18, heads=3, kv_heads=1, head_dim=6, ffn_dim=26, tied_head=tied)
-    module = Decoder(shape, recompute=config.engine.recompute)
+    module = Decoder(shape, recompute=config.memory.recompute)
     module.init_weights(SEED)
     return module
 

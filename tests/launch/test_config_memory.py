@@ -1,0 +1,75 @@
+"""The `memory` section: what goes together, its short form, what moved into it, and the choice of `auto`."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.config import Config
+from launch.config_load import LoadedConfig, load_config
+from launch.errors import ConfigError
+from launch.memory_choice import resolve_memory, with_memory
+
+MINIMAL = "run: {dir: runs/x}\ndata: {seq_len: 64}\noptim: {steps: 2}\n"
+
+
+def load(folder: Path, text: str = "", *overrides: str) -> LoadedConfig:
+    path = folder / "c.yaml"
+    path.write_text(MINIMAL + text)
+    return load_config(str(path), overrides)
+
+
+KEEP = "memory.recompute=keep_attention"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["memory.keep_layers=2"], "memory.keep_layers: counts layers of .*=keep_attention, got .*recompute=false"),
+        (["memory.recompute=true", "memory.keep_layers=2"], "got memory.recompute=true; set that, or"),
+        ([KEEP, "memory.keep_layers=9", "model.layers=8"], "expected at most the model's 8 layers, got 9"),
+        ([KEEP, "memory.keep_layers=0"], "memory.keep_layers: expected an integer >= 1 or null, got the integer 0"),
+        (["memory.offload=inputs"], "memory.offload: inputs moves what recomputed layers keep, .*=false; set"),
+        (["memory.recompute=true", "memory.offload=all"], "memory.offload: all moves what keep_attention keeps"),
+        (["memory.tile=0"], "memory.tile: expected an integer >= 1 or null"),
+        (["memory.optimizer=host", "engine.name=ddp"], "memory.optimizer: host needs sharded weights, got .*=ddp"),
+        (["memory=auto", "memory.tile=64"], "memory.tile: memory: auto chooses it, got 64; leave it out"),
+        (["engine.recompute=true"], "engine.recompute: no such setting; it is memory.recompute now"),
+        (["memory=automatic"], "expected section.key=value, got 'memory=automatic'"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load(tmp_path, "", *overrides)
+
+
+def test_the_rest_is_accepted(tmp_path: Path) -> None:
+    found = load(tmp_path, "", KEEP, "memory.keep_layers=2", "memory.offload=all", "memory.tile=100").config.memory
+    assert (found.recompute, found.keep_layers, found.offload, found.tile) == ("keep_attention", 2, "all", 100)
+    config = load(tmp_path, "", "memory.tile=7", "memory.optimizer=host", "engine.name=zero").config
+    assert resolve_memory(config, 2, None) is config.memory  # nothing to choose
+    assert with_memory(config, 2, None) is config
+
+
+@pytest.mark.parametrize(("text", "overrides"), [("memory: auto\n", []), ("", ["memory=auto"])])
+def test_auto_is_a_word_for_the_whole_section(tmp_path: Path, text: str, overrides: list[str]) -> None:
+    loaded = load(tmp_path, text, *overrides)
+    assert loaded.config.memory.auto
+    assert loaded.sources["memory.auto"] == ("override 1" if overrides else f"{tmp_path}/c.yaml:4")
+    with pytest.raises(ConfigError, match="expected a section with keys auto, recompute"):
+        load(tmp_path, "memory: always\n")
+
+
+def test_auto_is_chosen_in_one_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not available yet"):
+        resolve_memory(load(tmp_path, "memory: auto\n").config, 1, None)
+
+
+def test_a_choice_is_checked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = load(tmp_path, "memory: auto\n").config
+    chosen = type(config.memory)(recompute=True, offload="inputs")
+    monkeypatch.setattr("launch.memory_choice.resolve_memory", lambda *_: chosen)
+    assert with_memory(config, 1, None) == Config(**{**dict(config), "memory": chosen})
+    wrong = type(config.memory)(offload="inputs")
+    monkeypatch.setattr("launch.memory_choice.resolve_memory", lambda *_: wrong)
+    with pytest.raises(ValueError, match=r"memory\.offload"):
+        with_memory(config, 1, None)
