@@ -98,7 +98,7 @@ class Trainer:
             return EXIT_DONE
         store.clean_stale()
         corpus = self._open_corpus()
-        model, engine = self._build(corpus)
+        model, engine = self.build(corpus)
         store.preflight(checkpoint_bytes(engine.state()))
         if found is not None:
             self._starting = f"loading {found.path.name}"
@@ -230,7 +230,12 @@ class Trainer:
             self._say(f"skipped: {problem}")
         return corpus
 
-    def _build(self, corpus: Corpus) -> tuple[ModelConfig, Engine]:
+    def build(self, corpus: Corpus) -> tuple[ModelConfig, Engine]:
+        """The model of the configuration, with its first weights, in its engine. Collective.
+
+        Raises:
+            ConfigError: `model.vocab_size` is too small for the corpus.
+        """
         overrides = self.config.model.overrides()
         if self.config.model.vocab_size is None:
             overrides["vocab_size"] = corpus.vocab_size

@@ -7,7 +7,9 @@ import multiprocessing.connection
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,18 +94,35 @@ def _run(task: Task) -> tuple[dict[str, Any], str | None]:
     """(measured values, None) or ({}, reason)."""
     from tools.report.worker import worker_main
 
+    return run_ring(worker_main, task, task.cp, timeout=task.settings.timeout_seconds)
+
+
+def run_ring(
+    worker: Callable[[Connection, Any, int], None], task: Any, size: int, *, timeout: float
+) -> tuple[dict[str, Any], str | None]:
+    """Run `worker(pipe, task, rank)` in `size` processes and wait for what they send: see `tools.report.worker`.
+
+    Args:
+        worker: Sends `("ok", values)` or `("failed", reason)` through its pipe.
+        task: Whatever the worker needs; pickled.
+        size: Processes.
+        timeout: Seconds until all of them are ended.
+
+    Returns:
+        (values of rank 0, None), or ({}, why there are none).
+    """
     # A server that has torch loaded forks each process in milliseconds; CUDA is initialised in none but the last.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "tools.report.worker"])
+    context.set_forkserver_preload(["torch", worker.__module__])
     started: list[tuple[Any, Any]] = []
     try:
-        for rank in range(task.cp):
+        for rank in range(size):
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=worker_main, args=(send, task, rank), daemon=True)
+            process = context.Process(target=worker, args=(send, task, rank), daemon=True)
             process.start()
             send.close()
             started.append((process, receive))
-        return _collect(started, task.settings.timeout_seconds)
+        return _collect(started, timeout)
     finally:
         for process, receive in started:
             if process.is_alive():
