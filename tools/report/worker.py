@@ -6,6 +6,7 @@ import contextlib
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -63,15 +64,40 @@ class Measured:
 
 def worker_main(pipe: Connection, task: Task, rank: int) -> None:
     """Measure and send `("ok", dict)`, or `("failed", reason)`; runs in a process of its own."""
+    place = Place(
+        rank=rank,
+        size=task.cp,
+        device=task.settings.device,
+        threads=task.threads,
+        store=task.store,
+        timeout_seconds=task.settings.timeout_seconds,
+    )
+    run_rank(pipe, place, lambda: asdict(_measure(task)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process stands among those of its ring. `store` is the path of a file that all of them see."""
+
+    rank: int
+    size: int
+    device: str
+    threads: int
+    store: str
+    timeout_seconds: float
+
+
+def run_rank(pipe: Connection, place: Place, measure: Callable[[], dict[str, Any]]) -> None:
+    """Join the ring, measure, and send `("ok", values)`, or `("failed", reason)`; in a process of its own."""
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     with contextlib.suppress(OSError):
         # If memory runs out, the kernel is to take this process and not someone else's.
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
-        torch.set_num_threads(task.threads)
-        _join(task, rank)
-        pipe.send(("ok", asdict(_measure(task))))
+        torch.set_num_threads(place.threads)
+        _join(place)
+        pipe.send(("ok", measure()))
     except BaseException as error:
         pipe.send(("failed", describe_failure(error)))
     finally:
@@ -91,17 +117,17 @@ def describe_failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}"
 
 
-def _join(task: Task, rank: int) -> None:
-    cuda = task.settings.device == "cuda"
-    device = torch.device("cuda", rank) if cuda else None
+def _join(place: Place) -> None:
+    cuda = place.device == "cuda"
+    device = torch.device("cuda", place.rank) if cuda else None
     if device is not None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=dist.FileStore(task.store, task.cp),
-        rank=rank,
-        world_size=task.cp,
-        timeout=timedelta(seconds=task.settings.timeout_seconds),
+        store=dist.FileStore(place.store, place.size),
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timedelta(seconds=place.timeout_seconds),
         device_id=device,
     )
 
