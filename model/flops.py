@@ -153,28 +153,52 @@ def state_bytes(config: ModelConfig) -> int:
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, *, recompute: bool | str = False) -> int:
     """Estimate of the peak of activation memory per token of a shard, beside the loss's scratch.
 
-    Per layer: the inputs of both norms and of all products, what lies between projections and attention (inputs of q/k
-    norms, a query's expansion), the attention's q, payload, out and lse (fp32), and four widths of the SwiGLU. With
-    `recompute` one hidden state per layer and one layer's worth during the backward; "keep_attention" adds out and lse
-    of the other layers. Added once: the gradients in flight inside a layer's backward. What a ring holds in flight (two
-    payloads, expanded blocks) comes on top. For grouped heads within 5% of the peak measured on CUDA in bf16; on CPU
-    the norms keep more.
+    With `recompute` one hidden state per layer and one layer's worth during the backward; "keep_attention" adds out and
+    lse of the other layers. Added once: `flight_bytes_per_token`. What a ring holds in flight (two payloads, expanded
+    blocks) comes on top. For grouped heads within 5% of the peak measured on CUDA in bf16; on CPU the norms keep more.
     """
-    shape = attention_shape(config)
-    hidden = 4 * config.dim
-    attention = shape.heads * (shape.score_dim + shape.value_dim) + shape.payload + _between(config)
-    layer = (hidden + attention + 4 * config.ffn_dim) * element_bytes + 4 * shape.heads
-    guided = config.selection is not None and config.selection.guide
-    votes = 2 * shape.score_dim * element_bytes if guided else 0  # the selection head's q and k, for deeper layers
-    # the final norm's input, the loss's gradient of the hidden states; a layer's gradients in flight
-    ends = (2 * config.dim + 2 * config.dim + config.ffn_dim) * element_bytes
+    layer, votes = layer_bytes_per_token(config, element_bytes), votes_bytes_per_token(config, element_bytes)
+    ends = 2 * config.dim * element_bytes + flight_bytes_per_token(config, element_bytes)
     if recompute:
-        kept = shape.heads * (shape.value_dim * element_bytes + 4) if recompute == "keep_attention" else 0
+        kept = attention_result_bytes_per_token(config, element_bytes) if recompute == "keep_attention" else 0
         return config.layers * (config.dim * element_bytes + votes) + (config.layers - 1) * kept + layer + ends
     return config.layers * (layer + votes) + ends
 
 
-def _between(config: ModelConfig) -> int:
+def layer_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
+    """What one layer keeps per token for its backward if nothing is recomputed, its input included.
+
+    The inputs of both norms and of all products, what lies between projections and attention (inputs of q/k norms, a
+    query's expansion), the attention's q, payload, out and lse (fp32), and four widths of the SwiGLU.
+    """
+    elements = 4 * config.dim + attention_elements(config) + between_elements(config) + 4 * config.ffn_dim
+    return elements * element_bytes + 4 * attention_shape(config).heads
+
+
+def attention_elements(config: ModelConfig) -> int:
+    """Elements per token that an attention keeps for its backward: queries, payload, out (lse is fp32 and beside)."""
+    shape = attention_shape(config)
+    return shape.heads * (shape.score_dim + shape.value_dim) + shape.payload
+
+
+def attention_result_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
+    """Out and lse of one layer's attention: what "keep_attention" keeps beside the layer's input."""
+    shape = attention_shape(config)
+    return shape.heads * (shape.value_dim * element_bytes + 4)
+
+
+def votes_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
+    """The selection head's q and k of one layer, which guided selection keeps for deeper layers."""
+    guided = config.selection is not None and config.selection.guide
+    return 2 * attention_shape(config).score_dim * element_bytes if guided else 0
+
+
+def flight_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
+    """Gradients in flight inside a layer's backward: of its input and output, and one width of the SwiGLU."""
+    return (2 * config.dim + config.ffn_dim) * element_bytes
+
+
+def between_elements(config: ModelConfig) -> int:
     """Elements per token that a layer keeps between its projections and its attention."""
     shape = attention_shape(config)
     if config.attention == "mla":

@@ -1,0 +1,236 @@
+"""What layers keep, and the working set of each moment of a step, in bytes. Part of `launch.memory_plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ringattn
+from launch.config import MemoryConfig
+from launch.memory_state import gradient_flight_items
+from launch.plan_attention import column_state_bytes, expanded_bytes
+from launch.plan_ulysses import expanded_at_home, inner_plan, ulysses_bytes
+from model.config import ModelConfig
+from model.flops import (
+    attention_elements,
+    attention_result_bytes_per_token,
+    between_elements,
+    flight_bytes_per_token,
+    layer_bytes_per_token,
+    loss_bytes,
+    votes_bytes_per_token,
+)
+from model.kinds import attention_shape
+from ringattn.transport.copy_engine import GRAPH_BYTES
+
+# Payloads that wait in an inbox of peer memory, beside the own payload: as `ringattn.transport.copy_engine`.
+_INBOX_SLOTS = 3
+# Backward over a ring, in sizes of a group of heads: gradients of queries that wait to be summed; part of the payloads
+# that are under way, and their gradients. With these, 32k tokens per GPU come to what was measured (fitted).
+_QUERY_PARTS = 2.5
+_NEEDED_PART = 0.75
+# Layer inputs on the GPU while the others are on the host: in use, and on the way.
+_INPUTS_AT_HAND = 2
+# Rows and keys whose biases exist at once: `span` and `span_all` of the kernels for a GPU of 132 multiprocessors.
+_SELECTION_SPAN = 4096
+_SELECTION_KEYS = 32_768
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCase:
+    """What decides memory beside the `memory` section.
+
+    Attributes:
+        plan: Of a row; the longest shard counts.
+        num_processes: Of the whole run.
+        per_node: Processes on one node, which share its host memory.
+        element_bytes: Of activations: 2 (bf16) or 4 (fp32).
+        ulysses: Degree of the exchange of heads; 1 is none.
+        rows: Of a step, per ring.
+        on_gpu: Whether `device` is a GPU; else its items are host memory too.
+    """
+
+    model: ModelConfig
+    plan: ringattn.Plan
+    num_processes: int
+    per_node: int
+    engine: str
+    zero_stage: int
+    element_bytes: int
+    ulysses: int
+    loss_tile: int
+    rows: int
+    asynchronous_saves: bool
+    on_gpu: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest shard."""
+        return self.plan.longest_shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One thing that takes memory: bytes on the device and on the host of one process."""
+
+    name: str
+    device: float = 0.0
+    host: float = 0.0
+
+
+Items = tuple[Item, ...]
+
+
+def table_bytes_per_token(model: ModelConfig) -> float:
+    """Tokens, labels and positions as int64, cos and sin in fp32."""
+    return 3 * 8 + 2 * attention_shape(model).rotary_dim / 2 * _FP32
+
+
+def kept_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[Item]:
+    """What the first `layers` layers keep from forward to backward."""
+    model, size, tokens = case.model, case.element_bytes, case.tokens
+    inner = inner_plan(case.plan, case.ulysses)
+    states = column_state_bytes(model, inner, recompute=True)  # of one layer
+    votes = layers * tokens * votes_bytes_per_token(model, size)
+    if votes:
+        yield Item(name="votes for deeper layers", device=votes)
+    # selection keeps its output unrounded
+    result = tokens * attention_result_bytes_per_token(model, _FP32 if model.selection else size)
+    if not memory.recompute:
+        unrounded = tokens * attention_shape(model).heads * attention_shape(model).value_dim * _FP32
+        whole = tokens * layer_bytes_per_token(model, size) + (unrounded if model.selection else 0)
+        yield Item(name="activations of all layers", device=layers * whole)
+        if states:
+            yield Item(name="column states of selection", device=layers * states)
+        return
+    inputs = tokens * model.dim * size
+    on_host = memory.offload in ("inputs", "all")
+    at_hand = min(layers, _INPUTS_AT_HAND) if on_host else layers
+    yield Item(name="inputs of layers", device=at_hand * inputs, host=layers * inputs if on_host else 0.0)
+    if memory.recompute != "keep_attention":
+        if states:
+            yield Item(name="column states of selection", device=states)
+        return
+    # those that keep are the last ones
+    kept = layers if memory.keep_layers is None else max(0, memory.keep_layers - (model.layers - layers))
+    on_host = memory.offload == "all"
+    at_hand = min(kept, _INPUTS_AT_HAND) if on_host else kept
+    yield Item(name="attention's outputs", device=at_hand * result, host=kept * result if on_host else 0.0)
+    if states:
+        yield Item(name="column states of selection", device=at_hand * states, host=kept * states if on_host else 0.0)
+
+
+def loss_items(case: MemoryCase) -> Iterator[Item]:
+    """The last layer's output, its norm's, and their gradient; logits of a tile and the head's gradient."""
+    model, size = case.model, case.element_bytes
+    yield Item(name="hidden states at the loss", device=3 * case.tokens * model.dim * size)
+    yield Item(name="loss tile", device=loss_bytes(model, min(case.loss_tile, case.tokens), size))
+
+
+def feed_forward_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
+    model, size, tokens = case.model, case.element_bytes, case.tokens
+    yield from _gradient_items(case)
+    layer, flight = layer_bytes_per_token(model, size), flight_bytes_per_token(model, size)
+    inputs = model.dim * size
+    if not memory.recompute:
+        yield Item(name="gradients inside a layer", device=tokens * (flight + inputs))
+        return
+    if memory.tile is None:
+        # what it keeps less its input, which is among `kept`
+        yield Item(name="one layer again", device=tokens * (layer - inputs))
+        yield Item(name="gradients inside a layer", device=tokens * (flight + inputs))
+        return
+    attention = attention_elements(model) * size + 4 * attention_shape(model).heads
+    yield Item(name="one layer again", device=tokens * (attention + inputs))
+    yield Item(name="gradients inside a layer", device=2 * tokens * inputs)
+    yield Item(name="tile of a layer", device=min(memory.tile, tokens) * (layer - attention + flight))
+
+
+def attention_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
+    """Gradients of queries and payload beside what the attention has kept, and what is under way around the ring."""
+    model, size, tokens = case.model, case.element_bytes, case.tokens
+    shape, inputs = attention_shape(model), model.dim * size
+    yield from _gradient_items(case)
+    between = (model.dim + between_elements(model)) * size  # the norm's output, and what lies before the attention
+    if memory.recompute:
+        attention = attention_elements(model) * size + 4 * shape.heads
+        yield Item(name="one layer again", device=tokens * (attention + (between if memory.tile is None else 0)))
+    gradients = shape.heads * (shape.score_dim + shape.value_dim) + shape.payload
+    yield Item(name="gradients inside a layer", device=tokens * (gradients * size + inputs))
+    if memory.tile is not None:
+        yield Item(name="tile of a layer", device=min(memory.tile, tokens) * 2 * between)
+    yield from _ring_items(case, memory)
+
+
+def _ring_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
+    """Working set of the ring's backward pass beside its results."""
+    model, plan, size = case.model, case.plan, case.element_bytes
+    if case.ulysses > 1:
+        exchanged = ulysses_bytes(model, plan, size, case.ulysses)
+        yield Item(name="exchange of heads", device=exchanged.memory - exchanged.ring.memory)
+        expanded = expanded_at_home(model, plan, size, recompute=bool(memory.recompute))
+    else:
+        expanded = expanded_bytes(model, plan, size)
+    if expanded:
+        yield Item(name="expanded keys and values", device=expanded)
+    yield Item(name="messages and sums of the ring", device=_ring_working_set(case))
+    if model.selection is not None:
+        yield Item(name="biases of selection", device=_bias_bytes(case))
+
+
+def _ring_working_set(case: MemoryCase) -> float:
+    """Payloads under way, their gradients, parts of gradients that wait to be summed, the kernel's fp32 sums."""
+    queries, payload = _group_bytes(case)
+    ring = inner_plan(case.plan, case.ulysses).cp_size
+    kernel = 2 * queries * (_FP32 / 2) / case.element_bytes if case.on_gpu else 0.0  # cuDNN's fp32 gradient of queries
+    if ring == 1:
+        return kernel
+    under_way = _NEEDED_PART * min(_INBOX_SLOTS, ring - 1)
+    return _QUERY_PARTS * queries + (2 * under_way + 1) * payload + kernel
+
+
+def _group_bytes(case: MemoryCase) -> tuple[float, float]:
+    """Queries and payload of the heads that go around together, in bytes: see `ringattn.softmax`."""
+    shape, degree = attention_shape(case.model), case.ulysses
+    inner = inner_plan(case.plan, degree)
+    heads, kv_heads = max(1, shape.heads // degree), max(1, shape.key_heads // degree)
+    tokens = inner.longest_shard * case.element_bytes
+    queries, payload = tokens * heads * shape.score_dim, tokens * shape.payload / degree
+    plain = not shape.payload_flops and case.model.selection is None
+    if not plain or inner.cp_size == 1:
+        return queries, payload
+    wanted = max(queries, payload) / GRAPH_BYTES
+    count = next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n >= wanted or n == kv_heads))
+    return queries / count, payload / count
+
+
+def _bias_bytes(case: MemoryCase) -> float:
+    """fp32 sums that selection keeps where attention has bf16 ones; and the biases of a span of rows."""
+    shape = attention_shape(case.model)
+    sums = case.tokens * (shape.heads * (shape.score_dim + shape.value_dim) + 2 * shape.expanded) * _FP32
+    return sums + _SELECTION_SPAN * min(case.tokens, _SELECTION_KEYS) * _FP32
+
+
+def _gradient_items(case: MemoryCase) -> Iterator[Item]:
+    for name, device in gradient_flight_items(
+        case.model, engine=case.engine, num_processes=case.num_processes, element_bytes=case.element_bytes, last=False
+    ):
+        yield Item(name=name, device=device)
+
+
+def end_items(case: MemoryCase) -> Iterator[Item]:
+    """The embedding's gradient, when all layers are done."""
+    yield Item(name="gradient of the hidden states", device=case.tokens * case.model.dim * case.element_bytes)
+    for name, device in gradient_flight_items(
+        case.model, engine=case.engine, num_processes=case.num_processes, element_bytes=case.element_bytes, last=True
+    ):
+        yield Item(name=name, device=device)
+
+
+def peer_bytes(case: MemoryCase) -> float:
+    """Own payload and inbox slots, where GPUs of one node copy from each other."""
+    ring = inner_plan(case.plan, case.ulysses).cp_size
+    if not case.on_gpu or ring == 1 or ring > case.per_node:
+        return 0.0
+    return (1 + min(_INBOX_SLOTS, ring - 1)) * _group_bytes(case)[1]

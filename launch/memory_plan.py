@@ -1,0 +1,201 @@
+"""What a run needs in memory, item by item: per GPU, and on the host of a node. Arithmetic only, nothing is allocated.
+
+    estimate = estimate_memory(case_of(config, model, num_processes), config.memory)
+
+A step passes through phases: the loss, the backward pass of the last layer, of the first, the last gradients. Some
+items are there always; what layers keep goes while sharded gradients come, so only the ends of the backward pass count;
+each phase has its own working set, and the peak is the phase that needs most. `allocated` is what torch's allocator
+hands out at that moment, to be compared with `torch.cuda.max_memory_allocated`; `device_bytes` adds what the allocator
+wastes and what others take.
+
+The items are in memory_items.py and memory_state.py. Constants in capitals are of libraries and allocators. Those
+marked "fitted" were read off measurements, the others are assumed until they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ringattn
+from launch.config import Config, MemoryConfig
+from launch.memory_items import (
+    Item,
+    Items,
+    MemoryCase,
+    attention_items,
+    end_items,
+    feed_forward_items,
+    kept_items,
+    loss_items,
+    peer_bytes,
+    table_bytes_per_token,
+)
+from launch.memory_state import GRADIENTS, state_items
+from model.config import ModelConfig
+from model.flops import count_parameters
+
+GIB = 2**30
+# Beside torch's allocator on a GPU: CUDA context, kernels, NCCL's buffers. Assumed.
+LIBRARIES_DEVICE_BYTES = 1.8 * GIB
+# What the allocator reserves over what it has handed out at the peak. Assumed.
+FRAGMENTATION = 1.05
+# Resident memory of a process before it holds any model: seen on CPUs; with CUDA loaded, assumed.
+LIBRARIES_HOST_BYTES = 0.4 * GIB
+LIBRARIES_HOST_BYTES_CUDA = 3.0 * GIB
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A moment of a step: what is there then, beside what is there always."""
+
+    name: str
+    items: Items
+
+    @property
+    def device(self) -> float:
+        return sum(item.device for item in self.items)
+
+    @property
+    def host(self) -> float:
+        return sum(item.host for item in self.items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Predicted memory of one process, for the longest shard.
+
+    Attributes:
+        always: There from the first step to the last.
+        phases: In the order of a step.
+        outside: On the GPU, but not from torch's allocator; on the host, what libraries take.
+        start: On the host while the model is built; gone before the first step.
+        per_node: Processes that share a node's host memory.
+        on_gpu: Whether device and host are two things.
+    """
+
+    always: Items
+    phases: tuple[Phase, ...]
+    outside: Items
+    start: Items
+    per_node: int
+    on_gpu: bool
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most of the device."""
+        return max(self.phases, key=lambda phase: phase.device)
+
+    @property
+    def allocated(self) -> float:
+        """Most bytes that torch's allocator has handed out at a time, on the device."""
+        return self.peak.device + sum(item.device for item in self.always)
+
+    @property
+    def device_bytes(self) -> float:
+        """What the GPU must have: with the allocator's waste and what others take."""
+        return self.allocated * (FRAGMENTATION if self.on_gpu else 1.0) + sum(item.device for item in self.outside)
+
+    @property
+    def host_bytes(self) -> float:
+        """Most host memory of one process."""
+        step = sum(item.host for item in self.always) + max(phase.host for phase in self.phases)
+        if not self.on_gpu:
+            step += self.allocated
+        start = sum(item.host for item in self.start)
+        return sum(item.host for item in self.outside) + max(step, start)
+
+    @property
+    def host_bytes_per_node(self) -> float:
+        """Of all processes of a node."""
+        return self.host_bytes * self.per_node
+
+    @property
+    def peak_items(self) -> Items:
+        """What is there at the peak, largest on the device first."""
+        found = (*self.always, *self.peak.items, *self.outside)
+        return tuple(sorted((item for item in found if item.device or item.host), key=lambda item: -item.device))
+
+
+def case_of(
+    config: Config,
+    model: ModelConfig,
+    num_processes: int,
+    *,
+    per_node: int | None = None,
+    on_gpu: bool,
+    seq_len: int | None = None,
+) -> MemoryCase:
+    """The case of a configuration; `per_node` None is all on one node, `seq_len` None is the configured one.
+
+    Raises:
+        ConfigError: the processes do not fit the mesh.
+    """
+    dp, cp = config.mesh(num_processes)
+    parallel = config.parallel
+    plan = ringattn.Plan(
+        seq_len or config.data.seq_len, cp, layout=parallel.layout, window=parallel.window, sinks=parallel.sinks
+    )
+    return MemoryCase(
+        model=model,
+        plan=plan,
+        num_processes=num_processes,
+        per_node=per_node or num_processes,
+        engine=config.engine.name,
+        zero_stage=config.engine.zero_stage,
+        element_bytes=2 if config.engine.precision == "bf16" else 4,
+        ulysses=parallel.ulysses,
+        loss_tile=config.optim.loss_tile,
+        rows=config.optim.rows_per_step // dp,
+        asynchronous_saves=config.checkpoint.asynchronous,
+        on_gpu=on_gpu,
+    )
+
+
+def estimate_memory(case: MemoryCase, memory: MemoryConfig) -> MemoryEstimate:
+    """Predicted memory of a case with settings of the `memory` section (`auto` must be resolved)."""
+    parameters = count_parameters(case.model).total
+    on_host = memory.optimizer == "host"
+    state = state_items(
+        case.model,
+        engine=case.engine,
+        zero_stage=case.zero_stage,
+        num_processes=case.num_processes,
+        element_bytes=case.element_bytes,
+        on_host=on_host,
+    )
+    # FSDP makes a gradient when its layer is done; the other engines have room for all of them from the start.
+    gradients = tuple(Item(name=name, device=a, host=b) for name, a, b in state if name == GRADIENTS)
+    come_late = case.engine == "fsdp" and case.rows == 1
+    share = 1 if case.engine == "ddp" else case.num_processes
+    copies = 3 * _FP32 * parameters / share if case.asynchronous_saves else 0.0
+    always = (
+        *(Item(name=name, device=device, host=host) for name, device, host in state if name != GRADIENTS),
+        Item(name="positions, labels, rotary tables", device=case.tokens * table_bytes_per_token(case.model)),
+        Item(name="copies for asynchronous saves", host=copies),
+    )
+    libraries = LIBRARIES_HOST_BYTES_CUDA if case.on_gpu else LIBRARIES_HOST_BYTES
+    return MemoryEstimate(
+        always=always if come_late else (*always, *gradients),
+        phases=tuple(_phases(case, memory, gradients if come_late else ())),
+        outside=(
+            Item(name="libraries", device=LIBRARIES_DEVICE_BYTES if case.on_gpu else 0.0, host=libraries),
+            Item(name="peer memory of the ring", device=peer_bytes(case)),
+        ),
+        start=(Item(name="whole model in fp32", host=_FP32 * parameters),),
+        per_node=case.per_node,
+        on_gpu=case.on_gpu,
+    )
+
+
+def _phases(case: MemoryCase, memory: MemoryConfig, gradients: Items) -> Iterator[Phase]:
+    kept = tuple(kept_items(case, memory, case.model.layers))
+    yield Phase(name="loss", items=(*kept, *loss_items(case)))
+    rest = tuple(kept_items(case, memory, 1))
+    feed_forward, attention = tuple(feed_forward_items(case, memory)), tuple(attention_items(case, memory))
+    yield Phase(name="backward of the last feed-forward", items=(*kept, *feed_forward))
+    yield Phase(name="backward of the last attention", items=(*kept, *attention))
+    yield Phase(name="backward of the first feed-forward", items=(*rest, *gradients, *feed_forward))
+    yield Phase(name="backward of the first attention", items=(*rest, *gradients, *attention))
+    yield Phase(name="gradients of embedding and head", items=(*gradients, *end_items(case)))

@@ -1,0 +1,100 @@
+"""Bytes of weights, gradients and AdamW state per process, as each engine spreads them. Arithmetic only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from model.config import ModelConfig
+from model.flops import ParameterCount, count_parameters
+
+GRADIENTS = "gradients"
+# Elements of DeepSpeed's buffers for reducing and gathering, as launch/engine/zero.py sets them.
+_ZERO_BUCKET_ELEMENTS = 50_000_000
+_FP32 = 4
+
+
+def state_items(
+    model: ModelConfig, *, engine: str, zero_stage: int, num_processes: int, element_bytes: int, on_host: bool
+) -> tuple[tuple[str, float, float], ...]:
+    """What stays from step to step, and gradients, which are there at every peak: (name, device, host).
+
+    Args:
+        on_host: fp32 weights and AdamW state are on the host; only what is computed with is on the device.
+    """
+    count, part = count_parameters(model), 1.0 / num_processes
+    total = float(count.total)
+    low = element_bytes < _FP32
+    if engine == "ddp":
+        weights, gradients, moments = (_FP32 * total, _FP32 * total, 2 * _FP32 * total)
+        # autocast keeps the rounded weights of a forward pass
+        return (*_placed(weights, gradients, moments, False), ("weights in bf16", 2 * total if low else 0.0, 0.0))
+    if engine == "fsdp":
+        share = _FP32 * total * part
+        found = _placed(share, share, 2 * share, on_host)
+        return (*found, ("gathered weights", _fsdp_gathered(count, model, element_bytes), 0.0))
+    return _zero_items(total, count, model, zero_stage, part, low, on_host, element_bytes)
+
+
+def _placed(weights: float, gradients: float, moments: float, on_host: bool) -> tuple[tuple[str, float, float], ...]:
+    found = (("weights in fp32", weights), (GRADIENTS, gradients), ("AdamW's moments", moments))
+    return tuple((name, 0.0 if on_host else size, size if on_host else 0.0) for name, size in found)
+
+
+def _fsdp_gathered(count: ParameterCount, model: ModelConfig, element_bytes: int) -> float:
+    """Embedding and head for the whole step; of layers the current one, the next, and the buffer it arrives in."""
+    layer, root = _layer_and_root(count, model)
+    return element_bytes * (root + min(3, model.layers) * layer)
+
+
+def _layer_and_root(count: ParameterCount, model: ModelConfig) -> tuple[float, float]:
+    """Parameters that are gathered together: a layer's, and all that are in no layer."""
+    layer = count.layer + count.selection / model.layers
+    return layer, count.total - model.layers * layer
+
+
+def _zero_items(
+    total: float,
+    count: ParameterCount,
+    model: ModelConfig,
+    stage: int,
+    part: float,
+    low: bool,
+    on_host: bool,
+    element_bytes: int,
+) -> tuple[tuple[str, float, float], ...]:
+    narrow = low and stage >= 1  # stage 0 uses autocast
+    masters = _FP32 * total * (part if stage >= 3 or narrow else 1.0)
+    moments = 2 * _FP32 * total * (part if stage >= 1 else 1.0)
+    gradients = _FP32 * total * (part if stage >= 2 else 1.0)
+    if stage == 1 and narrow:
+        gradients += 2 * total  # in bf16, beside the fp32 sums
+    found = list(_placed(masters, gradients, moments, on_host))
+    if narrow:
+        found.append(("weights in bf16", 2 * total * (part if stage >= 3 else 1.0), 0.0))
+    elif stage == 0 and low:
+        found.append(("weights in bf16", 2 * total, 0.0))
+    if stage >= 3:
+        found.append(("gathered weights", _fsdp_gathered(count, model, element_bytes), 0.0))
+    bucket = min(_ZERO_BUCKET_ELEMENTS, total)
+    found.append(("DeepSpeed's buffers", 2 * _FP32 * bucket, 0.0))
+    return tuple(found)
+
+
+def gradient_flight_items(
+    model: ModelConfig, *, engine: str, num_processes: int, element_bytes: int, last: bool
+) -> Iterator[tuple[str, float]]:
+    """Whole gradients on their way to the ranks' parts: (name, bytes).
+
+    Args:
+        last: Of embedding and head, which come when all layers are done; else of a layer, while the head's waits.
+    """
+    if engine == "ddp":  # its gradients are whole anyway
+        return
+    count = count_parameters(model)
+    layer, root = _layer_and_root(count, model)
+    reduced = _FP32 * (1 + 1 / num_processes)  # what is reduced is fp32, and so is the part that comes back
+    if last:
+        yield "gradients of embedding and head", (element_bytes + reduced) * root
+        return
+    yield "the head's gradient", element_bytes * float(model.vocab_size * model.dim)
+    yield "gradients of a layer", (element_bytes + reduced) * layer
