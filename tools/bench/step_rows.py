@@ -1,0 +1,166 @@
+"""The results of whole steps: one row per case, kept line by line as they come; the files and the table of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launch.errors import ConfigError
+
+NAME = "steps"
+GIB = float(1 << 30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """A variant at a length. Memory is in GiB, times are seconds, losses nats per token.
+
+    Attributes:
+        variant: "ours" or "rival".
+        settings: What else makes the case: overrides, and the rival's own choices.
+        tokens: Of a row, over all ranks.
+        documents: "one": a row counts as one document; "kept": documents do not see each other (ours only).
+        status: "ok", "out of memory", "unsupported" or "failed".
+        note: The reason, if not "ok".
+        warmup: What ran before the timed steps.
+        step_seconds: Every timed step, slowest rank.
+        seconds: Their median.
+        mfu_causal, mfu_full: See `launch.meters`; None where the device's peak is not known.
+        peak_allocated, peak_reserved: Of torch's allocator during the timed steps, largest of all ranks; CUDA only.
+        device_used: All of the device's memory in use after a step (contexts, NCCL and peer buffers too), largest.
+        host_build, host_steps: Peak resident memory of a process until the timed steps and during them, largest.
+        host_machine: What the machine's available memory fell by since the case began, at most.
+        exposed_seconds: Waiting for the ring's messages, mean over ranks and steps; None if it is not measured.
+        losses: Before each step, the warm-up's first.
+        commit, versions, gpu, command, measured_at: Where the row comes from.
+        profile: Share of a step's time by kind of kernel, if it was asked for.
+    """
+
+    variant: str
+    settings: str
+    model: str
+    num_ranks: int
+    tokens: int
+    documents: str
+    status: str
+    note: str = ""
+    warmup: str = ""
+    step_seconds: tuple[float, ...] = ()
+    seconds: float | None = None
+    tokens_per_second_per_rank: float | None = None
+    mfu_causal: float | None = None
+    mfu_full: float | None = None
+    peak_allocated: float | None = None
+    peak_reserved: float | None = None
+    device_used: float | None = None
+    host_build: float | None = None
+    host_steps: float | None = None
+    host_machine: float | None = None
+    exposed_seconds: float | None = None
+    losses: tuple[float, ...] = ()
+    commit: str | None = None
+    gpu: str = ""
+    versions: str = ""
+    command: str = ""
+    measured_at: str = ""
+    profile: str = ""
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        """What makes a case: measured once per folder."""
+        return (self.variant, self.settings, self.model, self.num_ranks, self.tokens, self.documents, self.gpu)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether measuring again would tell nothing new; other failures are tried again."""
+        return self.status != "failed"
+
+
+def append_row(folder: Path, row: StepRow) -> None:
+    """Add a row to `steps.jsonl` at once, as the command may be cut off."""
+    with open(folder / f"{NAME}.jsonl", "a") as file:
+        file.write(json.dumps(asdict(row)) + "\n")
+        file.flush()
+
+
+def load_rows(folder: Path) -> list[StepRow]:
+    """The rows of `steps.jsonl`: the last of each case, in the order the cases first came; not a torn last line.
+
+    Raises:
+        ConfigError: The file holds something else.
+    """
+    path = folder / f"{NAME}.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    rows: dict[tuple[Any, ...], StepRow] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or number == len(lines):  # every whole line ends with a newline
+            continue
+        try:
+            row = StepRow(**{name: _restored(value) for name, value in json.loads(line).items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path}:{number}: not a row of this version of bench_step ({error}); choose another --out, or move "
+                "the file away"
+            ) from error
+        rows[row.case] = row
+    return list(rows.values())
+
+
+def _restored(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def write_files(rows: Sequence[StepRow], machine: dict[str, Any], command: str, folder: Path) -> None:
+    """`steps.csv` and `steps.json`."""
+    with open(folder / f"{NAME}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(StepRow)])
+        writer.writeheader()
+        writer.writerows({k: _flat(v) for k, v in asdict(row).items()} for row in rows)
+    content = {"command": command, "machine": machine, "rows": [asdict(row) for row in rows]}
+    (folder / f"{NAME}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _flat(value: Any) -> Any:
+    return " ".join(f"{number:.6g}" for number in value) if isinstance(value, tuple) else value
+
+
+def show(rows: Sequence[StepRow], console: Console) -> None:
+    """A short table, lengths in order and the variants of a length side by side."""
+    table = Table(box=None, title_justify="left")
+    table.title = "; ".join(sorted({f"{row.model}, {row.num_ranks} ranks, {row.gpu}" for row in rows}))
+    for name in ("variant", "tokens"):
+        table.add_column(name)
+    columns = ("s/step", "tokens/s/rank", "MFU causal", "full", "alloc GiB", "reserved", "device", "host", "exposed s")
+    for name in (*columns, "last loss"):
+        table.add_column(name, justify="right")
+    table.add_column("settings", overflow="fold")
+    for row in sorted(rows, key=lambda row: row.tokens):
+        numbers = [
+            _number(row.seconds, ".4g"),
+            _number(row.tokens_per_second_per_rank, ",.0f"),
+            _number(row.mfu_causal, ".1%"),
+            _number(row.mfu_full, ".1%"),
+            _number(row.peak_allocated, ".1f"),
+            _number(row.peak_reserved, ".1f"),
+            _number(row.device_used, ".1f"),
+            _number(row.host_steps, ".1f"),
+            _number(row.exposed_seconds, ".3g"),
+            _number(row.losses[-1] if row.losses else None, ".4f"),
+        ]
+        note = row.settings if row.status == "ok" else f"{row.status.upper()}: {row.note} ({row.settings})"
+        table.add_row(row.variant, f"{row.tokens:,}", *numbers, Text(note))
+    console.print(table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,324 @@
+"""One process of one case: build a variant, warm it up, time its steps, and look at the memory they took."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+from rich.console import Console
+
+from launch.carrier import make_carrier
+from launch.config import Config
+from launch.data import Corpus, open_corpus
+from launch.meters import host_memory_bytes, known_peak_tflops, peak_memory_bytes, reset_peak_memory, utilisation
+from launch.ranks import Ranks
+from launch.selfcheck import check_attention
+from launch.signals import StopRequest
+from launch.steps import StepRunner
+from launch.topology import Topology
+from launch.trainer import Trainer
+from model.config import ModelConfig, preset
+from model.flops import flops_per_token
+from tools.bench.rival_step import Rival, torch_context_parallel
+from tools.bench.step_profile import profile_step
+from tools.bench.step_rows import GIB
+from tools.report.worker import Place, run_rank
+
+_CPU = torch.device("cpu")
+_SAMPLE_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A case as its processes need it.
+
+    Attributes:
+        config: Of the trainer; `data.seq_len` is the length to time.
+        variant: "ours" or "rival".
+        steps: Timed ones, at most.
+        seconds: No further step is begun if it would probably end later than this after the first (but one is timed).
+        warmup_tokens: Length of the row that the warm-up runs on; `data.seq_len`, or less where steps are long.
+        rotation, loss: The rival's choices.
+        profile: Profile one more step.
+        data_dir: Where the tokens are kept.
+        place: What every process knows of the others; the rank is filled in.
+    """
+
+    config: Config
+    variant: str
+    steps: int
+    seconds: float
+    warmup_tokens: int
+    rotation: str
+    loss: str
+    profile: bool
+    data_dir: str
+    size: int
+    device: str
+    threads: int
+    store: str
+    timeout_seconds: float
+
+
+Step = Callable[[int], float]
+"""Trains on row number `index`; returns the loss before it, nats per token, the same on all ranks."""
+
+
+class Steps(Protocol):
+    """A variant, built."""
+
+    model: ModelConfig
+
+    def at(self, seq_len: int) -> Step:
+        """Steps over rows of this length."""
+
+    def take_exposed(self) -> float | None:
+        """Seconds this rank has waited for messages of the ring since the last call; None: not measured."""
+
+
+def worker_main(pipe: Connection, task: Task, rank: int) -> None:
+    """Measure a case and send `("ok", fields of StepRow)`, or `("failed", reason)`; in a process of its own."""
+    place = Place(
+        rank=rank,
+        size=task.size,
+        device=task.device,
+        threads=task.threads,
+        store=task.store,
+        timeout_seconds=task.timeout_seconds,
+    )
+    run_rank(pipe, place, lambda: _measure(task))
+
+
+def _measure(task: Task) -> dict[str, Any]:
+    watch = HostWatch()
+    topology = Topology.start(task.config)
+    data = _Data(task, topology)
+    steps: Steps = _Ours(task, topology, data) if task.variant == "ours" else _Theirs(task, topology, data)
+    case = _Case(task, topology, steps)
+    case.warm_up()
+    case.time()
+    values = case.values()
+    values["host_machine"] = topology.max_of(watch.most_taken()) / GIB
+    if task.profile:
+        values["profile"] = case.profile()
+    topology.barrier()
+    return values
+
+
+class _Data:
+    """The rows of each length: real text, of which every process reads what it needs."""
+
+    def __init__(self, task: Task, topology: Topology) -> None:
+        self._task, self._topology = task, topology
+        self._ranks = Ranks(rank=topology.rank, world_size=topology.world_size, group=topology.cpu_group)
+        self._open: dict[int, Corpus] = {}
+
+    def at(self, seq_len: int) -> tuple[Config, Corpus]:
+        """The configuration for rows of this length, and the rows. Collective the first time."""
+        config = self._task.config
+        config = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
+        if seq_len not in self._open:
+            self._open[seq_len] = self._ranks.agree(
+                "opening the data",
+                lambda: open_corpus(
+                    config.data,
+                    seed=config.run.seed,
+                    cache_dir=Path(self._task.data_dir),
+                    leader=self._topology.rank == 0,
+                    barrier=self._topology.barrier,
+                ),
+            )
+        return config, self._open[seq_len]
+
+
+class _Ours:
+    """The trainer's own model, engine, ring and steps."""
+
+    def __init__(self, task: Task, topology: Topology, data: _Data) -> None:
+        self._topology, self._data = topology, data
+        config, corpus = data.at(task.config.data.seq_len)
+        console = Console(highlight=False, quiet=topology.rank != 0)
+        trainer = Trainer(config, topology, StopRequest(announce=False), console)
+        self.model, self._engine = trainer.build(corpus)
+        self._memory = trainer.config.memory
+        self._carrier = make_carrier(config, topology)
+        if self._carrier is not None:
+            _say(topology, self._carrier.description)
+        if config.parallel.self_check:
+            ranks = Ranks(rank=topology.rank, world_size=topology.world_size, group=topology.cpu_group)
+            _say(topology, check_attention(config, topology, self.model, self._carrier, ranks))
+        _say(topology, f"memory: {self._memory}")
+
+    def at(self, seq_len: int) -> Step:
+        config, corpus = self._data.at(seq_len)
+        config = config.model_copy(update={"memory": self._memory})
+        runner = StepRunner(config, self._topology, self._engine, corpus, self._carrier, self.model)
+
+        def step(index: int) -> float:
+            result = runner.train(runner.read(index, stop=False), config.optim.lr)
+            if not result.applied:
+                raise RuntimeError(f"the step over row {index} was not applied: {result.blame}")
+            return result.loss
+
+        return step
+
+    def take_exposed(self) -> float | None:
+        return None if self._carrier is None else self._carrier.stats.take().exposed_seconds
+
+
+class _Theirs:
+    """`rival_step.Rival` on the same rows."""
+
+    def __init__(self, task: Task, topology: Topology, data: _Data) -> None:
+        self._data = data
+        config, _ = data.at(task.config.data.seq_len)
+        self.model = preset(config.model.preset, **config.model.overrides())
+        shard = torch_context_parallel(topology, task.rotation)
+        longest = max(config.data.seq_len, task.warmup_tokens)
+        self._rival = Rival(config, self.model, topology, longest=longest, loss=task.loss, shard=shard)
+
+    def at(self, seq_len: int) -> Step:
+        _, corpus = self._data.at(seq_len)
+        return lambda index: self._rival.train(corpus.row(index))
+
+    def take_exposed(self) -> float | None:
+        return None
+
+
+@dataclass
+class _Case:
+    task: Task
+    topology: Topology
+    steps: Steps
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    exposed: list[float] = field(default_factory=list)
+    device_used: float = 0.0
+    host_build: float = 0.0
+    _next_row: int = 0
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.topology.device.type == "cuda"
+
+    def warm_up(self) -> None:
+        """Kernels are chosen and compiled, communicators connected; peaks count from here."""
+        tokens = self.task.warmup_tokens
+        seconds, _ = self._step(self.steps.at(tokens))
+        _say(self.topology, f"warm-up over {tokens:,} tokens: {seconds:.3f} s, loss {self.losses[-1]:.4f}")
+        self.host_build = self.topology.max_of(peak_memory_bytes(_CPU)) / GIB
+        if self._on_cuda:
+            if tokens != self.task.config.data.seq_len:
+                torch.cuda.empty_cache()  # blocks of the short row would only be in the way
+            reset_peak_memory(self.topology.device)
+        reset_peak_memory(_CPU)
+
+    def time(self) -> None:
+        """The timed steps, each with its line."""
+        step = self.steps.at(self.task.config.data.seq_len)
+        for number in range(1, self.task.steps + 1):
+            seconds, exposed = self._step(step)
+            self.seconds.append(seconds)
+            if exposed is not None:
+                self.exposed.append(exposed)
+            gpu = f", {torch.cuda.max_memory_allocated() / GIB:.2f} GiB" if self._on_cuda else ""
+            host = f", host {host_memory_bytes() / GIB:.2f} GiB"
+            _say(self.topology, f"step {number}: {seconds:.3f} s, loss {self.losses[-1]:.4f}{gpu}{host}")
+            # All ranks have the same times, so they stop alike.
+            if sum(self.seconds) + seconds > self.task.seconds:
+                break
+
+    def profile(self) -> str:
+        """One more step under the profiler; what rank 0 saw, in words."""
+        step = self.steps.at(self.task.config.data.seq_len)
+        if self.topology.rank != 0:
+            self._step(step)
+            return ""
+        summary = profile_step(lambda: self._step(step))
+        for line in summary.lines():
+            _say(self.topology, line)
+        return summary.brief()
+
+    def values(self) -> dict[str, Any]:
+        """Fields of the row. Collective."""
+        topology, tokens = self.topology, self.task.config.data.seq_len
+        median = statistics.median(self.seconds)
+        flops = flops_per_token(self.steps.model, tokens)
+        name = torch.cuda.get_device_name(topology.device) if self._on_cuda else "cpu"
+        peak = self.task.config.metrics.peak_tflops or known_peak_tflops(name, self.task.config.engine.precision)
+        size = topology.world_size
+        causal, full = (
+            utilisation(count, tokens / median, processes=size, peak_tflops=peak)
+            for count in (flops.causal, flops.full)
+        )
+        values: dict[str, Any] = {
+            "step_seconds": tuple(self.seconds),
+            "seconds": median,
+            "tokens_per_second_per_rank": tokens / median / size,
+            "mfu_causal": causal,
+            "mfu_full": full,
+            "losses": tuple(self.losses),
+            "host_build": self.host_build,
+            "host_steps": topology.max_of(peak_memory_bytes(_CPU)) / GIB,
+            "exposed_seconds": statistics.mean(self.exposed) if self.exposed else None,
+        }
+        if self._on_cuda:
+            values |= {
+                "peak_allocated": topology.max_of(torch.cuda.max_memory_allocated()) / GIB,
+                "peak_reserved": topology.max_of(torch.cuda.max_memory_reserved()) / GIB,
+                "device_used": topology.max_of(self.device_used),
+            }
+        return values
+
+    def _step(self, step: Step) -> tuple[float, float | None]:
+        """(seconds of the slowest rank, mean exposed seconds or None). Reading the row is part of a step."""
+        self.steps.take_exposed()
+        self._synchronize()
+        self.topology.barrier()
+        began = time.perf_counter()
+        loss = step(self._next_row)
+        self._synchronize()
+        seconds = self.topology.max_of(time.perf_counter() - began)
+        self._next_row += 1
+        self.losses.append(loss)
+        exposed = self.steps.take_exposed()
+        if self._on_cuda:
+            free, total = torch.cuda.mem_get_info()
+            self.device_used = max(self.device_used, (total - free) / GIB)
+        # A ring of one exposes nothing and measures nothing, on all ranks alike.
+        mean = None if exposed is None else self.topology.sum_of(exposed) / self.topology.world_size
+        return seconds, mean
+
+    def _synchronize(self) -> None:
+        if self._on_cuda:
+            torch.cuda.synchronize()
+
+
+class HostWatch:
+    """Notes the least memory that the machine had available since it was made, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._first = self._least = psutil.virtual_memory().available
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def most_taken(self) -> float:
+        """Bytes that available memory fell by, at most; what others on the machine took is in it."""
+        return float(self._first - self._least)
+
+    def _look(self) -> None:
+        while True:
+            self._least = min(self._least, psutil.virtual_memory().available)
+            time.sleep(_SAMPLE_SECONDS)
+
+
+def _say(topology: Topology, text: str) -> None:
+    if topology.rank == 0:
+        print(f"  {text}", flush=True)
