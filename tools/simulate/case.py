@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 import ringattn
+from launch.rates import PASSES as PASSES
+from launch.step_time import visible_pairs as visible_pairs
 from tools.bench.problem import DTYPES
 
-PASSES = ("forward", "backward")
 # Matrix products with two FLOPs per pair and feature: two forward; five backward, as tools.bench_attention counts.
 _FLOPS = {"forward": 4.0, "backward": 10.0}
 
@@ -46,20 +46,6 @@ class Case:
     def flops(self, what: str, pairs: float) -> float:
         """FLOPs of a pass over so many (query, key) pairs."""
         return _FLOPS[what] * self.heads * self.head_dim * pairs
-
-
-def visible_pairs(plan: ringattn.Plan) -> int:
-    """(query, key) pairs of the whole sequence that the mask lets through."""
-    total = 0
-    for start, stop in pairwise(plan.documents or (0, plan.seq_len)):
-        length = stop - start
-        if not plan.causal:
-            total += length**2
-            continue
-        # With sinks, query i of a document sees min(i + 1, window + sinks) keys.
-        most = length if plan.window is None else min(length, plan.window + plan.sinks)
-        total += most * (most + 1) // 2 + (length - most) * most
-    return total
 
 
 def random_documents(seq_len: int, mean: int, seed: int) -> tuple[int, ...]:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
+from launch.rates import BLOCKS, H100, RatesFile, parse_link
 from ringattn.transport.copy_engine import GRAPH_BYTES
 from tools.simulate.case import PASSES, Case
 from tools.simulate.work import CAUSAL, FULL, HopWork
 
 Floats = npt.NDArray[np.float64]
 
-H100 = Path(__file__).parent / "h100.yaml"
 GRAPHS = ("never", "short", "always")
-_KINDS = ("full", "causal", "masked")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,31 +133,20 @@ class Machine:
         return num_bytes / self.memory if self.memory else num_bytes * 0.0
 
 
-class MachineFile:
-    """The checked contents of a file of rates.
+class MachineFile(RatesFile):
+    """The checked contents of a file of rates, with what only the simulated ring asks for.
 
     Raises:
         ValueError: one line that names the file, the field, what was expected and what was given.
     """
 
     def __init__(self, path: Path = H100) -> None:
-        self._path = path
-        try:
-            found = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: expected a mapping, such as {H100.name}")
-        self._found: dict[str, Any] = found
-        self.source = str(self._get("source", str))
-        self.dtypes = [str(name) for name in self._get("dtypes", list)]
-        self.head_dim = int(self._get("head_dim", int))
-        self.kernels = self._kernels()
+        super().__init__(path)
+        table = [self.blocks[what][kind] for what in PASSES for kind in BLOCKS]
+        rates = 1e12 * np.array(table, dtype=float).reshape(len(PASSES), len(BLOCKS), -1)
+        sizes = np.array(self.sizes, dtype=float)
+        self.kernels = Kernels(heads=self.heads, sizes=sizes, rates=dict(zip(PASSES, rates, strict=True)))
         self.ideal = self._by_pass("ideal_us")
-        self.memory = self._number("memory_gbps") * 1e9
-        self.dense, self.peak = (self._positive(name) * 1e12 for name in ("dense_tflops", "peak_tflops"))
         self.transports = {str(name): self._transport(str(name)) for name in self._get("transports", dict)}
 
     def check(self, case: Case) -> None:
@@ -184,22 +170,6 @@ class MachineFile:
         """The one that a row of tools.bench_attention was measured with."""
         return next((entry for entry in self.transports.values() if fnmatch(variant, entry.variants)), None)
 
-    def _kernels(self) -> Kernels:
-        names = ["size", *(f"{kind}_{what}" for what in PASSES for kind in _KINDS)]
-        table = [self._numbers(f"kernels.{name}") for name in names]
-        if len({len(line) for line in table}) > 1:
-            raise ValueError(
-                f"{self._path}: kernels: expected lines of one length, got {[len(line) for line in table]}"
-            )
-        sizes, *lines = (np.array(line, dtype=float) for line in table)
-        if not len(sizes) or np.any(np.diff(sizes) <= 0) or min(line.min() for line in (sizes, *lines)) <= 0:
-            raise ValueError(f"{self._path}: kernels: expected increasing sizes and rates above 0")
-        return Kernels(
-            heads=int(self._positive("heads")),
-            sizes=sizes,
-            rates={what: 1e12 * np.stack(lines[3 * number : 3 * number + 3]) for number, what in enumerate(PASSES)},
-        )
-
     def _transport(self, name: str) -> Transport:
         where = f"transports.{name}"
         try:
@@ -221,62 +191,3 @@ class MachineFile:
             call=self._number(f"{where}.call_us") * 1e-6,
             hop=self._by_pass(f"{where}.hop_us"),
         )
-
-    def _get(self, name: str, kind: type) -> Any:
-        value: Any = self._found
-        for part in name.split("."):
-            if not isinstance(value, dict) or part not in value:
-                raise ValueError(f"{self._path}: {name}: missing")
-            value = value[part]
-        if not isinstance(value, kind):
-            raise ValueError(f"{self._path}: {name}: expected {kind.__name__}, got {value!r}")
-        return value
-
-    def _number(self, name: str) -> float:
-        return _checked(f"{self._path}: {name}", self._get(name, object))
-
-    def _positive(self, name: str) -> float:
-        value = self._number(name)
-        if not value:
-            raise ValueError(f"{self._path}: {name}: expected more than 0")
-        return value
-
-    def _one_of(self, name: str, known: tuple[str, ...]) -> str:
-        value = str(self._get(name, str))
-        if value not in known:
-            raise ValueError(f"{self._path}: {name}: expected one of {', '.join(known)}, got {value!r}")
-        return value
-
-    def _share(self, name: str) -> float:
-        value = self._number(name)
-        if value >= 1:
-            raise ValueError(f"{self._path}: {name}: expected less than 1, got {value:g}")
-        return value
-
-    def _numbers(self, name: str) -> list[float]:
-        return [_checked(f"{self._path}: {name}", value) for value in self._get(name, list)]
-
-    def _by_pass(self, name: str) -> dict[str, float]:
-        return {what: self._number(f"{name}.{what}") * 1e-6 for what in PASSES}
-
-
-def parse_link(text: str) -> tuple[tuple[float, float], ...]:
-    """ "350" (GB/s), or "16:98,64:152" (GB/s by MiB of a message) -> (bytes, bytes/s), by size."""
-    pairs = []
-    for part in text.split(","):
-        size, _, rate = part.rpartition(":")
-        try:
-            pairs.append((float(size or 1) * 2**20, float(rate) * 1e9))
-        except ValueError:
-            pairs.append((0.0, 0.0))
-    if not all(0 < value < float("inf") for pair in pairs for value in pair) or any(
-        a[0] >= b[0] for a, b in pairwise(pairs)
-    ):
-        raise ValueError(f"expected GB/s, such as 350, or by increasing MiB, such as 16:98,64:152, got {text!r}")
-    return tuple(pairs)
-
-
-def _checked(where: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError(f"{where}: expected a number of 0 or more, got {value!r}")
-    return float(value)
