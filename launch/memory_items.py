@@ -99,15 +99,22 @@ def kept_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[
     result = tokens * attention_result_bytes_per_token(model, _FP32 if model.selection else size)
     if not memory.recompute:
         unrounded = tokens * attention_shape(model).heads * attention_shape(model).value_dim * _FP32
-        whole = tokens * layer_bytes_per_token(model, size) + (unrounded if model.selection else 0)
+        inside: float = layer_bytes_per_token(model, size)
+        if memory.tile is not None:  # what lies between the tiles: a layer's input, and the attention's tensors
+            inside = model.dim * size + _attention_bytes_per_token(case)
+        whole = tokens * inside + (unrounded if model.selection else 0)
         yield Item(name="activations of all layers", device=layers * whole)
+        if case.ulysses > 1:
+            expanded = expanded_at_home(model, case.plan, size, recompute=True)
+            yield Item(name="expanded keys and values", device=layers * expanded)
         if states:
             yield Item(name="column states of selection", device=layers * states)
         return
     inputs = tokens * model.dim * size
     on_host = memory.offload in ("inputs", "all")
     at_hand = min(layers, _INPUTS_AT_HAND) if on_host else layers
-    yield Item(name="inputs of layers", device=at_hand * inputs, host=layers * inputs if on_host else 0.0)
+    put_away = (model.layers - 1) * inputs if on_host else 0.0  # the last layer's is needed at once
+    yield Item(name="inputs of layers", device=at_hand * inputs, host=put_away)
     if memory.recompute != "keep_attention":
         if states:
             yield Item(name="column states of selection", device=states)
@@ -116,9 +123,10 @@ def kept_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[
     kept = layers if memory.keep_layers is None else max(0, memory.keep_layers - (model.layers - layers))
     on_host = memory.offload == "all"
     at_hand = min(kept, _INPUTS_AT_HAND) if on_host else kept
-    yield Item(name="attention's outputs", device=at_hand * result, host=kept * result if on_host else 0.0)
+    put_away = max(0, (memory.keep_layers or model.layers) - 1) if on_host else 0
+    yield Item(name="attention's outputs", device=at_hand * result, host=put_away * result)
     if states:
-        yield Item(name="column states of selection", device=at_hand * states, host=kept * states if on_host else 0.0)
+        yield Item(name="column states of selection", device=at_hand * states, host=put_away * states)
 
 
 def loss_items(case: MemoryCase) -> Iterator[Item]:
@@ -133,18 +141,18 @@ def feed_forward_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]
     yield from _gradient_items(case)
     layer, flight = layer_bytes_per_token(model, size), flight_bytes_per_token(model, size)
     inputs = model.dim * size
-    if not memory.recompute:
-        yield Item(name="gradients inside a layer", device=tokens * (flight + inputs))
+    if memory.tile is not None:
+        if memory.recompute:
+            yield Item(name="one layer again", device=tokens * _attention_bytes_per_token(case))
+        # of the layer's result and input, and of the attention's output
+        out = attention_shape(model).heads * attention_shape(model).value_dim * size
+        yield Item(name="gradients inside a layer", device=tokens * (2 * inputs + out))
+        scratch = layer - _attention_bytes_per_token(case) + flight
+        yield Item(name="tile of a layer", device=min(memory.tile, tokens) * scratch)
         return
-    if memory.tile is None:
-        # what it keeps less its input, which is among `kept`
+    if memory.recompute:  # what it keeps less its input, which is among `kept`
         yield Item(name="one layer again", device=tokens * (layer - inputs))
-        yield Item(name="gradients inside a layer", device=tokens * (flight + inputs))
-        return
-    attention = attention_elements(model) * size + 4 * attention_shape(model).heads
-    yield Item(name="one layer again", device=tokens * (attention + inputs))
-    yield Item(name="gradients inside a layer", device=2 * tokens * inputs)
-    yield Item(name="tile of a layer", device=min(memory.tile, tokens) * (layer - attention + flight))
+    yield Item(name="gradients inside a layer", device=tokens * (flight + inputs))
 
 
 def attention_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
@@ -154,13 +162,16 @@ def attention_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
     yield from _gradient_items(case)
     between = (model.dim + between_elements(model)) * size  # the norm's output, and what lies before the attention
     if memory.recompute:
-        attention = attention_elements(model) * size + 4 * shape.heads
-        yield Item(name="one layer again", device=tokens * (attention + (between if memory.tile is None else 0)))
+        again = _attention_bytes_per_token(case) + (between if memory.tile is None else 0)
+        yield Item(name="one layer again", device=tokens * again)
     gradients = shape.heads * (shape.score_dim + shape.value_dim) + shape.payload
     yield Item(name="gradients inside a layer", device=tokens * (gradients * size + inputs))
-    if memory.tile is not None:
-        yield Item(name="tile of a layer", device=min(memory.tile, tokens) * 2 * between)
     yield from _ring_items(case, memory)
+
+
+def _attention_bytes_per_token(case: MemoryCase) -> float:
+    """Queries, payload, out and lse."""
+    return attention_elements(case.model) * case.element_bytes + 4 * attention_shape(case.model).heads
 
 
 def _ring_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
@@ -169,7 +180,7 @@ def _ring_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
     if case.ulysses > 1:
         exchanged = ulysses_bytes(model, plan, size, case.ulysses)
         yield Item(name="exchange of heads", device=exchanged.memory - exchanged.ring.memory)
-        expanded = expanded_at_home(model, plan, size, recompute=bool(memory.recompute))
+        expanded = expanded_at_home(model, plan, size, recompute=True) if memory.recompute else 0  # else it is kept
     else:
         expanded = expanded_bytes(model, plan, size)
     if expanded:

@@ -42,7 +42,7 @@ LIBRARIES_DEVICE_BYTES = 1.8 * GIB
 FRAGMENTATION = 1.05
 # Resident memory of a process before it holds any model: seen on CPUs; with CUDA loaded, assumed.
 LIBRARIES_HOST_BYTES = 0.4 * GIB
-LIBRARIES_HOST_BYTES_CUDA = 3.0 * GIB
+LIBRARIES_HOST_BYTES_CUDA = 2.0 * GIB
 _FP32 = 4
 
 

@@ -40,6 +40,7 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 # Their names contain a name of the table, but their peaks are other ones.
 _UNKNOWN = ("GB200", " MIG ")
 _PROC = Path("/proc/self")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def known_peak_tflops(device_name: str, precision: str) -> float | None:
@@ -112,6 +113,43 @@ def host_memory_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def host_memory_limit() -> int:
+    """Bytes of host memory that this machine, or the container that the process is in, has."""
+    import psutil
+
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _control_groups())])
+
+
+def host_memory_available() -> int:
+    """Bytes of host memory that can still be taken before the kernel ends processes, in this container too."""
+    import psutil
+
+    left = [max(0, limit - used) for limit, used in _control_groups()]
+    return min([int(psutil.virtual_memory().available), *left])
+
+
+def _control_groups() -> list[tuple[int, int]]:
+    """(limit, used) of the control group (version 2) that this process is in and of those around it.
+
+    What files are cached is not counted as used: the kernel gives it back first.
+    """
+    found = []
+    try:
+        own = next(line[3:] for line in (_PROC / "cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        own = "/"
+    folder = _CGROUPS / own.strip("/")
+    for place in (folder, *folder.parents):
+        if not place.is_relative_to(_CGROUPS):
+            break
+        with contextlib.suppress(OSError, ValueError):
+            limit = int((place / "memory.max").read_text())  # "max" where there is none
+            used = int((place / "memory.current").read_text())
+            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            found.append((limit, used - int(stat.get("inactive_file", 0)) - int(stat.get("active_file", 0))))
+    return found
 
 
 def _proc_status() -> dict[str, int]:

@@ -27,7 +27,6 @@ class StepRates:
         narrow_heads: Rate of attention against that of the table, by head width.
         selection: Time of selective attention against plain: "exact", "lagged".
         dense: FLOP/s of all but attention, by width of the model.
-        tile_share: Part of the dense work that tiles of a layer cost.
         link: Between GPUs.
         host_link: Between a GPU and host memory, each way.
         host_update: Parameters that one process updates on the host.
@@ -36,7 +35,6 @@ class StepRates:
     narrow_heads: dict[int, float]
     selection: dict[str, float]
     dense: dict[int, float]
-    tile_share: float
     link: float
     host_link: float
     host_update: float
@@ -83,7 +81,6 @@ class RatesFile:
             narrow_heads=self._table("step.narrow_heads"),
             selection={name: self._positive(f"step.selection.{name}") for name in ("exact", "lagged")},
             dense={width: rate * 1e12 for width, rate in self._table("step.width_tflops").items()},
-            tile_share=self._share("step.tile_share"),
             link=link[-1][1],
             host_link=self._positive("step.host_link_gbps") * 1e9,
             host_update=self._positive("step.host_update_gparams") * 1e9,

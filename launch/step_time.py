@@ -65,8 +65,6 @@ def step_time(case: MemoryCase, memory: MemoryConfig, rates: RatesFile) -> StepT
     again = _layers_again(case, memory)
     attention = {what: _attention_seconds(case, rates, step, what) for what in PASSES}  # of one layer
     dense, again_dense = _dense_seconds(case, step)
-    if memory.tile is not None:
-        dense *= 1 + step.tile_share
     layers = model.layers
     repeated = again.attention * attention["forward"] + again.rest * again_dense
     layer = {"forward": attention["forward"] + dense / 3 / layers}
@@ -98,17 +96,22 @@ class _Again:
     """Layers of which attention, and the rest, run a second time."""
 
     attention: int
-    rest: int
+    rest: float
 
 
 def _layers_again(case: MemoryCase, memory: MemoryConfig) -> _Again:
-    layers = case.model.layers
-    if not memory.recompute:
-        return _Again(attention=0, rest=0)
+    model, layers = case.model, case.model.layers
     kept = 0
     if memory.recompute == "keep_attention":
         kept = layers if memory.keep_layers is None else memory.keep_layers
-    return _Again(attention=layers - kept, rest=layers)
+    attention = layers - kept if memory.recompute else 0
+    rest = float(layers) if memory.recompute or memory.tile is not None else 0.0
+    if memory.recompute and memory.tile is not None:
+        # a tile is run again by itself, and the projections before the attention once more for its inputs
+        shape = attention_shape(model)
+        before = model.dim * shape.projected
+        rest += layers * before / (shape.projections + 3 * model.dim * model.ffn_dim)
+    return _Again(attention=attention, rest=rest)
 
 
 def _attention_seconds(case: MemoryCase, rates: RatesFile, step: StepRates, what: str) -> float:

@@ -1,0 +1,31 @@
+"""The model's shape that a configuration means, before any data is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.config import Config
+from model.config import ModelConfig, preset
+
+
+def model_of(config: Config) -> ModelConfig:
+    """The model's shape, its vocabulary from the tokenizer where the configuration leaves that open.
+
+    Raises:
+        DataError: the tokenizer folder, which decides the vocabulary, cannot be loaded.
+    """
+    overrides = config.model.overrides()
+    if "vocab_size" not in overrides:
+        overrides["vocab_size"] = _vocabulary(config)
+    return preset(config.model.preset, **overrides)
+
+
+def _vocabulary(config: Config) -> int:
+    name = config.data.tokenizer
+    if name == "bytes":
+        return 257
+    if name == "bpe":
+        return config.data.bpe_vocab  # at most: a small corpus may not have so many merges
+    from launch.data.tokenizer import FolderTokenizer
+
+    return FolderTokenizer(Path(name)).vocab_size
