@@ -32,19 +32,24 @@ class RowSum:
         self.dtype = accumulator_dtype(dtype)
         self._device = device
         self._running: Tensor | None = None
-        self._parts: list[tuple[int, Tensor]] = []
+        self._parts: list[tuple[int, int, Tensor]] = []
         self._lazy = len(self._shape) == 4 and _fused(device, self.dtype)
 
-    def add(self, rows: range | slice, part: Tensor) -> None:
-        """Add `part` [B, n, ...], any float dtype, to these rows. It must not change before the next `settle`."""
+    def add(self, rows: range | slice, part: Tensor, share: tuple[int, int] = (0, 1)) -> None:
+        """Add `part` [B, n, ...], any float dtype, to these rows. It must not change before the next `settle`.
+
+        share: (n, of): to part n of so many equal runs of dim 2 only.
+        """
         if part.numel() == 0:
             return
+        first = 0 if share == (0, 1) else share[0] * self._shape[2] // share[1]
         if not self._lazy:
-            self.running()[:, rows.start : rows.stop] += part
+            where = self.running()[:, rows.start : rows.stop]
+            (where if share == (0, 1) else where.narrow(2, first, part.shape[2])).add_(part)
             return
         if len(self._parts) + (self._running is not None) == _MAX_PARTS:
             self.settle()
-        self._parts.append((rows.start, part if part.stride(-1) == 1 else part.contiguous()))
+        self._parts.append((rows.start, first, part if part.stride(-1) == 1 else part.contiguous()))
 
     def settle(self) -> None:
         """Let go of all parts: what they hold is in the running sum."""
@@ -84,14 +89,14 @@ class RowSum:
         """The sum, if it is one tensor already."""
         if not self._parts:
             return self.running()
-        if len(self._parts) == 1 and self._running is None and self._parts[0][1].shape == self._shape:
-            return self._parts[0][1]
+        if len(self._parts) == 1 and self._running is None and self._parts[0][2].shape == self._shape:
+            return self._parts[0][2]
         return None
 
     def _write(self, into: Tensor) -> None:
         from ringattn.kernels.triton_parts import sum_parts  # slow to import, and absent on most CPU machines
 
-        parts = self._parts if self._running is None else [(0, self._running), *self._parts]
+        parts = self._parts if self._running is None else [(0, 0, self._running), *self._parts]
         if into.numel():
             sum_parts(parts, into)
         self._parts = []

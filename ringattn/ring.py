@@ -104,7 +104,7 @@ def ring_backward(
             passage.give_back(stop, found, totals)
         elif found is not None:
             for total, part in zip(totals, found, strict=True):
-                total.add(stop.only[1], part)
+                total.add(stop.only[1], part, stop.share)
         held = found = None
         passage.leave(stop)
     passage.close(totals)

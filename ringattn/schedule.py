@@ -4,8 +4,8 @@ The plain schedule has one stop per hop, the local one first. Where a transport 
 by side, and blocks are whole rectangles of the same queries, they are joined: one kernel call in place of several, and
 one partial result less. How many: as many as will have arrived by the time the kernel before ends, by rough rates.
 
-Backward, the local work of a zigzag or contiguous shard is cut in two, of which the smaller part comes first, while
-payloads are under way, and the bigger one last, while gradients are.
+Backward, the local work is done in two halves, by heads: one first, while payloads are under way, and one last, while
+gradients are.
 """
 
 from __future__ import annotations
@@ -43,15 +43,22 @@ class Stop:
         hops: with which they come; 0 is the own payload.
         sources: (rank, which of its tokens, as places in its shard), side by side in this order.
         blocks: of attention; keys are counted among these tokens, queries in the own shard.
+        share: (n, of): only part n of so many equal runs of the heads, of queries and of keys.
     """
 
     hops: tuple[int, ...]
     sources: tuple[tuple[int, range], ...]
     blocks: tuple[Block, ...]
+    share: tuple[int, int] = (0, 1)
 
     @cached_property
     def tokens(self) -> int:
         return sum(len(columns) for _, columns in self.sources)
+
+    def heads(self, count: int) -> slice:
+        """Those of `count` heads that are worked on."""
+        n, of = self.share
+        return slice(n * count // of, (n + 1) * count // of)
 
     @property
     def only(self) -> tuple[int, range]:
@@ -71,8 +78,7 @@ def joined_schedule(
     *,
     token_bytes: int,
     pair_flops: float,
-    backward: bool,
-    tall: bool,
+    cut: bool,
     most: int = MOST_JOINED,
     rates: Rates = _RATES,
 ) -> tuple[Stop, ...]:
@@ -82,14 +88,13 @@ def joined_schedule(
         plan, rank: what and where.
         token_bytes: that travel per token.
         pair_flops: per (query, key) pair of all heads.
-        backward: gradients return, and the local work is cut in two.
-        tall: the kernel takes causal blocks of more rows than keys.
+        cut: the local work comes in two halves, one first and one last.
         most: hops that may be joined; runs end at multiples of it.
         rates: see `Rates`.
     """
     local, *remote = plain_schedule(plan, rank)
-    first, last = _halves(local, tall) if backward and remote else (local, None)
-    free = rates.launch + _pairs(first) * pair_flops / rates.flops
+    first, last = _halves(local) if cut and remote and local.tokens else (local, None)
+    free = rates.launch + _pairs(first) * pair_flops / rates.flops / first.share[1]
     arrived, stops = rates.start, [first]
     run: list[Stop] = []
     run_arrived = 0.0
@@ -111,6 +116,8 @@ def own_tokens(payload: tuple[Tensor, ...], stop: Stop) -> tuple[Tensor, ...] | 
     columns = stop.only[1]
     if not columns:
         return None
+    if stop.share != (0, 1):
+        payload = tuple(x[:, :, stop.heads(x.shape[2])] for x in payload)
     if len(columns) == payload[0].shape[1]:
         return payload
     return tuple(x[:, columns.start : columns.stop] for x in payload)
@@ -143,28 +150,8 @@ def _joined(run: Sequence[Stop]) -> Stop:
     )
 
 
-def _halves(local: Stop, tall: bool) -> tuple[Stop, Stop | None]:
-    """The later half of the keys and the earlier one. A causal square falls into a smaller one and a trapezium.
-
-    The trapezium, all rows by the earlier keys, is a causal block too: row i sees keys 0 .. i, as far as there are any.
-    """
-    whole = len(local.blocks) == 1 and local.blocks[0].relation is Relation.CAUSAL and local.tokens >= 2
-    if not whole or local.blocks[0] != Block(0, local.tokens, 0, local.tokens, Relation.CAUSAL):
-        return local, None
-    source, columns = local.only
-    half = (local.tokens + 1) // 2
-    later, earlier = local.tokens - half, half
-    square = Block(half, local.tokens, 0, later, Relation.CAUSAL)
-    trapezium: tuple[Block, ...] = (Block(0, local.tokens, 0, earlier, Relation.CAUSAL),)
-    if not tall:
-        trapezium = (
-            Block(0, half, 0, earlier, Relation.CAUSAL),
-            Block(half, local.tokens, 0, earlier, Relation.FULL),
-        )
-    return (
-        replace(local, sources=((source, columns[half:]),), blocks=(square,)),
-        replace(local, sources=((source, columns[:half]),), blocks=trapezium),
-    )
+def _halves(local: Stop) -> tuple[Stop, Stop]:
+    return replace(local, share=(0, 2)), replace(local, share=(1, 2))
 
 
 def _pairs(stop: Stop) -> float:

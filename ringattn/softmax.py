@@ -85,27 +85,31 @@ class SoftmaxAttention:
         into: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, ...]:
         dq = RowSum(q.shape, q.dtype, q.device)
-        lse_rows: dict[tuple[int, int], Tensor] = {}  # contiguous, as kernels want it; few different ones
+        lse_rows: dict[tuple[int, ...], Tensor] = {}  # contiguous, as kernels want it; few different ones
 
         stops = self._stops(q, payload, backward=True)
         rooms = (None, None) if into is None else (into[0], into[1:])
         finished: list[Tensor] = []
 
         def visit(stop: Stop, held: Payload) -> Payload:
+            mine = stop.heads(q.shape[2])
             with self.expansion.backward(stop, held) as visiting:
                 for block in stop.blocks:
                     rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-                    span = (rows.start, rows.stop)
+                    span = (rows.start, rows.stop, mine.start, mine.stop)
                     if span not in lse_rows:
-                        lse_rows[span] = lse[:, :, rows].contiguous()
-                    here = (q[:, rows], visiting.keys[:, keys], visiting.values[:, keys])
+                        lse_rows[span] = lse[:, mine, rows].contiguous()
+                    here = (q[:, rows, mine], visiting.keys[:, keys], visiting.values[:, keys])
                     mask = self._mask(block, stop, q.device)
                     kernel = pick_kernel(self.kernel, *here, mask is not None)
                     causal = block.relation is Relation.CAUSAL
-                    rest = (out[:, rows], lse_rows[span])
-                    found = kernel.backward(dout[:, rows], *here, *rest, causal=causal, mask=mask, scale=self.scale)
-                    for total, where, part in zip((dq, *visiting.sums), (rows, keys, keys), found, strict=True):
-                        total.add(where, part)
+                    rest = (out[:, rows, mine], lse_rows[span])
+                    found = kernel.backward(
+                        dout[:, rows, mine], *here, *rest, causal=causal, mask=mask, scale=self.scale
+                    )
+                    dq.add(rows, found[0], stop.share)
+                    for total, part in zip(visiting.sums, found[1:], strict=True):
+                        total.add(keys, part)
             if stop is stops[-1]:  # now, not after the wait for other ranks' gradients
                 finished.append(dq.result(q.dtype, rooms[0]))
             return visiting.payload_gradients
@@ -119,18 +123,17 @@ class SoftmaxAttention:
         if channel is None or not channel.joins or not self.expansion.plain:
             return plain_schedule(plan, rank)
         k, v = payload
-        kernel = pick_kernel(self.kernel, q, k, v, False)
         token_bytes = sum(x.nbytes for x in payload) // max(1, q.shape[1])
         pair_flops = q.shape[0] * q.shape[2] * (q.shape[3] + v.shape[3]) * (5 if backward else 2)
-        key = (rank, token_bytes, pair_flops, backward, kernel.tall_causal)
+        cut = backward and k.shape[2] % 2 == 0
+        key = (rank, token_bytes, pair_flops, cut)
         if key not in plan._schedules:
             plan._schedules[key] = joined_schedule(
                 plan,
                 rank,
                 token_bytes=token_bytes,
                 pair_flops=pair_flops,
-                backward=backward,
-                tall=kernel.tall_causal,
+                cut=cut,
             )
         return plan._schedules[key]
 

@@ -17,13 +17,11 @@ from ringattn.kernels import cpu, cudnn, flash, reference
 class Kernel(Protocol):
     """What the ring needs of a block kernel. Tensors are [B, n, H, D] (queries) and [B, m, G, D] (keys, values).
 
-    In `causal` blocks row i sees keys 0 .. i; they are square, or have more rows than keys if the kernel is
-    `tall_causal`. `mask` is bool [n, m], True where visible, and never given together with `causal`. Blocks are never
-    empty (n, m >= 1).
+    In `causal` blocks, which are square, row i sees keys 0 .. i. `mask` is bool [n, m], True where visible, and never
+    given together with `causal`. Blocks are never empty (n, m >= 1).
     """
 
     name: str
-    tall_causal: bool
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         """Why this kernel cannot do such a block, or None if it can."""

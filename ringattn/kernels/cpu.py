@@ -14,7 +14,6 @@ class CpuFlashKernel:
     """`aten._scaled_dot_product_flash_attention_for_cpu`: fp64, fp32, bf16; grouped heads; masks as a bias."""
 
     name = "cpu"
-    tall_causal = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         if q.device.type != "cpu":

@@ -16,7 +16,6 @@ class ReferenceKernel:
     """Softmax attention written out. Slow, exact, without preconditions."""
 
     name = "reference"
-    tall_causal = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         return None

@@ -19,8 +19,8 @@ from torch import Tensor
 MAX_PARTS = 6
 _ROWS = 32
 
-Part = tuple[int, Tensor]
-"""(first row, [B, n, H, D])."""
+Part = tuple[int, int, Tensor]
+"""(first row, first head, [B, n, some heads, D])."""
 
 LsePart = tuple[int, Tensor, Tensor]
 """(first row, out [B, n, H, D], lse [B, H, n])."""
@@ -41,36 +41,45 @@ def _part_lse(L, start, stop, batch, head, row, s_batch, s_head, s_row):
 
 
 # Run-time values: each of them being divisible by 16 or not would otherwise make another kernel.
-_FREE = ["rows", "heads", "b0", "e0", "b1", "e1", "b2", "e2", "b3", "e3", "b4", "e4", "b5", "e5"]
+_FREE = ["rows", "heads", *(f"{name}{n}" for n in range(6) for name in "be")]
 
+
+_FREE_HEADS = [f"{name}{n}" for n in range(6) for name in "gh"]
 
 _FREE_LSE = ["l_batch", "l_head", *(f"{name}{n}" for name in "uv" for n in range(6))]
 
 
-@triton.jit(do_not_specialize=_FREE)
+@triton.jit
+def _share(P, first, stop, heads_from, heads_to, batch, head, row, d, s_batch, s_row, s_head, inside):
+    """fp32 [ROWS, PADDED] of a part that holds some rows of some heads."""
+    stop = tl.where((head >= heads_from) & (head < heads_to), stop, first)
+    return _part_rows(P, first, stop, batch, head - heads_from, row, d, s_batch, s_row, s_head, inside)
+
+
+@triton.jit(do_not_specialize=[*_FREE, *_FREE_HEADS])
 def _sum_kernel(
     OUT, P0, P1, P2, P3, P4, P5, rows, heads, o_batch, o_row, o_head,
-    b0, e0, x0, y0, z0, b1, e1, x1, y1, z1, b2, e2, x2, y2, z2,
-    b3, e3, x3, y3, z3, b4, e4, x4, y4, z4, b5, e5, x5, y5, z5,
+    b0, e0, g0, h0, x0, y0, z0, b1, e1, g1, h1, x1, y1, z1, b2, e2, g2, h2, x2, y2, z2,
+    b3, e3, g3, h3, x3, y3, z3, b4, e4, g4, h4, x4, y4, z4, b5, e5, g5, h5, x5, y5, z5,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one head of one batch entry. b, e: first and last row of a part; x, y, z: its strides."""
+    """Rows of one head of one batch entry. b, e: rows of a part; g, h: its heads; x, y, z: its strides."""
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.arange(0, PADDED)
     inside = (row < rows)[:, None] & (d < WIDTH)[None, :]
-    total = _part_rows(P0, b0, e0, batch, head, row, d, x0, y0, z0, inside)
+    total = _share(P0, b0, e0, g0, h0, batch, head, row, d, x0, y0, z0, inside)
     if PARTS > 1:
-        total += _part_rows(P1, b1, e1, batch, head, row, d, x1, y1, z1, inside)
+        total += _share(P1, b1, e1, g1, h1, batch, head, row, d, x1, y1, z1, inside)
     if PARTS > 2:
-        total += _part_rows(P2, b2, e2, batch, head, row, d, x2, y2, z2, inside)
+        total += _share(P2, b2, e2, g2, h2, batch, head, row, d, x2, y2, z2, inside)
     if PARTS > 3:
-        total += _part_rows(P3, b3, e3, batch, head, row, d, x3, y3, z3, inside)
+        total += _share(P3, b3, e3, g3, h3, batch, head, row, d, x3, y3, z3, inside)
     if PARTS > 4:
-        total += _part_rows(P4, b4, e4, batch, head, row, d, x4, y4, z4, inside)
+        total += _share(P4, b4, e4, g4, h4, batch, head, row, d, x4, y4, z4, inside)
     if PARTS > 5:
-        total += _part_rows(P5, b5, e5, batch, head, row, d, x5, y5, z5, inside)
+        total += _share(P5, b5, e5, g5, h5, batch, head, row, d, x5, y5, z5, inside)
     at = OUT + batch * o_batch + head * o_head + row[:, None] * o_row + d[None, :]
     tl.store(at, total.to(OUT.dtype.element_ty), mask=inside)
 
@@ -147,10 +156,14 @@ def sum_parts(parts: Sequence[Part], out: Tensor) -> None:
     """
     rows, heads, width = out.shape[1:]
     filled = [*parts, *[parts[0]] * (MAX_PARTS - len(parts))]
-    spans = [x for start, part in filled for x in (start, start + part.shape[1], *part.stride()[:3])]
+    spans = [
+        x
+        for row, head, part in filled
+        for x in (row, row + part.shape[1], head, head + part.shape[2], *part.stride()[:3])
+    ]
     with torch.cuda.device_of(out):
         _sum_kernel[_grid(out)](
-            out, *(part for _, part in filled), rows, heads, *out.stride()[:3], *spans,
+            out, *(part for _, _, part in filled), rows, heads, *out.stride()[:3], *spans,
             PARTS=len(parts), WIDTH=width, PADDED=triton.next_power_of_2(width), ROWS=_ROWS,
         )  # fmt: skip
 

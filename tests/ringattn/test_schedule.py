@@ -1,4 +1,4 @@
-"""Schedules as small tables of integers: what is joined, what is cut, and that no pair is lost or done twice."""
+"""Schedules as small tables of integers: what is joined, what is cut in two, and that no pair is lost or done twice."""
 
 import itertools
 
@@ -14,7 +14,7 @@ SLOW_LINK = Rates(link_bytes=1e3)
 
 
 def joined(plan, rank, rates=FAST_LINK, **options):
-    options = {"token_bytes": 1, "pair_flops": 1e6, "backward": False, "tall": True, "rates": rates, **options}
+    options = {"token_bytes": 1, "pair_flops": 1e6, "cut": False, "rates": rates, **options}
     return joined_schedule(plan, rank, **options)
 
 
@@ -23,8 +23,8 @@ def hops(stops):
 
 
 def pairs(plan, rank, stops):
-    """Count of every (query position, key position) pair."""
-    seen = torch.zeros(plan.seq_len, plan.seq_len, dtype=torch.int)
+    """Count of every (query position, key position) pair, of each of two heads: [2, T, T]."""
+    seen = torch.zeros(2, plan.seq_len, plan.seq_len, dtype=torch.int)
     queries = plan.positions(rank)
     for stop in stops:
         keys = torch.cat([plan.positions(source)[list(columns)] for source, columns in stop.sources])
@@ -36,7 +36,8 @@ def pairs(plan, rank, stops):
                 visible = visible.tril()
             elif block.relation is Relation.PARTIAL:
                 visible = plan.mask.visible(q, k).int()
-            seen[q[:, None], k[None, :]] += visible
+            for head in range(*stop.heads(2).indices(2)):
+                seen[head, q[:, None], k[None, :]] += visible
     return seen
 
 
@@ -60,28 +61,28 @@ def test_runs_end_where_inbox_slots_are_used_again():
     assert hops(joined(ringattn.Plan(160, 8), 2)) == [(0,), (1, 2), (3,), (4, 5, 6), (7,)]
 
 
-def test_backward_the_smaller_part_of_the_local_work_comes_first_and_the_bigger_one_last():
-    first, *_, last = joined(ringattn.Plan(64, 4), 1, backward=True)
-    assert (first.hops, first.only, last.hops, last.only) == ((0,), (1, range(8, 16)), (0,), (1, range(8)))
-    (square,), (trapezium,) = first.blocks, last.blocks
-    assert (square.q_start, square.q_stop, square.k_start, square.k_stop) == (8, 16, 0, 8)
-    assert (trapezium.q_start, trapezium.q_stop, trapezium.k_start, trapezium.k_stop) == (0, 16, 0, 8)
-    assert len(joined(ringattn.Plan(64, 4), 1, backward=True, tall=False)[-1].blocks) == 2
+def test_half_of_the_heads_locally_first_and_the_rest_last():
+    first, *middle, last = joined(ringattn.Plan(64, 4), 1, cut=True)
+    assert (first.heads(16), last.heads(16)) == (slice(0, 8), slice(8, 16))
+    assert first.blocks == last.blocks == plain_schedule(ringattn.Plan(64, 4), 1)[0].blocks
+    assert all(stop.heads(16) == slice(0, 16) for stop in middle)
+    assert joined(ringattn.Plan(64, 4), 1)[-1].hops != (0,)
+    assert hops(joined(ringattn.Plan(64, 1), 0, cut=True)) == [(0,)]
 
 
 MASKS = ({}, {"causal": False}, {"window": 5}, {"documents": (0, 7, 8, 31)})
 
 
-@pytest.mark.parametrize("tall", [True, False])
-@pytest.mark.parametrize("backward", [True, False])
-def test_every_visible_pair_is_met_exactly_once(backward, tall):
+@pytest.mark.parametrize("cut", [True, False])
+def test_every_visible_pair_is_met_exactly_once(cut):
     for layout, mask, cp_size in itertools.product(("contiguous", "zigzag", "striped"), MASKS, (1, 2, 3, 4, 8)):
         plan = ringattn.Plan(31, cp_size, layout=layout, **mask)
         everything = torch.arange(31)
         visible = plan.mask.visible(everything, everything).int()
         for rank in range(cp_size):
             for rates in (FAST_LINK, SLOW_LINK):
-                stops = joined(plan, rank, rates, backward=backward, tall=tall)
+                stops = joined(plan, rank, rates, cut=cut)
                 mine = plan.positions(rank)
-                assert torch.equal(pairs(plan, rank, stops)[mine], visible[mine]), (layout, mask, cp_size, rank)
+                for found in pairs(plan, rank, stops):
+                    assert torch.equal(found[mine], visible[mine]), (layout, mask, cp_size, rank)
                 assert sorted({hop for stop in stops for hop in stop.hops}) == list(range(plan.num_hops))

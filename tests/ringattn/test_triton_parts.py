@@ -44,7 +44,7 @@ def plain_sum(found, rows=ROWS):
 def test_sums(count):
     found = [(span, part.nan_to_num(), lse) for span, part, lse in parts(count)]
     out = torch.full((2, ROWS, 3, 24), torch.nan)
-    sum_parts([(span.start, part) for span, part, _ in found], out)
+    sum_parts([(span.start, 0, part) for span, part, _ in found], out)
     torch.testing.assert_close(out, plain_sum(found), rtol=1e-6, atol=1e-6)
 
 
@@ -71,6 +71,16 @@ def test_a_lazy_sum_of_any_number_of_parts(lazy, count, settles):
         if settles and number == 1:
             total.settle()
     torch.testing.assert_close(total.result(torch.float32), plain_sum(found), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_parts_of_some_heads(monkeypatch, fused):
+    monkeypatch.setattr(merge, "_fused", lambda device, dtype: fused)
+    total, expected = merge.RowSum((2, ROWS, 6, 24), torch.float32, torch.device("cpu")), torch.zeros(2, ROWS, 6, 24)
+    for (span, part, _), share in zip(parts(7, torch.float32), [0, 1, 1, 0, 1, 0, 1], strict=True):
+        total.add(span, part.nan_to_num(), (share, 2))
+        expected[:, span, 3 * share : 3 * share + 3] += part.nan_to_num()
+    torch.testing.assert_close(total.result(torch.float32), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_a_single_whole_part_is_the_sum_and_a_view_can_take_the_result(lazy):

@@ -1,4 +1,4 @@
-"""Joined hops, the local block in two, groups of heads and graphs: what the library does, in the simulation."""
+"""Joined hops, the local work in halves, groups of heads and graphs: what the library does, in the simulation."""
 
 from __future__ import annotations
 
@@ -50,13 +50,12 @@ def test_the_library_schedules(size: int, tokens: int, layout: str, what: str) -
             rank,
             token_bytes=case.payload_bytes,
             pair_flops=case.flops(what, 1.0),
-            backward=what == "backward",
-            tall=True,
+            cut=what == "backward",
         )
         for rank in range(size)
     ]
     assert calls.tolist() == [sum(len(stop.blocks) for stop in line) for line in stops]
-    assert work.num_hops == size + (what == "backward")  # the second part of the local block
+    assert work.num_hops == size + (what == "backward")  # the second half of the local work
     if size == 8 and layout == "zigzag":
         assert work.most_joined == 3
 

@@ -76,7 +76,7 @@ class Pass:
     exposed: Floats
     host: Floats
     uneven: Floats
-    pairs: Ints
+    pairs: Floats
     received: Ints
     hops: list[HopResult] = field(repr=False)
     spans: list[Span] = field(repr=False)
@@ -133,7 +133,7 @@ class _Simulation:
 
     def run(self) -> Pass:
         hops = []
-        pairs, received = np.zeros((2, len(self._ranks)), dtype=np.int64)
+        pairs, received = np.zeros(len(self._ranks)), np.zeros(len(self._ranks), dtype=np.int64)
         now = self._work.hop(0)
         for hop in range(self._work.num_hops):
             after = self._work.hop(hop + 1) if hop + 1 < self._work.num_hops else None
@@ -249,7 +249,7 @@ class _Simulation:
     def _seconds(self, work: HopWork) -> Floats:
         """[num_ranks]: the blocks, and reading their results for the merge."""
         blocks = self._machine.blocks(self._what, self._case, work)
-        elements = work.rows * self._case.heads * self._case.head_dim
+        elements = work.rows * work.share * self._case.heads * self._case.head_dim
         blocks = blocks + self._machine.touching(elements * self._part_bytes)
         return np.bincount(work.rank, weights=blocks, minlength=len(self._ranks)).astype(np.float64)
 

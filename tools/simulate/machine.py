@@ -35,8 +35,8 @@ class Kernels:
 
     def seconds(self, what: str, case: Case, work: HopWork) -> Floats:
         """[blocks]: how long each takes. Of a causal block the rows that see all columns are as a full block's."""
-        size = np.sqrt(work.rows * work.columns * (case.heads / self.heads))
-        whole = np.where(work.kind == CAUSAL, (work.rows - work.columns) * work.columns, 0)
+        size = np.sqrt(work.rows * work.columns * (work.share * case.heads / self.heads))
+        whole = np.where(work.kind == CAUSAL, (work.rows - work.columns) * work.columns, 0) * work.share
         by_kind = (work.pairs - whole) / self._rate(what, size, work.kind)
         return case.flops(what, 1.0) * (by_kind + whole / self._rate(what, size, np.full_like(work.kind, FULL)))
 
@@ -120,7 +120,7 @@ class Machine:
 
     def blocks(self, what: str, case: Case, work: HopWork) -> Floats:
         """[blocks]: how long each takes."""
-        return self.kernels.seconds(what, case, work) + self.grouped(what, case, work.columns)
+        return self.kernels.seconds(what, case, work) + self.grouped(what, case, work.columns * work.share)
 
     def grouped(self, what: str, case: Case, columns: Any) -> Any:
         """Seconds to sum gradients over the query heads of a key head: each query head's are written and read."""

@@ -1,4 +1,4 @@
-"""The work of a ring that joins hops and cuts its local block backward, as `ringattn.schedule` says for each rank."""
+"""The work of a ring that joins hops and halves its local work backward, as `ringattn.schedule` says for each rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ScheduledWork:
     def __init__(self, plain: Work, case: Case, what: str) -> None:
         self._plain = plain
         self._hops = plain.num_hops
-        self._blocks: dict[int, list[tuple[int, int, int, int]]] = {}
+        self._blocks: dict[int, list[tuple[int, int, int, int, int]]] = {}
         self.most_joined = 1
         for rank in range(case.num_ranks):
             stops = joined_schedule(
@@ -42,13 +42,13 @@ class ScheduledWork:
                 rank,
                 token_bytes=case.payload_bytes,
                 pair_flops=case.flops(what, 1.0),
-                backward=what == "backward",
-                tall=True,
+                cut=what == "backward" and case.kv_heads % 2 == 0,  # as in ringattn.softmax
             )
             self.most_joined = max(self.most_joined, *(len(stop.hops) for stop in stops))
             for hop, stop in zip(self._at(stops), stops, strict=True):
                 self._blocks.setdefault(hop, []).extend(
-                    (rank, b.q_stop - b.q_start, b.k_stop - b.k_start, KINDS[b.relation]) for b in stop.blocks
+                    (rank, b.q_stop - b.q_start, b.k_stop - b.k_start, KINDS[b.relation], stop.share[1])
+                    for b in stop.blocks
                 )
         self.num_hops = 1 + max(self._blocks, default=0)
 
@@ -57,8 +57,8 @@ class ScheduledWork:
         return [stop.hops[-1] if stop.hops != (0,) or not number else self._hops for number, stop in enumerate(stops)]
 
     def hop(self, hop: int) -> HopWork:
-        table = np.array(self._blocks.get(hop, []), dtype=np.int64).reshape(-1, 4)
+        table = np.array(self._blocks.get(hop, []), dtype=np.int64).reshape(-1, 5)
         plain = self._plain.hop(min(hop, self._hops - 1))
         travelling = plain.travelling if hop < self._hops else np.zeros_like(plain.travelling)
-        rank, rows, columns, kind = table.T
-        return HopWork(rank=rank, rows=rows, columns=columns, kind=kind, travelling=travelling)
+        rank, rows, columns, kind, parts = table.T
+        return HopWork(rank=rank, rows=rows, columns=columns, kind=kind, travelling=travelling, share=1 / parts)

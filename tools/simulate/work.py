@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ import ringattn
 from ringattn.mask import Block, Relation
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 FULL, CAUSAL, MASKED = 0, 1, 2
 KINDS = {Relation.FULL: FULL, Relation.CAUSAL: CAUSAL, Relation.PARTIAL: MASKED}
@@ -34,6 +35,7 @@ class HopWork:
         rank: who computes the block.
         rows, columns, kind: queries, keys, and FULL, CAUSAL or MASKED.
         travelling: [num_ranks] key columns of the rank's source, from the first to the last that a block of it reads.
+        share: of the heads that the block is of; a scalar holds for all.
     """
 
     rank: Ints
@@ -41,24 +43,25 @@ class HopWork:
     columns: Ints
     kind: Ints
     travelling: Ints
+    share: Floats = field(default_factory=lambda: np.ones(()))
 
     @property
-    def pairs(self) -> Ints:
+    def pairs(self) -> Floats:
         """Pairs that a kernel computes for each block: of a masked one all, whether visible or not.
 
         Row i of a causal block sees columns 0 .. i, as far as there are any.
         """
         rows, columns = self.rows, self.columns
         causal = columns * (columns + 1) // 2 + (rows - columns) * columns
-        return np.where(self.kind == CAUSAL, causal, rows * columns)
+        return np.where(self.kind == CAUSAL, causal, rows * columns) * self.share
 
     @property
     def computes(self) -> npt.NDArray[np.bool_]:
         """[num_ranks]: who has a block."""
         return np.bincount(self.rank, minlength=len(self.travelling)) > 0
 
-    def pairs_by_rank(self) -> Ints:
-        return np.bincount(self.rank, weights=self.pairs, minlength=len(self.travelling)).astype(np.int64)
+    def pairs_by_rank(self) -> Floats:
+        return np.bincount(self.rank, weights=self.pairs, minlength=len(self.travelling)).astype(np.float64)
 
 
 class Work(Protocol):
