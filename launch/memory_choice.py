@@ -12,6 +12,7 @@ from launch.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.topology import Topology
+    from model.memory import Memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,17 @@ def device_facts(topology: Topology) -> DeviceFacts:
     return DeviceFacts(
         device_bytes=None if on_gpu is None else min(found for _, found, _ in everyone),
         host_bytes=min(total // neighbours[name] for name, _, total in everyone),
+    )
+
+
+def layer_memory(config: Config) -> Memory:
+    """What a decoder of this run keeps; `memory: auto` has to be resolved first."""
+    from model.memory import Memory  # late: it loads torch
+
+    memory = config.memory
+    assert not memory.auto, "with_memory() comes first"
+    return Memory(
+        recompute=memory.recompute, keep_layers=memory.keep_layers, offload=memory.offload, tile=memory.tile
     )
 
 

@@ -21,7 +21,7 @@ from launch.config import Config
 from launch.data import Corpus, open_corpus
 from launch.engine import Engine, build_engine
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, WriteError, everywhere
-from launch.memory_choice import device_facts, with_memory
+from launch.memory_choice import device_facts, layer_memory, with_memory
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress
 from launch.ranks import Ranks
@@ -249,7 +249,7 @@ class Trainer:
         model = preset(self.config.model.preset, **overrides)
         # before the model is built: what cannot fit is refused while nothing is allocated
         self.config = self._ranks.agree("choosing memory settings", self._with_memory)
-        decoder = Decoder(model, recompute=self.config.memory.recompute)
+        decoder = Decoder(model, layer_memory(self.config))
         decoder.init_weights(self.config.run.seed)
         engine = build_engine(self.config.engine.name, decoder, topology=self.topology, config=self.config)
         return model, engine

@@ -34,12 +34,39 @@ The result is an attention's out [B, S, H', Dv], or the hidden states [B, S, E] 
 
 
 class Attending(nn.Module):
-    """Base of all kinds: selection around the attention callable, and the check of what comes back."""
+    """Base of all kinds: selection around the attention callable, and the check of what comes back.
+
+    A kind is what it makes of a token before the callable (`project`) and after it (`finish`), both token by token.
+
+    Attributes:
+        scale: Factor of the scores; None is 1/sqrt(D).
+    """
+
+    scale: float | None = None
+    o_proj: nn.Linear
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.shape = attention_shape(config)
         self.selector = Selector(config, layer) if config.selection is not None else None
+
+    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, S, H, D] and the payload, k and v [B, S, ...], of normed hidden states [B, S, E]."""
+        raise NotImplementedError
+
+    def finish(self, out: Tensor) -> Tensor:
+        """The change of the hidden states [B, S, E], of the attention's out [B, S, H, Dv]; `o_proj` alone."""
+        change: Tensor = self.o_proj(out.flatten(2))
+        return change
+
+    def expansion(self) -> Expand | None:
+        """What makes keys and values of the payload, if it is not keys and values."""
+        return None
+
+    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+        """Change of the hidden states, penalty, votes for deeper layers."""
+        out, penalty, votes = self.attend(*self.project(x, rotation), rotation, attention, carried)
+        return self.finish(out), penalty, votes
 
     def attend(
         self,
@@ -49,15 +76,13 @@ class Attending(nn.Module):
         rotation: Rotation,
         attention: AttentionFn,
         carried: Carried,
-        *,
-        expand: Expand | None = None,
-        scale: float | None = None,
     ) -> Outcome:
         """Call the attention: out [B, S, H', Dv], penalty, votes for deeper layers.
 
         Raises:
             ValueError: What came back is not [B, S, H', Dv] in q's dtype, or has a penalty that is no scalar.
         """
+        expand, scale = self.expansion(), self.scale
         options: dict[str, object] = {}
         if expand is not None:
             options["expand"] = expand

@@ -12,16 +12,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.attend import Attending, AttentionFn, Outcome
+from model.attend import Attending
 from model.config import ModelConfig
 from model.layers import Attention, RMSNorm
 from model.rope import Rope, Rotation, attention_factor
-from model.selector import Carried
+from ringattn.scoring.expansion import Expand
 from ringattn.scoring.latent import FactorExpansion, LatentExpansion, combine_factors
 from ringattn.scoring.simulated import SimulatedScore
 
 
-def build_attention(config: ModelConfig, layer: int) -> nn.Module:
+def build_attention(config: ModelConfig, layer: int) -> Attending:
     """The attention of layer number `layer` (from 0), of the configured kind."""
     kinds: dict[str, type[Attending]] = {"mla": LatentAttention, "tpa": FactorAttention, "sas": SimulatedAttention}
     return kinds.get(str(config.attention), Attention)(config, layer)
@@ -55,16 +55,18 @@ class LatentAttention(Attending):
         )
         self.o_proj = nn.Linear(shape.out, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Attending.project`."""
         q = rearrange(self.q_proj(x), "b s (h d) -> b s h d", h=self.shape.heads)
         plain, turned = q.split((q.shape[-1] - self.rope_dim, self.rope_dim), dim=-1)
         q = torch.cat((plain, rotation.apply(turned)), dim=-1)
         latent = self.latent_norm(self.latent_proj(x))[:, :, None]  # [B, S, 1, C]
         rotary = rotation.apply(self.rotary_proj(x)[:, :, None])  # [B, S, 1, Dr]
-        out, penalty, votes = self.attend(
-            q, latent, rotary, rotation, attention, carried, expand=self.expand, scale=self.scale
-        )
-        return self.o_proj(rearrange(out, "b s h d -> b s (h d)")), penalty, votes
+        return q, latent, rotary
+
+    def expansion(self) -> Expand:
+        """See `Attending.expansion`."""
+        return self.expand
 
 
 class FactorAttention(Attending):
@@ -85,16 +87,19 @@ class FactorAttention(Attending):
         self.expand = FactorExpansion(heads=shape.key_heads)
         self.o_proj = nn.Linear(shape.out, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Attending.project`."""
         width = self.shape.value_dim
         q, k = (
             self._turned(rearrange(project(x), "b s (r c) -> b s r c", c=heads + width), heads, rotation)
             for project, heads in ((self.q_factors, self.shape.heads), (self.k_factors, self.shape.key_heads))
         )
         v = rearrange(self.v_factors(x), "b s (r c) -> b s r c", c=self.shape.key_heads + width)
-        q = combine_factors(q, self.shape.heads)
-        out, penalty, votes = self.attend(q, k, v, rotation, attention, carried, expand=self.expand)
-        return self.o_proj(rearrange(out, "b s h d -> b s (h d)")), penalty, votes
+        return combine_factors(q, self.shape.heads), k, v
+
+    def expansion(self) -> Expand:
+        """See `Attending.expansion`."""
+        return self.expand
 
     @staticmethod
     def _turned(factors: Tensor, heads: int, rotation: Rotation) -> Tensor:
@@ -130,13 +135,18 @@ class SimulatedAttention(Attending):
         )
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Attending.project`."""
         q, k, v = (
             rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q = self.simulated.expand_query(self.q_norm(q), rotation.positions)
-        out, penalty, votes = self.attend(
-            q, self.k_norm(k), v, rotation, attention, carried, expand=self.simulated.key_value
-        )
-        return self.o_proj(rearrange(self.simulated.aggregate(out), "b s h d -> b s (h d)")), penalty, votes
+        return self.simulated.expand_query(self.q_norm(q), rotation.positions), self.k_norm(k), v
+
+    def finish(self, out: Tensor) -> Tensor:
+        """See `Attending.finish`."""
+        return super().finish(self.simulated.aggregate(out))
+
+    def expansion(self) -> Expand:
+        """See `Attending.expansion`."""
+        return self.simulated.key_value

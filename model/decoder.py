@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import ringattn
-from model.attend import AttentionFn, Outcome
+from model.attend import AttentionFn
 from model.attention_kinds import build_attention
 from model.config import ModelConfig
 from model.initial import initial_value
 from model.layers import DecoderLayer, RMSNorm
 from model.loss import IGNORED_LABEL, tiled_cross_entropy
-from model.rope import Rotation, rotation
+from model.memory import LayerRunner, Memory
+from model.rope import rotation
 from model.selector import Carried
-
-Recompute = bool | Literal["keep_attention"]
-
-
-def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """The form of `ringattn.keeping_attention` that torch.compile knows."""
-    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-    contexts = create_selective_checkpoint_contexts([torch.ops.ringattn.attend.default])
-    return contexts
 
 
 class LossHead(nn.Module):
@@ -57,18 +45,17 @@ class Decoder(nn.Module):
 
     Args:
         config: The shape.
-        recompute: Keep only each layer's input for the backward and run the layer (its attention too) again there. All
-            ranks of a ring must agree on it, as the second run communicates as well. "keep_attention": also keep what
-            `ringattn.ring_attention` returns, so that the ring does not run forward again.
+        memory: What is kept for the backward, and where; None: everything, as it is.
     """
 
-    def __init__(self, config: ModelConfig, *, recompute: Recompute = False) -> None:
+    def __init__(self, config: ModelConfig, memory: Memory | None = None) -> None:
         super().__init__()
+        memory = memory or Memory()
         self.config = config
-        self.recompute = recompute
+        self._runner = LayerRunner(memory, config.layers)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, build_attention(config, layer)) for layer in range(config.layers)
+            DecoderLayer(config, build_attention(config, layer), memory.tile) for layer in range(config.layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = LossHead(config)
@@ -99,28 +86,17 @@ class Decoder(nn.Module):
         turn = rotation(self.config, positions, wide)
         carried: Carried = ()
         penalties: list[Tensor] = []
-        for layer in self.layers:
-            hidden, penalty, votes = self._run(layer, hidden, turn, attention, carried)
+        self._runner.start()
+        for number, layer in enumerate(self.layers):
+            hidden, penalty, votes = self._runner.run(number, layer, hidden, turn, attention, carried)
             if votes:  # the new factors of all votes so far, and the votes so far with this layer's
                 carried = (votes[0], *carried[1:], *votes[1:])
             if penalty is not None:
                 penalties.append(penalty)
+        self._runner.finish()
         tied_weight = self.embed.weight if self.config.tied_head else None
         loss = self.head(self.norm(hidden), labels, loss_tile, tied_weight)
         return loss + torch.stack(penalties).sum() if penalties else loss
-
-    def _run(
-        self, layer: nn.Module, hidden: Tensor, turn: Rotation, attention: AttentionFn, carried: Carried
-    ) -> Outcome:
-        if self.recompute and torch.is_grad_enabled():
-            # no dropout anywhere: random states need not be kept, which saves a device synchronisation per layer
-            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            if self.recompute == "keep_attention":
-                traced = torch.compiler.is_compiling()
-                options["context_fn"] = _selective_contexts if traced else ringattn.keeping_attention
-            found: Outcome = checkpoint(layer, hidden, turn, attention, carried, **options)
-            return found
-        return layer(hidden, turn, attention, carried)
 
     def _check(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> None:
         if tokens.ndim != 2 or labels.shape != tokens.shape or positions.shape != tokens.shape[1:]:

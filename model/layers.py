@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from model.attend import Attending, AttentionFn, Outcome
 from model.config import ModelConfig
 from model.rope import Rotation
+from model.second_run import SecondRun
 from model.selector import Carried
+from model.tiles import in_tiles
 
 
 class RMSNorm(nn.Module):
@@ -58,14 +60,13 @@ class Attention(Attending):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Attending.project`."""
         q, k, v = (
             rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotation.apply(self.q_norm(q)), rotation.apply(self.k_norm(k))
-        out, penalty, votes = self.attend(q, k, v, rotation, attention, carried)
-        return self.o_proj(rearrange(out, "b s h d -> b s (h d)")), penalty, votes
+        return rotation.apply(self.q_norm(q)), rotation.apply(self.k_norm(k)), v
 
 
 class DecoderLayer(nn.Module):
@@ -74,16 +75,58 @@ class DecoderLayer(nn.Module):
     Args:
         config: The shape.
         attention: This layer's attention; its parameters are named `attention.*`.
+        tile: Tokens that all but the attention itself sees at a time; None: all of them.
     """
 
-    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, attention: Attending, tile: int | None = None) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = attention
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.ffn_dim)
+        self.tile = tile
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention: AttentionFn, carried: Carried = ()) -> Outcome:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Rotation,
+        attention: AttentionFn,
+        carried: Carried = (),
+        again: SecondRun | None = None,
+    ) -> Outcome:
+        if self.tile is not None:
+            return self._in_tiles(self.tile, hidden, rotation, attention, carried, again)
         change, penalty, votes = self.attention(self.attention_norm(hidden), rotation, attention, carried)
         hidden = hidden + change  # [B, S, E]
         return hidden + self.mlp(self.mlp_norm(hidden)), penalty, votes
+
+    def _in_tiles(
+        self,
+        tile: int,
+        hidden: Tensor,
+        rotation: Rotation,
+        attention: AttentionFn,
+        carried: Carried,
+        again: SecondRun | None,
+    ) -> Outcome:
+        def before(rows: slice, x: Tensor) -> tuple[Tensor, ...]:
+            return self.attention.project(self.attention_norm(x), rotation.rows(rows))
+
+        def after(rows: slice, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+            x = x + self.attention.finish(out)
+            return (x + self.mlp(self.mlp_norm(x)),)
+
+        q, k, v = in_tiles(before, self._parameters_before, (hidden,), tile)
+        out, penalty, votes = self.attention.attend(q, k, v, rotation, attention, carried)
+        # the second run is for the inputs of this, its result would be thrown away
+        needless = again is not None and again.now
+        (result,) = in_tiles(after, self._parameters_after, (hidden, out), tile, needless=needless)
+        return result, penalty, votes
+
+    def _parameters_before(self) -> list[nn.Parameter]:
+        own = [p for name, p in self.attention.named_parameters() if not name.startswith("o_proj.")]
+        return [*self.attention_norm.parameters(), *own]
+
+    def _parameters_after(self) -> list[nn.Parameter]:
+        modules = (self.attention.o_proj, self.mlp_norm, self.mlp)
+        return [parameter for module in modules for parameter in module.parameters()]

@@ -40,6 +40,10 @@ class Rotation:
     cos: Tensor
     sin: Tensor
 
+    def rows(self, rows: slice) -> Rotation:
+        """Of some of the tokens; a view."""
+        return Rotation(positions=self.positions[rows], cos=self.cos[rows], sin=self.sin[rows])
+
     def apply(self, x: Tensor) -> Tensor:
         """Turn the heads of x [B, S, heads, D]; computed in cos's dtype (fp32) or wider, returned in x's."""
         cos, sin = self.cos[:, None, :], self.sin[:, None, :]  # [S, 1, D/2]: the same for all heads

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,14 +25,34 @@ Results = tuple[Any, ...]
 """Tensors or None."""
 
 
+class Stored(Protocol):
+    """A tensor that was put somewhere else."""
+
+    def get(self) -> Tensor:
+        """The tensor as it was, on its device; may be asked for more than once."""
+
+
+class _InPlace:
+    """A tensor that stays where it is, if nobody writes to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    def get(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError("keeping_attention: the output of ring_attention was changed in place; keep it as it is")
+        return self._tensor.detach()
+
+
 class _Kept:
     """Results of one run of a layer, in the order of its calls, to be read in the second run.
 
     They stay until the graph that holds this is freed: a retained graph may be walked again.
     """
 
-    def __init__(self) -> None:
-        self._results: list[list[tuple[Tensor, int] | None]] = []
+    def __init__(self, store: Callable[[Tensor], Stored]) -> None:
+        self._store = store
+        self._results: list[list[Stored | None]] = []
         self._next: int | None = None
 
     @property
@@ -46,15 +66,13 @@ class _Kept:
         if self._next is None:
             found = step()
             # Without the graph that autograd ties to what is returned: it would hold itself.
-            self._results.append([None if x is None else (x.detach(), x._version) for x in found])
+            self._results.append([None if x is None else self._store(x.detach()) for x in found])
             return found
         if self._next >= len(self._results):
             raise RuntimeError("keeping_attention: recomputing a layer called ring_attention more often than before")
         kept = self._results[self._next]
         self._next += 1
-        if any(pair is not None and pair[0]._version != pair[1] for pair in kept):
-            raise RuntimeError("keeping_attention: the output of ring_attention was changed in place; keep it as it is")
-        return tuple(None if pair is None else pair[0].detach() for pair in kept)
+        return tuple(None if stored is None else stored.get() for stored in kept)
 
 
 class _Run(AbstractContextManager[None]):
@@ -82,15 +100,20 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def keeping_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def keeping_attention(
+    store: Callable[[Tensor], Stored] = _InPlace,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The `context_fn` of `torch.utils.checkpoint.checkpoint` that recomputes all but `ring_attention`.
 
     Gradients are what they are without; per call the output [B, S, H, Dv] and lse [B, H, S] are kept.
 
+    Args:
+        store: Where to keep a tensor (without its graph) until the second run asks for it: for example in host memory.
+
     Returns:
         Contexts of the first run and of the second one.
     """
-    kept = _Kept()
+    kept = _Kept(store)
     return _Run(kept, again=False), _Run(kept, again=True)
 
 

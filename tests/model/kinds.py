@@ -8,6 +8,7 @@ import torch
 
 from model.config import ModelConfig, SelectionConfig
 from model.decoder import Decoder
+from model.memory import Memory
 from tests.model.dense import tiny
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,9 +36,9 @@ def kind(name: str, selection: str | SelectionConfig | None = None, **overrides:
     return tiny(**{"attention": name, **KINDS[name], "selection": chosen, **overrides})
 
 
-def decoder(config: ModelConfig, *, recompute: bool = False) -> Decoder:
+def decoder(config: ModelConfig, **memory: Any) -> Decoder:
     """An fp64 decoder far from its flat start: scores and votes that matter, norms that are not one."""
-    module = Decoder(config, recompute=recompute)
+    module = Decoder(config, Memory(**memory))
     generator = torch.Generator().manual_seed(6)
     for name, parameter in module.named_parameters():
         center = 1.0 if "norm" in name else 0.4 if "selector" in name else 0.0

@@ -11,6 +11,7 @@ from model.config import preset
 from model.decoder import Decoder
 from model.flops import activation_bytes_per_token, loss_bytes
 from model.loss import tiled_cross_entropy
+from model.memory import Memory
 from tests.model.dense import dense_causal, random_row, tiny
 from tests.model.kinds import kind
 
@@ -66,7 +67,7 @@ def test_every_kind_in_bf16_is_near_fp64(name: str, selection: str | None) -> No
     config = kind(name, selection, dim=128, heads=4, head_dim=64, ffn_dim=256, **wide[name])
     row = [x.cuda() for x in random_row(config, 300)]
     attention = functools.partial(ringattn.ring_attention, plan=ringattn.Plan(300, 1))
-    exact, module = Decoder(config), Decoder(config, recompute=True)
+    exact, module = Decoder(config), Decoder(config, Memory(recompute=True))
     exact.init_weights(1)
     module.init_weights(1)
     exact, module = exact.double().cuda(), module.to("cuda", torch.bfloat16)
@@ -93,7 +94,7 @@ def test_peak_memory_is_as_estimated() -> None:
     assert with_loss == pytest.approx(loss_bytes(config, 2048, 2), rel=0.1)
     small = preset("qwen3-0.6b", vocab_size=1000, layers=8)
     for recompute in (False, True):
-        module = Decoder(small, recompute=recompute)
+        module = Decoder(small, Memory(recompute=recompute))
         module.init_weights(0)
         module = module.to("cuda", torch.bfloat16)
 

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from model.decoder import Decoder
 from model.layers import RMSNorm
+from model.memory import Memory
 from tests.model.dense import dense_causal, random_row, tiny
 
 
 def _built(dtype: torch.dtype = torch.float32, *, recompute: bool = False, **overrides) -> Decoder:  # type: ignore[no-untyped-def]
-    module = Decoder(tiny(**overrides), recompute=recompute)
+    module = Decoder(tiny(**overrides), Memory(recompute=recompute))
     module.init_weights(3)
     return module.to(dtype)
 

@@ -23,6 +23,7 @@ from model.flops import (
     state_bytes,
 )
 from model.kinds import attention_shape
+from model.memory import Memory
 from ringattn.scoring.cost import factor_cost, latent_cost, plain_cost, simulated_cost
 from tests.model.dense import random_row, tiny
 from tests.model.kinds import KINDS, decoder, kind
@@ -150,7 +151,7 @@ class _Keeping(torch.autograd.Function):
 
 def _kept_per_token(config: ModelConfig, *, recompute: bool) -> float:
     """Bytes that autograd keeps between forward and backward, weights aside."""
-    module = Decoder(config, recompute=recompute)
+    module = Decoder(config, Memory(recompute=recompute))
     module.init_weights(0)
     tokens, labels, positions = random_row(config, 128)
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}

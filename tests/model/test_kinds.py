@@ -194,15 +194,15 @@ def test_the_first_values_of_expansions() -> None:
 
 
 def test_penalties_are_added_to_the_loss() -> None:
-    module = decoder(kind("gqa", "exact"))
-    tokens, labels, positions = random_row(module.config, LENGTH)
-    plain = module(tokens, labels, positions, attend(), 6)
+    config = kind("gqa", "exact")
+    tokens, labels, positions = random_row(config, LENGTH)
+    plain = decoder(config)(tokens, labels, positions, attend(), 6)
 
     def dear(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return attend()(q, k, v, **options), q.square().sum()
 
     for recompute in (False, True):
-        module.recompute = recompute
+        module = decoder(config, recompute=recompute)
         loss = module(tokens, labels, positions, dear, 6)
         loss.backward()
         assert loss > plain + 1

@@ -117,7 +117,7 @@ def test_what_is_kept_is_freed_with_the_graph():
     out = checkpoint(layers[0], x.requires_grad_(), plan, None, "auto", use_reentrant=False, context_fn=context_fn)
     kept = contexts[0][0]._kept
     (pairs,) = kept._results
-    assert [tuple(x.shape) for x, _ in pairs] == [(1, LENGTH, 2, 8), (1, 2, LENGTH)]
+    assert [tuple(stored.get().shape) for stored in pairs] == [(1, LENGTH, 2, 8), (1, 2, LENGTH)]
     alive = weakref.ref(kept)
     contexts.clear()
     del kept, pairs

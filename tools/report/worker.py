@@ -22,6 +22,7 @@ import ringattn
 from launch.config import Config
 from launch.engine import build_engine
 from launch.engine.base import Engine
+from launch.memory_choice import layer_memory
 from launch.meters import host_memory_bytes, known_peak_tflops, peak_memory_bytes, reset_peak_memory
 from launch.orphans import die_with_parent
 from launch.topology import Topology
@@ -201,7 +202,7 @@ class _Trainer:
 
     def __init__(self, config: Config, shape: ModelConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
-        module = Decoder(shape, recompute=config.memory.recompute)
+        module = Decoder(shape, layer_memory(config))
         module.init_weights(config.run.seed)
         self.engine: Engine = build_engine(config.engine.name, module, topology=topology, config=config)
         parallel, seq_len = config.parallel, config.data.seq_len

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from launch.config import Config
 from launch.engine import Engine, build_engine
 from launch.errors import LaunchError
+from launch.memory_choice import layer_memory
 from launch.topology import Topology
 from model import Decoder, preset
 
@@ -55,7 +56,7 @@ def toy_config(
 def toy_module(config: Config, *, tied: bool) -> Decoder:
     """Sizes are odd on purpose: most tensors divide by no world size."""
     shape = preset("test", vocab_size=37, layers=2, dim=18, heads=3, kv_heads=1, head_dim=6, ffn_dim=26, tied_head=tied)
-    module = Decoder(shape, recompute=config.memory.recompute)
+    module = Decoder(shape, layer_memory(config))
     module.init_weights(SEED)
     return module
 
