@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ringattn.kernels.selective.geometry import Ballot, Geometry
 from tests.ringattn.selective_oracle import NAMES, dense, errors, problem, run_pieces
 
 pytestmark = pytest.mark.gpu
@@ -80,3 +81,78 @@ def test_long_rows_are_taken_in_ranges():
     for name in NAMES[:2] + NAMES[3:]:
         error = (found[name] - parts[name]).norm() / parts[name].norm()
         assert error < 5e-3, f"{name}: {error:.2e}"
+
+
+LANES = {"span": 512, "buffers": 2, "lanes": 2, "side": -1}
+SAME = ("out", "lse", "dq", "dk", "dv")  # the others are sums by atomic operations, in any order
+
+
+def kernel(**fields):
+    from ringattn.kernels.selective.triton_kernel import TritonSelective
+    from ringattn.kernels.selective.triton_tools import Tiles
+
+    return TritonSelective(Tiles(**fields))
+
+
+def lanes_case():
+    case = problem(n=4000, heads=4, width=64, device="cuda", dtype=torch.bfloat16, weights=[0.01])
+    return case, run_pieces(kernel(span=512), case)
+
+
+def assert_same(found, expected):
+    for name in NAMES:
+        error = float((found[name].cpu() - expected[name]).norm() / expected[name].norm().clamp_min(1e-9))
+        assert error == 0 if name in SAME else error < 1e-4, f"{name}: {error:.2e}"
+
+
+def test_lanes_beside_a_stream_that_is_not_the_default_one():
+    """Twice in a row: the second call gets the memory that the first one gave back."""
+    case, expected = lanes_case()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run = in_one_piece(kernel(**LANES), case)
+        first = {name: x.clone() for name, x in run().items()}
+        second = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same(first, expected)
+    assert_same(second, expected)
+
+
+def test_lanes_in_a_cuda_graph():
+    case, expected = lanes_case()
+    run = in_one_piece(kernel(**LANES), case)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for _ in range(2):
+        for x in found.values():
+            x.fill_(torch.nan)
+        graph.replay()
+        assert_same(found, expected)
+
+
+def in_one_piece(selective, case):
+    """A call of all passes without copies to the host, as `run_pieces` makes them."""
+    ballot = Ballot(q=case["ballot_q"], k=case["ballot_k"], weights=case["weights"], scales=case["scales"])
+    geometry = Geometry(q_start=0, k_start=0, lag=1, protect_first=True, q_documents=None, k_documents=None)
+    batch, n, heads, width = case["q"].shape
+
+    def run():
+        like = {"dtype": torch.float32, "device": "cuda"}
+        result = {"out": torch.zeros(batch, n, heads, width, **like)}
+        result["lse"] = torch.full((batch, heads, n), -torch.inf, **like)
+        result["cost"] = torch.zeros(batch, n, **like)
+        for name in ("q", "k", "v", "ballot_q", "ballot_k", "weights"):
+            result[f"d{name}"] = torch.zeros(case[name].shape, **like)
+        block = (case["q"], case["k"], case["v"], ballot, torch.zeros(batch, n, **like), geometry, case["scale"])
+        selective.forward_(*block, result["out"], result["lse"])
+        selective.backward_(case["dout"], *block, *(x for name, x in result.items() if name != "cost"))
+        return result
+
+    return run

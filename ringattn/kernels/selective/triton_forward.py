@@ -6,11 +6,14 @@ The bias comes as a table row per group of rows (`TABLE`) or as a buffer of tile
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringattn.kernels.selective.lanes import Lanes, Mark
 from ringattn.kernels.selective.triton_scan import offsets, scan
 from ringattn.kernels.selective.triton_tools import (
     LOG2E,
@@ -174,7 +177,7 @@ def forward(
     step = key_range(votes, tiles)
     span = span_of(q, tiles)
     values, most = fp16_values(v)
-    buffer = None
+    buffers: list[Tensor] = []
     for key_low in range(0, m, step):
         # Keys after the last row's are never seen.
         keys = (key_low, min(key_low + step, m, n + votes.delta))
@@ -188,15 +191,21 @@ def forward(
             _launch(q, k, values, most, votes, table, None, (0, n), keys, scale, out, lse)
             continue
         least = offsets(votes, table, total, *keys)
-        if buffer is None:
-            buffer = bias_buffer(q, votes, round_up(min(span, n), tiles.rows), round_up(min(step, m), 128))
-        # The longest spans first: meanwhile the host prepares the next launches.
-        for row_low in reversed(range(0, n, span)):
-            rows = (row_low, min(row_low + span, n))
-            part = (key_low, min(keys[1], rows[1] + votes.delta))
-            if part[1] > key_low:
-                votes.fill(table, key_low, least, buffer, rows, part, cost=cost, tau=tau)
-                _launch(q, k, values, most, votes, buffer, least, rows, part, scale, out, lse)
+        if not buffers:
+            shape = (round_up(min(span, n), tiles.rows), round_up(min(step, m), 128))
+            buffers = [bias_buffer(q, votes, *shape) for _ in range(min(tiles.buffers, -(-n // span)))]
+        free: list[Mark | None] = [None] * len(buffers)
+        with Lanes(q.device, count=min(tiles.lanes, len(buffers)), side=tiles.side if n > span else None) as lanes:
+            # The longest spans first: meanwhile the host prepares the next launches.
+            for number, row_low in enumerate(reversed(range(0, n, span))):
+                rows, slot = (row_low, min(row_low + span, n)), number % len(buffers)
+                part = (key_low, min(keys[1], rows[1] + votes.delta))
+                if part[1] <= key_low:
+                    break
+                fill = partial(votes.fill, table, key_low, least, buffers[slot], rows, part, cost=cost, tau=tau)
+                filled = lanes.small(number, "fill", fill, after=[free[slot]])
+                arguments = (q, k, values, most, votes, buffers[slot], least, rows, part, scale, out, lse)
+                free[slot] = lanes.large(number, _launch, *arguments, after=[filled])
 
 
 def _launch(

@@ -8,20 +8,18 @@ operations, in an order that changes from run to run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ringattn.kernels.selective import triton_backward_keys, triton_backward_queries, triton_forward
+from ringattn.kernels.selective import triton_forward
 from ringattn.kernels.selective.geometry import Ballot, Geometry
-from ringattn.kernels.selective.triton_backward_keys import prepare, shifted
-from ringattn.kernels.selective.triton_forward import bias_buffer, key_range, round_up, span_of
-from ringattn.kernels.selective.triton_scan import offsets, scan
+from ringattn.kernels.selective.triton_backward import Backward
+from ringattn.kernels.selective.triton_backward_keys import prepare
 from ringattn.kernels.selective.triton_tools import Tiles, workspace
 from ringattn.kernels.selective.triton_votes import Votes
-from ringattn.kernels.selective.triton_votes_backward import add_ballot_gradients, add_column_sums, zeros_table
+from ringattn.kernels.selective.triton_votes_backward import add_ballot_gradients
 
 _Result = TypeVar("_Result")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,7 +88,7 @@ class TritonSelective:
         votes = Votes(ballot, geometry, self._tiles(q, geometry))
         suffix = torch.zeros(q.shape[0], k.shape[1], dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
-            call = _Backward(
+            call = Backward(
                 dout=dout, q=q, k=k, v=v, votes=votes, carry=carry, scale=scale, dq=dq, dk=dk, dv=dv,
                 ballot=(dballot_q, dballot_k, dweights), suffix=suffix, dcost=dcost, tau=tau,
                 rows=prepare(dout, out, lse),
@@ -124,121 +122,6 @@ def pick_tiles(dtype: torch.dtype, lag: int) -> Tiles:
     if lag % 128 == 0:
         return Tiles(vote_span=16, ballot_stages=3, query_keys=64, query_stages=3)
     return Tiles()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Backward:
-    """One call of `backward_`: walks over ranges of keys, and inside them over spans of keys, then of rows."""
-
-    dout: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    votes: Votes
-    carry: Tensor
-    scale: float
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    ballot: tuple[Tensor, Tensor, Tensor]
-    suffix: Tensor
-    dcost: Tensor | None
-    tau: float
-    rows: tuple[Tensor, Tensor]  # what `prepare` returns
-
-    def run(self) -> None:
-        votes, n = self.votes, self.votes.n
-        end = min(votes.m, max(0, n + votes.delta))  # keys after the last row's are never seen
-        tiles = votes.tiles
-        fits = votes.groups == 1 or all(votes.group % rows == 0 for rows in (tiles.back_rows, tiles.query_rows))
-        fits = fits or (votes.inner and votes.group % tiles.back_rows == 0)
-        step = key_range(votes, tiles)
-        for key_low in range(0, end, step):
-            keys = (key_low, min(key_low + step, end))
-            table = votes.table(*keys)
-            total = scan(table, self.carry[:, keys[0] : keys[1]], keys[1] - keys[0])
-            sums = zeros_table(votes, keys[1] - keys[0])
-            if fits and not votes.inner:
-                self._own_keys(table, None, self.rows[1], (0, n), keys, sums)
-                self._own_queries(table, None, self.rows[1], (0, n), keys, None)
-                self._cast(sums, None, (0, n), keys)
-                continue
-            least = offsets(votes, table, total, *keys)
-            base = shifted(self.rows[1], least)
-            self._spans_of_keys(table, least, base, keys, sums if fits else None)
-            self._spans_of_rows(table, least, base, keys, sums, fits)
-
-    def _spans_of_keys(
-        self, table: Tensor, least: Tensor, base: Tensor, keys: tuple[int, int], sums: Tensor | None
-    ) -> None:
-        votes, tiles = self.votes, self.votes.tiles
-        span = min(span_of(self.q, tiles), round_up(keys[1] - keys[0], tiles.back_keys))
-        row_span = min(tiles.span_all, round_up(votes.n, 128))
-        biases = bias_buffer(self.q, votes, span, row_span)
-        unit = max(tiles.back_rows, votes.group if votes.inner and votes.group % tiles.back_rows == 0 else 0)
-        for low in range(keys[0], keys[1], span):
-            part = (low, min(low + span, keys[1]))
-            first = max(0, low - votes.delta) // unit * unit
-            for row_low in range(first, votes.n, row_span):
-                rows = (row_low, min(row_low + row_span, votes.n))
-                votes.fill(table, keys[0], least, biases, rows, part, transposed=True)
-                part_sums = None if sums is None else sums[:, :, low - keys[0] :]
-                self._own_keys(biases, least, base, rows, part, part_sums)
-
-    def _spans_of_rows(
-        self, table: Tensor, least: Tensor, base: Tensor, keys: tuple[int, int], sums: Tensor, summed: bool
-    ) -> None:
-        votes, tiles = self.votes, self.votes.tiles
-        # A span begins at a group's first row. From the last to the first: votes matter to later rows.
-        span = votes.group * max(1, span_of(self.q, tiles) // votes.group)
-        shape = (round_up(min(span, votes.n), 128), round_up(keys[1] - keys[0], 128))
-        biases = bias_buffer(self.q, votes, *shape)
-        pairs = None
-        if votes.inner or not summed:
-            pairs = torch.empty(votes.batch, *shape, dtype=torch.float32, device=self.q.device)
-        if summed:
-            self._suffix(sums, keys)
-        for row_low in reversed(range(0, votes.n, span)):
-            rows = (row_low, min(row_low + span, votes.n))
-            part = (keys[0], min(keys[1], rows[1] + votes.delta))
-            if part[1] <= part[0]:
-                break
-            if pairs is not None and not summed:
-                pairs.zero_()  # all of it is summed
-            votes.fill(table, keys[0], least, biases, rows, part, pairs=pairs if summed else None)
-            self._own_queries(biases, least, base, rows, part, pairs)
-            if pairs is not None and not summed:
-                add_column_sums(votes, pairs, sums, rows)
-                group = votes.group
-                self._suffix(sums[:, rows[0] // group : (rows[1] - 1) // group + 1], part)
-            add_ballot_gradients(votes, sums, pairs if votes.inner else None, rows, part, *self.ballot)
-
-    def _suffix(self, sums: Tensor, keys: tuple[int, int]) -> None:
-        """Sums of groups become what later rows owe to their votes; `suffix` goes on with these groups."""
-        total = self.suffix[:, keys[0] : keys[1]]
-        total.copy_(scan(sums, total, keys[1] - keys[0], reverse=True, sign=-1.0))
-
-    def _cast(self, sums: Tensor, pairs: Tensor | None, rows: tuple[int, int], keys: tuple[int, int]) -> None:
-        self._suffix(sums, keys)
-        add_ballot_gradients(self.votes, sums, pairs, rows, keys, *self.ballot)
-
-    def _own_keys(
-        self, biases: Tensor, least: Tensor | None, base: Tensor, rows: tuple[int, int], keys: tuple[int, int],
-        sums: Tensor | None,
-    ) -> None:  # fmt: skip
-        triton_backward_keys.launch(
-            self.q, self.k, self.v, self.dout, self.rows[0], base, self.votes, biases, least, rows, keys, self.scale,
-            self.dk, self.dv, sums, self.dcost, self.tau,
-        )  # fmt: skip
-
-    def _own_queries(
-        self, biases: Tensor, least: Tensor | None, base: Tensor, rows: tuple[int, int], keys: tuple[int, int],
-        pairs: Tensor | None,
-    ) -> None:  # fmt: skip
-        triton_backward_queries.launch(
-            self.q, self.k, self.v, self.dout, self.rows[0], base, self.votes, biases, least, rows, keys, self.scale,
-            self.dq, pairs, self.dcost, self.tau,
-        )  # fmt: skip
 
 
 def _described(like: Tensor, function: Callable[..., _Result], *arguments: object) -> _Result:

@@ -32,6 +32,8 @@ class Tiles:
         query_rows, query_keys, query_warps, query_stages: Tile of the backward kernel that owns queries.
         span: Rows (or keys) whose biases are kept at once, at least; None: four tiles for each processor.
         span_all: The other side of those, at most.
+        buffers: Spans whose biases exist at the same time, so that one is filled while another is used.
+        lanes, side: Streams of the launches; see `lanes.Lanes`.
         descriptors: Load tiles and add gradients through Hopper's copy engine where memory allows.
         hold: Keep tiles that a program owns in registers (16-bit inputs only); see `held`.
     """
@@ -57,6 +59,9 @@ class Tiles:
     query_stages: int = 4
     span: int | None = None
     span_all: int = 32768
+    buffers: int = 1
+    lanes: int = 1
+    side: int | None = None
     descriptors: bool = True
     hold: bool = True
 
