@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +63,7 @@ class Batch:
     """This rank's rows of one step, and what the ranks told each other about theirs.
 
     Attributes:
-        rows: Whole rows; each rank of a ring holds the same ones.
+        rows: This rank's part of each row of its ring.
         num_valid: Valid tokens of the step over all rings.
         stop: Whether any rank was asked to stop.
         data_seconds: Time spent on reading.
@@ -112,6 +111,7 @@ class StepRunner:
             window=parallel.window,
             sinks=parallel.sinks,
         )
+        self._chunks = self._plan.chunks(topology.cp_rank)
         self._positions = self._plan.positions(topology.cp_rank).to(topology.device)
         self.doing = "starting"  # for messages about lost peers: what this rank was at
 
@@ -129,11 +129,11 @@ class StepRunner:
         rows: tuple[Row, ...] = ()
         failure: Exception | None = None
         try:
-            rows = tuple(self._corpus.row(index) for index in indices)
+            rows = tuple(self._corpus.row(index, self._chunks) for index in indices)
         except Exception as error:  # the others must hear of it: they are about to wait for this rank
             failure = error
-        valid = sum(int((row.labels != IGNORED).sum()) for row in rows)
-        digest = functools.reduce(lambda crc, row: _checksum(row, crc), rows, 0)
+        valid = sum(row.num_valid for row in rows)
+        digest = functools.reduce(lambda both, row: (both * 31 + row.digest) % 2**61, rows, 0)
         seconds = time.perf_counter() - started
         self.doing = "agreeing on the step's rows"
         told = self._exchange([valid, digest, int(stop), int(failure is not None)])
@@ -212,12 +212,12 @@ class StepRunner:
         # with all labels ignored.
         for start in range(0, num_rows, topology.dp):
             index = start + topology.dp_rank
-            row = self._corpus.held_out_row(min(index, num_rows - 1))
+            row = self._corpus.held_out_row(min(index, num_rows - 1), self._chunks)
             labels = row.labels if index < num_rows else torch.full_like(row.labels, IGNORED)
             self.doing = f"evaluating held-out row {index}"
             loss += self._forward(row, labels, self._attention(row))
-            if index < num_rows and topology.cp_rank == 0:
-                num_valid += int((labels != IGNORED).sum())
+            if index < num_rows:
+                num_valid += row.num_valid if topology.cp_rank == 0 else 0
                 num_bytes += row.target_bytes
         total, tokens, text = (topology.sum_of(value) for value in (float(loss), float(num_valid), float(num_bytes)))
         return Evaluation(nats_per_token=total / max(tokens, 1.0), bits_per_byte=total / _NATS_PER_BIT / max(text, 1.0))
@@ -228,14 +228,13 @@ class StepRunner:
 
     def _attention(self, row: Row, *, with_statistics: bool = False) -> RowAttention:
         topology = self._topology
-        valid = int((row.labels != IGNORED).sum())
         return RowAttention(
             self._plan.with_documents(row.documents),
             topology.cp_group if topology.cp > 1 else None,
             topology.cp_rank,
             kernel=self._config.parallel.kernel,
             carrier=self._carrier,
-            penalty_weight=self._memory_eps * valid / (self._model.layers * self._plan.seq_len),
+            penalty_weight=self._memory_eps * row.num_valid / (self._model.layers * self._plan.seq_len),
             with_statistics=with_statistics,
         )
 
@@ -243,9 +242,7 @@ class StepRunner:
         """Loss sum of this rank's part of a row."""
         topology = self._topology
         attend = self._probe.watch(attention) if torch.is_grad_enabled() else attention
-        tokens, labels = (
-            ringattn.shard(x[None], self._plan, topology.cp_rank).to(topology.device) for x in (row.tokens, labels)
-        )
+        tokens, labels = (x[None].to(topology.device) for x in (row.tokens, labels))
         loss = self._engine.forward(
             tokens=tokens,
             labels=labels,
@@ -317,8 +314,3 @@ class _GradientProbe:
 def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
-
-
-def _checksum(row: Row, start: int) -> int:
-    crc = zlib.crc32(row.tokens.numpy().tobytes(), start)
-    return zlib.crc32(row.documents.numpy().tobytes(), crc)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ class Corpus(ABC):
             token_bytes=tokenizer.token_bytes,
             one_document=config.cross_document_attention,
         )
-        self._held_out = PackedDocuments(store.tokens, store.starts, store.held_out)
+        self._held_out = PackedDocuments(store.tokens, store.starts, store.held_out, checksums=store.checksums)
         rows = min(config.held_out_rows, -(-self._held_out.num_tokens // config.seq_len))
         self.num_held_out_rows = rows
         padding = max(0, rows * config.seq_len - self._held_out.num_tokens)
@@ -90,25 +90,31 @@ class Corpus(ABC):
         return self._report
 
     @abstractmethod
-    def row(self, index: int) -> Row:
+    def row(self, index: int, chunks: Sequence[range] | None = None) -> Row:
         """Training row number `index`; any index >= 0, epochs roll over.
+
+        Args:
+            index: which.
+            chunks: positions to read, as `Plan.chunks` gives them; None: the whole row.
 
         Raises:
             ValueError: index < 0.
+            DataError: the tokens are not those that were written.
         """
 
-    def held_out_row(self, index: int) -> Row:
+    def held_out_row(self, index: int, chunks: Sequence[range] | None = None) -> Row:
         """Held-out row number `index` < num_held_out_rows. Only the last can be padded.
 
         Raises:
             IndexError: there is no such row.
+            DataError: the tokens are not those that were written.
         """
         if not 0 <= index < self.num_held_out_rows:
             raise IndexError(f"held-out row {index}: expected 0 <= index < {self.num_held_out_rows}")
         position = index * self._form.seq_len
         count = min(self._form.seq_len, self._held_out.num_tokens - position)
         pieces, following = self._held_out.pieces(position, count)
-        return build_row(pieces, following, index, self._form)
+        return build_row(pieces, following, index, self._form, chunks)
 
     def identity(self) -> dict[str, Any]:
         """JSON: what `describe_change` compares."""
@@ -184,16 +190,16 @@ class TokenCorpus(Corpus):
         super().__init__(config, seed=seed, store=store, tokenizer=tokenizer, fingerprint=fingerprint, report=report)
         count = len(store.training)
         permutation = (lambda epoch: shuffled(count, seed, epoch)) if config.shuffle else None
-        self._training = PackedDocuments(store.tokens, store.starts, store.training, permutation)
+        self._training = PackedDocuments(store.tokens, store.starts, store.training, permutation, store.checksums)
         if self._training.num_tokens < config.seq_len:
             raise DataError(too_small(self._training.num_tokens, count, config.seq_len))
         self._report = replace(self._report, cut_documents=self._training.cut_documents(0, config.seq_len))
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int, chunks: Sequence[range] | None = None) -> Row:
         if index < 0:
             raise ValueError(f"row index must be >= 0, got {index}")
         pieces, following = self._training.pieces(index * self._form.seq_len, self._form.seq_len)
-        return build_row(pieces, following, index, self._form)
+        return build_row(pieces, following, index, self._form, chunks)
 
     def cursor(self, next_index: int) -> dict[str, Any]:
         epoch = next_index * self._form.seq_len // self._training.num_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from launch.data.parallel import in_order
+from launch.data.readers import Candidate
 from launch.data.sources import Source
 from launch.errors import DataError
 
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from launch.config import DataConfig
 
 _LISTED_PROBLEMS = 10
+_BATCH_RECORDS = 256
+_BATCH_BYTES = 1 << 20
+_CHECKING_BYTES = 16 << 20  # of texts in memory, at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,25 +113,74 @@ def read_documents(
     """
     if config.max_documents is not None and kept >= config.max_documents:
         return
-    for index, found in enumerate(source.candidates(skip), start=skip):
+    for index, (found, size, digest) in enumerate(_checked(source.candidates(skip), source.is_remote), start=skip):
         text, problem = found["text"], found["problem"]
-        data = b""
-        if problem is None:
-            try:
-                data = text.encode("utf-8")
-            except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-                problem = f"text is not Unicode: lone surrogate at character {error.start}"
         if problem is not None:
             _drop(f"{found['where']}: {problem}", counts, config.on_error == "skip" or source.skips_bad_text)
-        elif not text.strip():
+        elif not text or text.isspace():
             counts.empty += 1
         else:
             counts.documents += 1
-            counts.text_bytes += len(data)
-            yield Document(text, hashlib.sha256(data).digest(), len(data), index)
+            counts.text_bytes += size
+            yield Document(text, digest, size, index)
             kept += 1
             if kept == config.max_documents:
                 return
+
+
+def _checked(candidates: Iterable[Candidate], one_by_one: bool) -> Iterator[tuple[Candidate, int, bytes]]:
+    """Candidates with bytes and sha256 of their text; `one_by_one`: nothing is read before it is needed."""
+    if one_by_one:
+        yield from map(_check, candidates)
+        return
+    for batch in in_order(
+        lambda records: [_check(record) for record in records],
+        _batches(candidates),
+        bytes_of=lambda records: sum(map(_bytes_in_memory, records)),
+        most_bytes=_CHECKING_BYTES,
+    ):
+        yield from batch
+
+
+def _check(found: Candidate) -> tuple[Candidate, int, bytes]:
+    if found["problem"] is not None:
+        return found, 0, b""
+    if found["sha256"] is not None:
+        return found, *found["sha256"]
+    try:
+        data = found["text"].encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        return {**found, "problem": f"text is not Unicode: lone surrogate at character {error.start}"}, 0, b""
+    return found, len(data), hashlib.sha256(data).digest()
+
+
+def _batches(candidates: Iterable[Candidate]) -> Iterator[list[Candidate]]:
+    """Enough for a thread to be worth waking. What is read before reading breaks down is not lost."""
+    batch: list[Candidate] = []
+    size = 0
+    broken: Exception | None = None
+    source = iter(candidates)
+    while broken is None:
+        try:
+            found = next(source)
+        except StopIteration:
+            break
+        except Exception as error:
+            broken = error
+            break
+        batch.append(found)
+        size += _bytes_in_memory(found)
+        if len(batch) == _BATCH_RECORDS or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+    if broken is not None:
+        raise broken
+
+
+def _bytes_in_memory(found: Candidate) -> int:
+    return sys.getsizeof(found["text"])  # one letter outside of Latin-1 makes it up to four bytes a letter
 
 
 def _drop(problem: str, counts: Counts, tolerated: bool) -> None:

@@ -11,34 +11,51 @@ B = c d e . (a dot is the end token; x is a label of -100):
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from launch.errors import DataError
+
 IGNORED = -100
+BLOCK_TOKENS = 1 << 16  # of a document, under one checksum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """One packed sequence.
+    """One packed sequence, or the part of it that one rank of a ring holds.
 
     Attributes:
-        tokens: LongTensor [T].
-        labels: LongTensor [T], the next token of the same document, else -100 (document ends and padding).
-        documents: IntTensor, cumulative starts: the first 0, the last T. Padding is a document of its own.
-        target_bytes: bytes of UTF-8 text that the labels other than -100 stand for.
+        tokens: LongTensor [S] of the positions asked for; S = T for a whole row.
+        labels: LongTensor [S], the next token of the same document, else -100 (document ends and padding).
+        documents: IntTensor, cumulative starts over the whole row: the first 0, the last T. Padding is a document of
+            its own.
+        num_valid: labels other than -100 in the whole row.
+        token_bytes: see `RowFormat`.
+        digest: 32 bits that differ if the whole row does, whatever part of it this is: lengths and places of its pieces
+            and the checksums of the blocks they lie in.
         index: number of the row in its stream.
     """
 
     tokens: Tensor
     labels: Tensor
     documents: Tensor
-    target_bytes: int
+    num_valid: int
+    token_bytes: np.ndarray
+    digest: int
     index: int
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of UTF-8 text that the labels here other than -100 stand for."""
+        labels = self.labels.numpy()
+        return int(self.token_bytes[labels[labels != IGNORED]].sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,38 +75,141 @@ class RowFormat:
     one_document: bool
 
 
-def build_row(pieces: Sequence[np.ndarray], following: int | None, index: int, form: RowFormat) -> Row:
-    """Lay pieces of documents side by side.
+class Checksums:
+    """crc32 of every block of `BLOCK_TOKENS` tokens of every document, as they were when the tokens were written."""
+
+    def __init__(self, sums: np.ndarray, starts: np.ndarray, path: Path) -> None:
+        """Args: uint32, block after block; starts of the documents [documents + 1]; the file of tokens, for errors.
+
+        Raises:
+            ValueError: there are not as many as there are blocks.
+        """
+        counts = -(-np.diff(starts) // BLOCK_TOKENS)
+        self._firsts = np.concatenate([[0], np.cumsum(counts)])
+        self._sums, self._path = sums, path
+        if len(sums) != self._firsts[-1]:
+            raise ValueError(f"{path.parent}: {len(sums)} checksums, expected {self._firsts[-1]}")
+
+    def of(self, document: int, begin: int, end: int) -> np.ndarray:
+        """Those of the blocks in which tokens begin .. end - 1 of a document lie."""
+        first = int(self._firsts[document])
+        return self._sums[first + begin // BLOCK_TOKENS : first - (-end // BLOCK_TOKENS)]
+
+    def check(self, document: int, whole: np.ndarray, begin: int, end: int) -> None:
+        """Read the blocks of tokens begin .. end - 1 of a document, all of whose ids are `whole`.
+
+        Raises:
+            DataError: they are not what was written.
+        """
+        start = begin - begin % BLOCK_TOKENS
+        for number, expected in enumerate(self.of(document, begin, end)):
+            place = start + number * BLOCK_TOKENS
+            found = zlib.crc32(np.ascontiguousarray(whole[place : place + BLOCK_TOKENS]).data)
+            if found != int(expected):
+                raise DataError(
+                    f"data: {self._path}: document {document} is damaged from its token {place} on: expected checksum "
+                    f"{int(expected):08x}, got {found:08x}; delete the folder, it is made again from the text"
+                )
+
+
+class Piece:
+    """A run of one document's tokens. Nothing is read before it is asked for."""
+
+    def __init__(
+        self, whole: np.ndarray, begin: int, end: int, document: int = 0, checksums: Checksums | None = None
+    ) -> None:
+        """Tokens begin .. end - 1 of a document whose ids are `whole`."""
+        self._whole, self._begin, self._end = whole, begin, end
+        self._document, self._checksums = document, checksums
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start .. stop - 1 of the piece, compared with their checksums."""
+        begin, end = self._begin + start, self._begin + stop
+        if self._checksums is not None:
+            self._checksums.check(self._document, self._whole, begin, end)
+        return self._whole[begin:end]
+
+    def digest(self, crc: int) -> int:
+        """`crc` continued with what this piece is; reads no tokens if there are checksums."""
+        if self._checksums is None:
+            return zlib.crc32(np.ascontiguousarray(self._whole[self._begin : self._end], dtype=np.int64).data, crc)
+        place = np.array([self._begin, self._end], dtype=np.int64)
+        sums = self._checksums.of(self._document, self._begin, self._end)
+        return zlib.crc32(np.ascontiguousarray(sums).data, zlib.crc32(place.data, crc))
+
+
+def build_row(
+    pieces: Sequence[Piece],
+    following: int | None,
+    index: int,
+    form: RowFormat,
+    chunks: Sequence[range] | None = None,
+) -> Row:
+    """Lay pieces of documents side by side, and cut out what is asked for.
 
     Args:
-        pieces: ids, one non-empty array per document, T in all; fewer only at the end of the held-out rows.
+        pieces: non-empty, one per document, T tokens in all; fewer only at the end of the held-out rows.
         following: next token of the last piece's document if the document goes on after the row.
         index: number of the row.
         form: see `RowFormat`.
+        chunks: positions to read, as `Plan.chunks` gives them; None: all.
     """
     ends = np.cumsum([len(piece) for piece in pieces])
     used = int(ends[-1])
     assert 0 < used <= form.seq_len
     assert following is None or used == form.seq_len
-    tokens = np.full(form.seq_len, form.end_id, dtype=np.int64)
-    tokens[:used] = np.concatenate(pieces)
-    labels = np.full(form.seq_len, IGNORED, dtype=np.int64)
-    labels[: used - 1] = tokens[1:used]
-    labels[ends - 1] = IGNORED
-    if following is not None:
-        labels[-1] = following
+    wanted = (range(form.seq_len),) if chunks is None else tuple(chunk for chunk in chunks if len(chunk))
+    parts = [_cut(pieces, ends, following, chunk, form) for chunk in wanted]
+    tokens, labels = (_joined(found) for found in zip(*parts, strict=True)) if parts else np.empty((2, 0), int)
     starts = [0, *ends.tolist()]
     if used < form.seq_len:
         starts.append(form.seq_len)
     if form.one_document:
         starts = [0, form.seq_len]
+    digest = 0
+    for piece in pieces:
+        digest = piece.digest(digest)
     return Row(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         documents=torch.tensor(starts, dtype=torch.int32),
-        target_bytes=int(form.token_bytes[labels[labels != IGNORED]].sum()),
+        num_valid=used - len(pieces) + (following is not None),
+        token_bytes=form.token_bytes,
+        digest=digest,
         index=index,
     )
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+
+
+def _cut(
+    pieces: Sequence[Piece], ends: np.ndarray, following: int | None, chunk: range, form: RowFormat
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and labels (int64) at the positions of a chunk."""
+    start, stop = chunk[0], chunk[-1] + 1
+    used = int(ends[-1])
+    ids = np.empty(stop + 1 - start, dtype=np.int64)  # one more: the label of the last
+    ids[max(0, used - start) :] = form.end_id  # padding
+    place = int(np.searchsorted(ends, start, side="right"))
+    position = start
+    while position < min(stop + 1, used):
+        end = int(ends[place])
+        taken = min(end, stop + 1)
+        first = end - len(pieces[place])
+        ids[position - start : taken - start] = pieces[place].read(position - first, taken - first)
+        position = taken
+        place += 1
+    labels = ids[1:].copy()
+    labels[ends[(ends > start) & (ends <= stop)] - 1 - start] = IGNORED
+    labels[max(0, used - start) :] = IGNORED  # padding
+    if following is not None and stop == form.seq_len:
+        labels[-1] = following
+    return ids[: -1 : chunk.step], labels[:: chunk.step]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +238,12 @@ class PackedDocuments:
         starts: np.ndarray,
         numbers: np.ndarray,
         permutation: Callable[[int], np.ndarray] | None = None,
+        checksums: Checksums | None = None,
     ) -> None:
         """Args: ids of all documents; their starts [documents + 1]; which documents; epoch -> order of those (None: as
-        they come)."""
+        they come); checksums that what is read is compared with."""
         self._tokens, self._starts, self._numbers = tokens, starts, numbers
+        self._checksums = checksums
         self._permutation = permutation
         self._lengths = np.asarray(starts[numbers + 1] - starts[numbers])
         self.num_tokens = int(self._lengths.sum())
@@ -137,26 +259,26 @@ class PackedDocuments:
         self._orders.move_to_end(epoch)
         return self._orders[epoch]
 
-    def pieces(self, position: int, count: int) -> tuple[list[np.ndarray], int | None]:
-        """Tokens position .. position + count - 1 of the stream, one array per document.
+    def pieces(self, position: int, count: int) -> tuple[list[Piece], int | None]:
+        """Tokens position .. position + count - 1 of the stream, one piece per document.
 
         Returns:
-            The arrays, and the token after them if the last document goes on, else None.
+            The pieces, and the token after them if the last document goes on, else None.
         """
         epoch, offset = divmod(position, self.num_tokens)
         order = self.order(epoch)
         place = int(np.searchsorted(order.ends, offset, side="right"))
-        found: list[np.ndarray] = []
+        found: list[Piece] = []
         while True:
             document = int(order.numbers[place])
             left = int(order.ends[place]) - offset
-            stop = int(self._starts[document + 1])
-            begin = stop - left
+            whole = self._tokens[int(self._starts[document]) : int(self._starts[document + 1])]
+            begin = len(whole) - left
             taken = min(left, count)
-            found.append(self._tokens[begin : begin + taken])
+            found.append(Piece(whole, begin, begin + taken, document, self._checksums))
             count -= taken
             if not count:
-                return found, int(self._tokens[begin + taken]) if taken < left else None
+                return found, int(whole[begin + taken]) if taken < left else None
             offset += taken
             place += 1
             if place == len(order.ends):

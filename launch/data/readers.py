@@ -7,8 +7,10 @@ they infer the types of columns nobody asked for, and they report each load of a
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from launch.data.files import open_binary
+from launch.data.parallel import in_order
 from launch.errors import DataError
+
+_READING_BYTES = 8 << 20  # of files that are read ahead
 
 # A candidate is a plain dict, since it travels through `datasets`: exactly one of text and problem is not None.
 Candidate = dict[str, Any]
 
 
-def candidate(where: str, text: str | None = None, problem: str | None = None) -> Candidate:
-    """One record: its text, or what is wrong with it; `where` is what a user looks up (file:line)."""
-    return {"text": text, "where": where, "problem": problem}
+def candidate(
+    where: str, text: str | None = None, problem: str | None = None, sha256: tuple[int, bytes] | None = None
+) -> Candidate:
+    """One record: its text, or what is wrong with it; `where` is what a user looks up (file:line).
+
+    `sha256`: number and digest of the text's bytes, where they were at hand.
+    """
+    return {"text": text, "where": where, "problem": problem, "sha256": sha256}
 
 
 def from_record(record: object, field: str, where: str) -> Candidate:
@@ -40,14 +50,24 @@ def from_record(record: object, field: str, where: str) -> Candidate:
 
 
 def read_whole_files(paths: list[str]) -> Iterator[Candidate]:
-    """One document per file."""
-    for path in paths:
-        with _reading(path), open_binary(Path(path)) as file:
-            data = file.read()
-        try:
-            yield candidate(path, text=data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield candidate(f"{path}:{data.count(10, 0, error.start) + 1}", problem=_bad_utf8(error, "file"))
+    """One document per file; a few files are read at a time."""
+    yield from in_order(_whole_file, paths, bytes_of=_file_bytes, most_bytes=_READING_BYTES)
+
+
+def _whole_file(path: str) -> Candidate:
+    with _reading(path), open_binary(Path(path)) as file:
+        data = file.read()
+    try:
+        return candidate(path, text=data.decode("utf-8"), sha256=(len(data), hashlib.sha256(data).digest()))
+    except UnicodeDecodeError as error:
+        return candidate(f"{path}:{data.count(10, 0, error.start) + 1}", problem=_bad_utf8(error, "file"))
+
+
+def _file_bytes(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0  # reading it will say what is wrong
 
 
 def read_json(paths: list[str], field: str) -> Iterator[Candidate]:

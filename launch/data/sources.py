@@ -1,7 +1,7 @@
 """Every source as one Hugging Face `datasets` stream of candidates: local files, the standard library, the hub.
 
-Local files never touch the network and write nothing outside the cache folder. Reading is sequential: the tokenizers
-use all cores on each batch by themselves, which is where the time goes.
+Local files never touch the network and write nothing outside the cache folder. Candidates come one after the other;
+whole files are read a few at a time.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Source:
         """Whether damaged records are left out whatever `on_error` says: nobody here can mend the interpreter's files,
         and some of them are there to test other encodings."""
         return self._config.source == "python"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether every record that is read ahead may have to be fetched."""
+        return self._hub
 
     def stats(self) -> list[list[Any]] | None:
         """Size and time of every file, or None where there are no files to look at."""

@@ -1,8 +1,8 @@
 """Tokens on disk: written once by one process, memory-mapped by all of them.
 
 A folder holds tokens.bin (every document's ids one after the other), starts.npy (where each begins), training.npy and
-held_out.npy (which documents are on which side) and meta.json. It is complete or invisible: written under another name
-and renamed.
+held_out.npy (which documents are on which side), checksums.npy (of every block of a document) and meta.json. It is
+complete or invisible: written under another name and renamed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import time
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,11 +21,13 @@ from typing import Any
 import numpy as np
 
 from launch.data.ingest import Document
+from launch.data.packing import BLOCK_TOKENS, Checksums
+from launch.data.parallel import in_order, num_threads
 from launch.data.tokenizer import Tokenizer
 from launch.errors import WriteError
 
 _BATCH_DOCUMENTS = 1000
-_BATCH_BYTES = 8 << 20
+_BATCH_BYTES = 16 << 20  # of text that is being tokenised, by all threads together
 _STALE_SECONDS = 24 * 3600.0
 _PREFIX = ".writing-"
 
@@ -38,6 +41,7 @@ class TokenStore:
         training: int64, numbers of the training documents in the order of the source.
         held_out: int64, numbers of the held-out documents in the order of their keys, which is random but fixed.
         meta: counts, see `write_store`.
+        checksums: of blocks of `BLOCK_TOKENS` tokens of each document.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,6 +55,8 @@ class TokenStore:
         self.starts = np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False)
         self.training = np.load(folder / "training.npy", allow_pickle=False)
         self.held_out = np.load(folder / "held_out.npy", allow_pickle=False)
+        sums = np.load(folder / "checksums.npy", mmap_mode="r", allow_pickle=False)
+        self.checksums = Checksums(sums, self.starts, path)
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
         """Tokens of each of these documents (int64)."""
@@ -117,37 +123,60 @@ def remove_stale(cache_dir: Path) -> None:
 
 
 def _write(folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, limit: int) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    dtype = tokenizer.dtype
     starts, training, held_out = array("q", [0]), array("q"), []
     totals = {"training_tokens": 0, "held_out_tokens": 0, "inexact_documents": 0}
+    sums = array("I")
+    threads = num_threads() if tokenizer.concurrent else 1
     with open(folder / "tokens.bin", "wb") as file:
-        for batch in _batches(documents):
-            for document, ids in zip(batch, tokenizer.encode([document.text for document in batch]), strict=True):
+        for encoded in in_order(
+            lambda batch: _encode(batch, tokenizer),
+            _batches(documents, _BATCH_BYTES // (2 * threads)),
+            bytes_of=lambda batch: sum(document.num_bytes for document in batch),
+            most_bytes=_BATCH_BYTES,
+            threads=threads,
+        ):
+            for ids, key, exact, blocks in encoded:
                 number = len(starts) - 1
-                file.write(ids.astype(dtype).tobytes())
+                file.write(ids.data)
                 starts.append(starts[-1] + len(ids))
-                if document.key < limit:
-                    held_out.append((document.key, number))
+                sums.extend(blocks)
+                if key < limit:
+                    held_out.append((key, number))
                     totals["held_out_tokens"] += len(ids)
                 else:
                     training.append(number)
                     totals["training_tokens"] += len(ids)
-                totals["inexact_documents"] += int(tokenizer.token_bytes[ids].sum() != document.num_bytes)
+                totals["inexact_documents"] += int(not exact)
     np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
+    np.save(folder / "checksums.npy", np.array(sums, dtype=np.uint32))
     np.save(folder / "training.npy", np.array(training, dtype=np.int64))
     np.save(folder / "held_out.npy", np.array([number for _, number in sorted(held_out)], dtype=np.int64))
     meta = {"documents": len(starts) - 1, "tokens": starts[-1], "dtype": dtype.str, **totals}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _encode(batch: list[Document], tokenizer: Tokenizer) -> list[tuple[np.ndarray, int, bool, list[int]]]:
+    """Of each document: ids, key, whether they stand for exactly its bytes, and the checksums of its blocks."""
+    return [
+        (
+            ids,
+            document.key,
+            int(tokenizer.token_bytes[ids].sum()) == document.num_bytes,
+            [zlib.crc32(ids[begin : begin + BLOCK_TOKENS].data) for begin in range(0, len(ids), BLOCK_TOKENS)],
+        )
+        for document, ids in zip(batch, tokenizer.encode([document.text for document in batch]), strict=True)
+    ]
+
+
+def _batches(documents: Iterable[Document], most_bytes: int) -> Iterator[list[Document]]:
     """Enough text at a time for the tokenizer's own threads."""
     batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += document.num_bytes
-        if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
+        if len(batch) == _BATCH_DOCUMENTS or size >= most_bytes:
             yield batch
             batch, size = [], 0
     if batch:

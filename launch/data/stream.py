@@ -7,7 +7,7 @@ not be resumed exactly. Going forward is cheap; a row that lies behind is found 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from launch.data.corpus import Corpus, too_small
 from launch.data.ingest import Counts, IngestReport, read_documents
-from launch.data.packing import Row, build_row
+from launch.data.packing import Piece, Row, build_row
 from launch.data.sources import Source
 from launch.data.store import TokenStore
 from launch.data.tokenizer import Tokenizer
@@ -85,11 +85,11 @@ class StreamCorpus(Corpus):
             problems=self._report.problems or tuple(counts.problems),
         )
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int, chunks: Sequence[range] | None = None) -> Row:
         if index < 0:
             raise ValueError(f"row index must be >= 0, got {index}")
         self._forward_to(index)
-        return self._next_row()
+        return self._next_row(chunks)
 
     def cursor(self, next_index: int) -> dict[str, Any]:
         if next_index not in self._marks:
@@ -117,17 +117,17 @@ class StreamCorpus(Corpus):
             _log.info("row %d lies behind row %d: opening the stream again", index, self._next_index)
             self._open(nearest, self._marks[nearest])
         while self._next_index < index:
-            self._next_row()
+            self._next_row(())
 
-    def _next_row(self) -> Row:
+    def _next_row(self, chunks: Sequence[range] | None) -> Row:
         seq_len = self._form.seq_len
-        pieces: list[np.ndarray] = []
+        pieces: list[Piece] = []
         needed = seq_len
         while needed:
             if self._current is None:
                 self._place, self._current = next(self._documents)
             offset = self._place.offset
-            piece = self._current[offset : offset + needed]
+            piece = Piece(self._current, offset, min(offset + needed, len(self._current)))
             pieces.append(piece)
             needed -= len(piece)
             self._place = replace(self._place, offset=offset + len(piece))
@@ -136,7 +136,7 @@ class StreamCorpus(Corpus):
                 self._place = replace(self._place, record=self._place.record + 1, kept=self._place.kept + 1, offset=0)
             else:
                 last = int(self._current[self._place.offset])
-        row = build_row(pieces, last, self._next_index, self._form)
+        row = build_row(pieces, last, self._next_index, self._form, chunks)
         self._next_index += 1
         self._marks[self._next_index] = self._place
         if len(self._marks) > _MARKS_KEPT:

@@ -25,19 +25,32 @@ class Tokenizer:
         end_id: appended to every document; also what fills a held-out row that is not full.
         hash: sha256 (hex) of everything that decides which ids a text becomes.
         token_bytes: int32 [vocab_size], bytes of UTF-8 text each id stands for; 0 for the end and for special ids.
+        concurrent: whether several threads may encode at a time; those that may not use all cores by themselves.
     """
 
     vocab_size: int
     end_id: int
     hash: str
     token_bytes: np.ndarray
+    concurrent = True
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of ids, in memory and on disk."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text (int64), with `end_id` appended."""
+        """Ids of each text (`dtype`), with `end_id` appended."""
         raise NotImplementedError
 
     def _closed(self, ids: Iterable[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
-        return [np.append(np.asarray(document, dtype=np.int64), self.end_id) for document in ids]
+        found = []
+        for document in ids:
+            closed = np.empty(len(document) + 1, dtype=self.dtype)
+            closed[:-1] = document
+            closed[-1] = self.end_id
+            found.append(closed)
+        return found
 
 
 class ByteTokenizer(Tokenizer):
@@ -76,6 +89,8 @@ class FolderTokenizer(Tokenizer):
 
     Special tokens spelled out in a document are encoded as ordinary text.
     """
+
+    concurrent = False  # transformers sets options of the tokenizer in every call
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer

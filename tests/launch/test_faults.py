@@ -261,10 +261,10 @@ def broken_row(rank, victim):
 
     row = TokenCorpus.row
 
-    def failing(self, index):
+    def failing(self, index, chunks=None):
         if rank == victim and index >= 8:
             raise DataError("shard 3, record 17 cannot be read")
-        return row(self, index)
+        return row(self, index, chunks)
 
     TokenCorpus.row = failing
 
@@ -273,6 +273,23 @@ def test_a_row_that_one_rank_cannot_read_is_an_error_on_all(corpus, tmp_path):
     outcomes = run_ranks(faulty_worker, 3, short_run(corpus, tmp_path), broken_row, 2)
     assert [status for status, _ in outcomes] == [EXIT_DATA] * 3
     assert "rank 2: shard 3, record 17 cannot be read" in read_status(tmp_path).message
+
+
+def another_order(rank, victim):
+    from launch.data.corpus import TokenCorpus
+
+    start = TokenCorpus.__init__
+
+    def shuffled_otherwise(self, config, *, seed, **rest):
+        start(self, config, seed=seed + (rank == victim), **rest)
+
+    TokenCorpus.__init__ = shuffled_otherwise
+
+
+def test_ranks_of_a_ring_that_read_other_rows_notice_it_though_each_reads_its_own_part(corpus, tmp_path):
+    outcomes = run_ranks(faulty_worker, 2, short_run(corpus, tmp_path), another_order, 1)
+    assert [status for status, _ in outcomes] == [EXIT_DATA] * 2
+    assert "the ranks of ring 0 read different rows for the step at row 0" in read_status(tmp_path).message
 
 
 def broken_forward(rank, victim):
