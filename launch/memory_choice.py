@@ -1,31 +1,79 @@
-"""The one place where `memory: auto` becomes settings."""
+"""The one place where `memory: auto` becomes settings, and where a run that cannot fit is refused."""
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launch.config import Config, MemoryConfig
 from launch.errors import ConfigError
+from launch.memory_items import MemoryCase
+from launch.memory_plan import GIB, MemoryEstimate, case_of, estimate_memory
+from launch.memory_search import HOST_PART, Choice, DeviceFacts, choose, fits, longest_row, shortfall
+from launch.meters import host_memory_limit
+from launch.model_shape import model_of
+from launch.progress import format_bytes
+from launch.rates import RatesFile
+from launch.step_time import StepTime, step_time
 
 if TYPE_CHECKING:
     from launch.topology import Topology
+    from model.config import ModelConfig
     from model.memory import Memory
+
+# What `--plan` chooses for where the machine is not known.
+ASSUMED_MACHINE = DeviceFacts(device_bytes=80 * GIB, host_bytes=125 * GIB)
+# Written settings are refused when a GPU would need this many times what it has, and a host: an estimate is no proof.
+# Between enough and this there is a warning.
+_REFUSED_DEVICE = 1.1
+_REFUSED_HOST = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceFacts:
-    """What a process has to live in; the same on all ranks, so that all of them choose the same.
+class MemoryPlan:
+    """The settings of a run, and what they are predicted to take.
 
     Attributes:
-        device_bytes: Memory of its GPU; None where it computes on the CPU.
-        host_bytes: Host memory for this process: the machine's, divided by its processes.
+        memory: Settings without `auto`.
+        chosen: Whether `auto` chose them.
+        facts: The machine they were judged by; None where it is not known.
     """
 
-    device_bytes: int | None
-    host_bytes: int
+    case: MemoryCase
+    memory: MemoryConfig
+    estimate: MemoryEstimate
+    time: StepTime
+    chosen: bool
+    facts: DeviceFacts | None
+
+    @property
+    def warning(self) -> str | None:
+        """What to say if it is predicted not to fit; None if it does, or nobody knows."""
+        if self.facts is None or fits(self.estimate, self.facts):
+            return None
+        return f"memory: this may not fit: {_lacking(self.estimate, self.facts)}. {self.advice()}"
+
+    def line(self) -> str:
+        """What was picked and the predicted peak, in one line."""
+        return f"memory: {describe(self.memory)}{' (auto)' if self.chosen else ''}; {self.predicted()}"
+
+    def predicted(self) -> str:
+        """The predicted peak, in words."""
+        host = f"{format_bytes(self.estimate.host_bytes)} of host memory per process"
+        if not self.estimate.on_gpu:
+            return f"predicted peak {host}"
+        of = (
+            ""
+            if self.facts is None or self.facts.device_bytes is None
+            else f" of {format_bytes(self.facts.device_bytes)}"
+        )
+        peak = f"predicted peak {format_bytes(self.estimate.device_bytes)}{of} per GPU"
+        return f"{peak} ({format_bytes(self.estimate.allocated)} by torch), {host}"
+
+    def advice(self) -> str:
+        """The next thing to try: settings that fit, else a shorter row or more processes."""
+        return advice(self.case, self.facts or ASSUMED_MACHINE, beside=self.memory)
 
 
 def device_facts(topology: Topology) -> DeviceFacts:
@@ -34,8 +82,7 @@ def device_facts(topology: Topology) -> DeviceFacts:
 
     device = topology.device
     on_gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    on_host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    everyone = topology.gather_objects((socket.gethostname(), on_gpu, on_host))
+    everyone = topology.gather_objects((socket.gethostname(), on_gpu, host_memory_limit()))
     neighbours = {name: sum(other == name for other, _, _ in everyone) for name, _, _ in everyone}
     return DeviceFacts(
         device_bytes=None if on_gpu is None else min(found for _, found, _ in everyone),
@@ -43,34 +90,125 @@ def device_facts(topology: Topology) -> DeviceFacts:
     )
 
 
-def layer_memory(config: Config) -> Memory:
-    """What a decoder of this run keeps; `memory: auto` has to be resolved first."""
-    from model.memory import Memory  # late: it loads torch
-
-    memory = config.memory
-    assert not memory.auto, "with_memory() comes first"
-    return Memory(
-        recompute=memory.recompute, keep_layers=memory.keep_layers, offload=memory.offload, tile=memory.tile
-    )
-
-
-def resolve_memory(config: Config, num_processes: int, device_facts: DeviceFacts | None) -> MemoryConfig:
-    """The settings of `config.memory`, with `auto` replaced by a choice.
+def plan_memory(
+    config: Config, num_processes: int, facts: DeviceFacts | None, model: ModelConfig | None = None
+) -> MemoryPlan:
+    """The settings of `config.memory` with `auto` replaced by a choice, and their prediction.
 
     Args:
         config: Of the run.
         num_processes: Of the whole run.
-        device_facts: None where the machine is not known (`--plan` for another one).
+        facts: None where the machine is not known (`--plan` for another one): `auto` chooses for `ASSUMED_MACHINE`.
+        model: Its shape; None is what the configuration says.
 
     Raises:
-        ConfigError: `memory: auto`, and nothing fits.
+        ConfigError: `auto`, and nothing fits; or settings that need far more than there is.
     """
-    if not config.memory.auto:
-        return config.memory
-    raise ConfigError("memory: auto is not available yet; write the settings of the memory section")
+    rates = RatesFile()
+    on_gpu = facts is None or facts.device_bytes is not None
+    if facts is None and config.run.device == "cpu":
+        on_gpu, facts = False, DeviceFacts(device_bytes=None, host_bytes=host_memory_limit() // num_processes)
+    case = case_of(config, model or model_of(config), num_processes, on_gpu=on_gpu)
+    if config.memory.auto:
+        picked = choose(case, facts or ASSUMED_MACHINE, rates)
+        if picked is None:
+            raise ConfigError(_refusal(case, facts or ASSUMED_MACHINE, None))
+    else:
+        estimate = estimate_memory(case, config.memory)
+        picked = Choice(memory=config.memory, estimate=estimate, time=step_time(case, config.memory, rates))
+        if facts is not None and _hopeless(estimate, facts):
+            raise ConfigError(_refusal(case, facts, config.memory))
+    return MemoryPlan(
+        case=case,
+        memory=picked.memory,
+        estimate=picked.estimate,
+        time=picked.time,
+        chosen=config.memory.auto,
+        facts=facts,
+    )
 
 
-def with_memory(config: Config, num_processes: int, device_facts: DeviceFacts | None) -> Config:
-    """`config` with `resolve_memory`'s settings, checked again."""
-    memory = resolve_memory(config, num_processes, device_facts)
-    return config if memory is config.memory else Config(**{**dict(config), "memory": memory})
+def with_memory(config: Config, plan: MemoryPlan) -> Config:
+    """`config` with the settings of `plan`, checked again."""
+    return config if plan.memory is config.memory else Config(**{**dict(config), "memory": plan.memory})
+
+
+def layer_memory(config: Config) -> Memory:
+    """What the model is told of `config.memory`, which must be resolved."""
+    from model.memory import Memory
+
+    memory = config.memory
+    assert not memory.auto, "resolved by with_memory before a model is built"
+    return Memory(recompute=memory.recompute, keep_layers=memory.keep_layers, offload=memory.offload, tile=memory.tile)
+
+
+def describe(memory: MemoryConfig) -> str:
+    """Settings in words, as they are written: `recompute=keep_attention, tile=4096`."""
+    plain = MemoryConfig()
+    told = [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name in type(memory).model_fields
+        if name != "auto" and (value := getattr(memory, name)) != getattr(plain, name)
+    ]
+    return ", ".join(told) or "nothing recomputed or moved"
+
+
+def advice(case: MemoryCase, facts: DeviceFacts, *, beside: MemoryConfig | None) -> str:
+    """What fits instead: settings, else the longest row, and how many processes this one needs.
+
+    Args:
+        beside: Settings that were tried, which are no advice.
+    """
+    picked = choose(case, facts, RatesFile())
+    if picked is not None and picked.memory != beside:
+        return f"Next: memory settings that fit: {describe(picked.memory)} (or memory: auto)"
+    rank_tokens = 1024 * case.plan.cp_size
+    longest = longest_row(case, facts, None, rank_tokens)
+    parts = [f"data.seq_len={longest}, the longest row that fits {case.plan.cp_size} ranks"] if longest else []
+    if picked is None or not longest:
+        parts.append("more processes (parallel.cp)")
+    else:
+        parts = ["a shorter data.seq_len, more processes (parallel.cp), or a smaller optim.loss_tile"]
+    return "Next: " + ", or ".join(parts)
+
+
+def _hopeless(estimate: MemoryEstimate, facts: DeviceFacts) -> bool:
+    on_device = facts.device_bytes is not None and estimate.device_bytes > _REFUSED_DEVICE * facts.device_bytes
+    return on_device or estimate.host_bytes > _REFUSED_HOST * facts.host_bytes
+
+
+def _refusal(case: MemoryCase, facts: DeviceFacts, memory: MemoryConfig | None) -> str:
+    """Why nothing is started: numbers, the largest items, and what fits."""
+    row = f"data.seq_len={case.plan.seq_len:,} over {case.plan.cp_size} ranks"
+    tried = memory or MemoryConfig(
+        recompute=True,
+        offload="inputs" if case.on_gpu else "none",
+        tile=min(4096, case.tokens),
+        optimizer="host" if case.on_gpu and case.engine == "fsdp" else "device",
+    )
+    estimate = estimate_memory(case, tried)
+    which = f"the memory settings ({describe(tried)})" if memory is not None else "any memory settings"
+    with_what = "" if memory is not None else f" with {describe(tried)}"
+    return (
+        f"memory: {row} is predicted not to fit with {which}: {_lacking(estimate, facts)}{with_what} "
+        f"({_largest_items(estimate, facts)}). {advice(case, facts, beside=memory)}"
+    )
+
+
+def _largest_items(estimate: MemoryEstimate, facts: DeviceFacts) -> str:
+    """The three largest of what there is too little of."""
+    on_device = bool(shortfall(estimate, facts)[0]) or not estimate.on_gpu
+    sizes = [(item.device if on_device else item.host, item.name) for item in estimate.peak_items]
+    told = ", ".join(f"{name} {format_bytes(size)}" for size, name in sorted(sizes, reverse=True)[:3] if size)
+    return f"largest: {told}"
+
+
+def _lacking(estimate: MemoryEstimate, facts: DeviceFacts) -> str:
+    device, host = shortfall(estimate, facts)
+    parts = []
+    if device and facts.device_bytes is not None:
+        parts.append(f"a GPU needs {format_bytes(estimate.device_bytes)} and has {format_bytes(facts.device_bytes)}")
+    if host:
+        have = f"{format_bytes(facts.host_bytes)}, of which {HOST_PART:.0%} may be planned with"
+        parts.append(f"a process needs {format_bytes(estimate.host_bytes)} of host memory and has {have}")
+    return ", and ".join(parts)

@@ -100,11 +100,21 @@ class MemoryEstimate:
     @property
     def host_bytes(self) -> float:
         """Most host memory of one process."""
+        return sum(item.host for item in self.outside) + max(self._step_host, self._start_host)
+
+    @property
+    def host_peaks_at_start(self) -> bool:
+        """Whether a process needs most host memory while the model is built, not in a step."""
+        return self._start_host > self._step_host
+
+    @property
+    def _step_host(self) -> float:
         step = sum(item.host for item in self.always) + max(phase.host for phase in self.phases)
-        if not self.on_gpu:
-            step += self.allocated
-        start = sum(item.host for item in self.start)
-        return sum(item.host for item in self.outside) + max(step, start)
+        return step if self.on_gpu else step + self.allocated
+
+    @property
+    def _start_host(self) -> float:
+        return sum(item.host for item in self.start)
 
     @property
     def host_bytes_per_node(self) -> float:

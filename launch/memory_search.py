@@ -19,6 +19,17 @@ TILE = 4096
 HOST_PART = 0.97
 # Part of a step that a setting may cost beyond its predicted time: it is taken where it saves more, or is needed.
 _DISTRUST = {"tile": 0.001, "inputs": 0.005, "all": 0.015, "optimizer": 0.01}
+# From what is fastest to what needs least: what a person would try, one after the other.
+LADDER = (
+    MemoryConfig(),
+    MemoryConfig(recompute="keep_attention"),
+    MemoryConfig(recompute="keep_attention", tile=TILE),
+    MemoryConfig(recompute="keep_attention", offload="inputs", tile=TILE),
+    MemoryConfig(recompute="keep_attention", offload="all", tile=TILE),
+    MemoryConfig(recompute=True, tile=TILE),
+    MemoryConfig(recompute=True, offload="inputs", tile=TILE),
+    MemoryConfig(recompute=True, offload="inputs", tile=TILE, optimizer="host"),
+)
 _LONGEST = 2**27  # tokens; beyond, the question is not one of memory
 
 
@@ -71,7 +82,7 @@ def choose(case: MemoryCase, facts: DeviceFacts, rates: RatesFile) -> Choice | N
 def families(case: MemoryCase) -> Iterator[MemoryConfig]:
     """Settings to try, from those that cost no time on; how many layers keep their attention is open in some."""
     apart = case.on_gpu  # host and device are two memories
-    optimizers = ("device", "host") if apart and case.engine != "ddp" else ("device",)
+    optimizers = ("device", "host") if apart and case.engine == "fsdp" else ("device",)
     tiles = (None, TILE) if case.tokens > TILE else (None,)
     for optimizer in optimizers:
         yield MemoryConfig(optimizer=optimizer)  # type: ignore[arg-type]

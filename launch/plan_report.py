@@ -6,32 +6,25 @@ Everything is computed from the Plan and the model's shape; nothing is measured,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import ringattn
 from launch.config import Config
-from launch.memory_choice import with_memory
+from launch.memory_choice import ASSUMED_MACHINE, MemoryPlan, describe, plan_memory
+from launch.model_shape import model_of as model_of
 from launch.plan_attention import (
     RingBytes,
     attention_lines,
-    column_state_bytes,
-    expanded_bytes,
     format_count,
     payload_name,
     ring_bytes,
 )
-from launch.plan_ulysses import exchange_lines, expanded_at_home, inner_plan, ulysses_bytes
+from launch.plan_ulysses import exchange_lines, inner_plan, ulysses_bytes
 from launch.progress import format_bytes
-from model.config import ModelConfig, preset
+from model.config import ModelConfig
 from model.flops import (
-    activation_bytes_per_token,
     count_parameters,
     flops_per_token,
-    loss_bytes,
 )
-
-_FP32 = 4
-_RECOMPUTED = {False: "", True: " with recompute", "keep_attention": " with recompute of all but attention"}
 
 
 def render(config: Config, num_processes: int) -> str:
@@ -42,8 +35,8 @@ def render(config: Config, num_processes: int) -> str:
         DataError: the tokenizer folder, which decides the vocabulary, cannot be loaded.
     """
     dp, cp = config.mesh(num_processes)
-    config = with_memory(config, num_processes, None)
     model = model_of(config)
+    memory = plan_memory(config, num_processes, None, model)
     plan = ringattn.Plan(
         config.data.seq_len,
         cp,
@@ -56,32 +49,13 @@ def render(config: Config, num_processes: int) -> str:
         ("tokens", _token_lines(config, plan)),
         ("attention", attention_lines(model, config.data.seq_len, element_bytes(config), config.parallel.ulysses)),
         ("ring", _ring_lines(config, model, plan)),
-        ("memory per process (estimate)", _memory_lines(config, model, plan, num_processes)),
+        ("memory per process (estimate)", _memory_lines(memory)),
         ("compute", _compute_lines(config, model, num_processes)),
     )
     lines: list[str] = []
     for title, rows in sections:
         lines += ["", title, *(f"  {name:<34}{value}" for name, value in rows)]
     return "\n".join(lines[1:])
-
-
-def model_of(config: Config) -> ModelConfig:
-    """The model's shape, its vocabulary from the tokenizer where the configuration leaves that open."""
-    overrides = config.model.overrides()
-    if "vocab_size" not in overrides:
-        overrides["vocab_size"] = _vocabulary(config)
-    return preset(config.model.preset, **overrides)
-
-
-def _vocabulary(config: Config) -> int:
-    name = config.data.tokenizer
-    if name == "bytes":
-        return 257
-    if name == "bpe":
-        return config.data.bpe_vocab  # at most: a small corpus may not have so many merges
-    from launch.data.tokenizer import FolderTokenizer
-
-    return FolderTokenizer(Path(name)).vocab_size
 
 
 def _topology_lines(config: Config, dp: int, cp: int) -> Iterator[tuple[str, str]]:
@@ -137,47 +111,30 @@ def _hop_lines(model: ModelConfig, plan: ringattn.Plan, sent: RingBytes, payload
         yield "additional passes of selection", f"{ballot}; {format_bytes(sent.states)} of column states"
 
 
-def _memory_lines(
-    config: Config, model: ModelConfig, plan: ringattn.Plan, num_processes: int
-) -> Iterator[tuple[str, str]]:
-    parameters = count_parameters(model).total
-    weights, gradients, moments = (_FP32 * parameters * share for share in _shares(config, num_processes))
-    tokens = max(plan.shard_len(rank) for rank in range(plan.cp_size))
-    size = element_bytes(config)
-    activations = tokens * activation_bytes_per_token(model, size, recompute=config.memory.recompute)
-    tile = loss_bytes(model, min(config.optim.loss_tile, tokens), size)
-    degree, again = config.parallel.ulysses, bool(config.memory.recompute)
-    inner = inner_plan(plan, degree)  # the same plan if the degree is 1
-    if degree == 1:
-        messages, expanded = ring_bytes(model, plan, size).memory, expanded_bytes(model, plan, size)
-    else:
-        messages = ulysses_bytes(model, plan, size, degree).memory
-        expanded = expanded_at_home(model, plan, size, recompute=again)
-    states = column_state_bytes(model, inner, recompute=config.memory.recompute is True)
-    total = weights + gradients + 2 * moments + activations + tile + messages + expanded + states
-    yield "parameters", f"{parameters:,} in all"
-    yield "weights, gradients, AdamW", " + ".join(format_bytes(part) for part in (weights, gradients, 2 * moments))
-    yield "activations", f"{format_bytes(activations)}{_RECOMPUTED[config.memory.recompute]}"
-    yield "loss tile", f"{format_bytes(tile)} ({config.optim.loss_tile:,} positions at a time)"
-    exchange = "of an exchange of heads, and of a hop: " if degree > 1 else ""
-    yield "messages of a hop", f"{format_bytes(messages)} ({exchange}own, held and arriving; gradients)"
-    if expanded:
-        whose = "of one rank, with gradients" if degree == 1 else "of the own tokens, as long as layers are kept"
-        yield "expanded keys and values", f"{format_bytes(expanded)} {whose}"
-    if states:
-        yield "column states of selection", format_bytes(states)
-    yield "sum", f"{format_bytes(total)}, without libraries and fragmentation"
-
-
-def _shares(config: Config, num_processes: int) -> tuple[float, float, float]:
-    """Part of the weights, gradients and moments that one process holds between steps."""
-    part = 1.0 / num_processes
-    if config.engine.name == "ddp":
-        return 1.0, 1.0, 1.0
-    if config.engine.name == "fsdp":
-        return part, part, part
-    stage = config.engine.zero_stage
-    return (part if stage >= 3 else 1.0, part if stage >= 2 else 1.0, part if stage >= 1 else 1.0)
+def _memory_lines(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
+    estimate = plan.estimate
+    yield "parameters", f"{count_parameters(plan.case.model).total:,} in all"
+    yield "settings", f"{describe(plan.memory)}{' (auto)' if plan.chosen else ''}"
+    if plan.chosen and plan.facts is None:
+        machine = (ASSUMED_MACHINE.device_bytes or 0, ASSUMED_MACHINE.host_bytes)
+        per_gpu, host = (format_bytes(size) for size in machine)
+        yield "chosen for", f"GPUs of {per_gpu}, {host} of host memory each; tools.plan_memory takes others"
+    for item in estimate.peak_items:
+        device = format_bytes(item.device) if item.device else ""
+        yield (
+            item.name,
+            " + ".join(
+                part for part in (device, f"{format_bytes(item.host)} on the host" if item.host else "") if part
+            ),
+        )
+    yield "at the peak", estimate.peak.name
+    if estimate.on_gpu:
+        yield (
+            "sum on the device",
+            f"{format_bytes(estimate.allocated)}, {format_bytes(estimate.device_bytes)} with waste and libraries",
+        )
+    node = f"{format_bytes(estimate.host_bytes_per_node)} for {estimate.per_node} processes"
+    yield "sum on the host", f"{format_bytes(estimate.host_bytes)} a process at most, {node}"
 
 
 def _compute_lines(config: Config, model: ModelConfig, num_processes: int) -> Iterator[tuple[str, str]]:

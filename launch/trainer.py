@@ -21,7 +21,7 @@ from launch.config import Config
 from launch.data import Corpus, open_corpus
 from launch.engine import Engine, build_engine
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, WriteError, everywhere
-from launch.memory_choice import device_facts, layer_memory, with_memory
+from launch.memory_choice import MemoryPlan, device_facts, layer_memory, plan_memory, with_memory
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress
 from launch.ranks import Ranks
@@ -52,6 +52,7 @@ class Trainer:
         self.config = config
         self.topology = topology
         self.progress = Progress()
+        self.memory_plan: MemoryPlan | None = None
         self._stop = stop
         self._console = console
         self._run_dir = Path(config.run.dir)
@@ -247,16 +248,23 @@ class Trainer:
                 )
             )
         model = preset(self.config.model.preset, **overrides)
-        # before the model is built: what cannot fit is refused while nothing is allocated
-        self.config = self._ranks.agree("choosing memory settings", self._with_memory)
+        self._plan_memory(model)
         decoder = Decoder(model, layer_memory(self.config))
         decoder.init_weights(self.config.run.seed)
         engine = build_engine(self.config.engine.name, decoder, topology=self.topology, config=self.config)
         return model, engine
 
-    def _with_memory(self) -> Config:
-        facts = device_facts(self.topology) if self.config.memory.auto else None
-        return with_memory(self.config, self.topology.world_size, facts)
+    def _plan_memory(self, model: ModelConfig) -> None:
+        """Before the model is built: what cannot fit is refused while nothing is allocated."""
+        facts = device_facts(self.topology)
+        self.memory_plan = self._ranks.agree(
+            "planning memory", lambda: plan_memory(self.config, self.topology.world_size, facts, model)
+        )
+        self.config = with_memory(self.config, self.memory_plan)
+        if self.memory_plan.chosen:
+            self._say(self.memory_plan.line())
+        if self.memory_plan.warning is not None:
+            self._say(f"warning: {self.memory_plan.warning}")
 
     def _resume(self, store: CheckpointStore, found: Found, model: ModelConfig, engine: Engine, corpus: Corpus) -> None:
         # The data first: other data can change the vocabulary, and that is then the reason worth telling.

@@ -1,5 +1,6 @@
 """The `memory` section: what goes together, its short form, what moved into it, and the choice of `auto`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from launch.config import Config
 from launch.config_load import LoadedConfig, load_config
 from launch.errors import ConfigError
-from launch.memory_choice import resolve_memory, with_memory
+from launch.memory_choice import plan_memory, with_memory
 
 MINIMAL = "run: {dir: runs/x}\ndata: {seq_len: 64}\noptim: {steps: 2}\n"
 
@@ -31,7 +32,8 @@ KEEP = "memory.recompute=keep_attention"
         (["memory.offload=inputs"], "memory.offload: inputs moves what recomputed layers keep, .*=false; set"),
         (["memory.recompute=true", "memory.offload=all"], "memory.offload: all moves what keep_attention keeps"),
         (["memory.tile=0"], "memory.tile: expected an integer >= 1 or null"),
-        (["memory.optimizer=host", "engine.name=ddp"], "memory.optimizer: host needs sharded weights, got .*=ddp"),
+        (["memory.optimizer=host", "engine.name=ddp"], "memory.optimizer: host is for .*=fsdp, got ddp: every process"),
+        (["memory.optimizer=host", "engine.name=zero"], "got zero: DeepSpeed's own offload compiles an optimizer"),
         (["memory=auto", "memory.tile=64"], "memory.tile: memory: auto chooses it, got 64; leave it out"),
         (["engine.recompute=true"], "engine.recompute: no such setting; it is memory.recompute now"),
         (["memory=automatic"], "expected section.key=value, got 'memory=automatic'"),
@@ -45,9 +47,10 @@ def test_what_cannot_be_honoured_is_refused(tmp_path: Path, overrides: list[str]
 def test_the_rest_is_accepted(tmp_path: Path) -> None:
     found = load(tmp_path, "", KEEP, "memory.keep_layers=2", "memory.offload=all", "memory.tile=100").config.memory
     assert (found.recompute, found.keep_layers, found.offload, found.tile) == ("keep_attention", 2, "all", 100)
-    config = load(tmp_path, "", "memory.tile=7", "memory.optimizer=host", "engine.name=zero").config
-    assert resolve_memory(config, 2, None) is config.memory  # nothing to choose
-    assert with_memory(config, 2, None) is config
+    config = load(tmp_path, "", "memory.tile=7", "memory.optimizer=host").config
+    plan = plan_memory(config, 2, None)
+    assert plan.memory is config.memory  # nothing to choose
+    assert with_memory(config, plan) is config
 
 
 @pytest.mark.parametrize(("text", "overrides"), [("memory: auto\n", []), ("", ["memory=auto"])])
@@ -59,17 +62,11 @@ def test_auto_is_a_word_for_the_whole_section(tmp_path: Path, text: str, overrid
         load(tmp_path, "memory: always\n")
 
 
-def test_auto_is_chosen_in_one_place(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not available yet"):
-        resolve_memory(load(tmp_path, "memory: auto\n").config, 1, None)
-
-
-def test_a_choice_is_checked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_choice_is_checked_again(tmp_path: Path) -> None:
     config = load(tmp_path, "memory: auto\n").config
+    plan = plan_memory(config, 1, None)
     chosen = type(config.memory)(recompute=True, offload="inputs")
-    monkeypatch.setattr("launch.memory_choice.resolve_memory", lambda *_: chosen)
-    assert with_memory(config, 1, None) == Config(**{**dict(config), "memory": chosen})
+    assert with_memory(config, replace(plan, memory=chosen)) == Config(**{**dict(config), "memory": chosen})
     wrong = type(config.memory)(offload="inputs")
-    monkeypatch.setattr("launch.memory_choice.resolve_memory", lambda *_: wrong)
     with pytest.raises(ValueError, match=r"memory\.offload"):
-        with_memory(config, 1, None)
+        with_memory(config, replace(plan, memory=wrong))
