@@ -129,7 +129,8 @@ class MemoryConfig(Section):
         description="positions that norms, projections and feed-forward see at a time (tokens); null: the whole shard",
     )
     optimizer: Literal["device", "host"] = Field(
-        default="device", description="where the fp32 weights and AdamW state of fsdp and zero are"
+        default="device",
+        description="where fp32 weights, gradients and AdamW state are; host: in host memory, with fsdp",
     )
 
 

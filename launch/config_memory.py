@@ -31,11 +31,16 @@ def memory_problems(config: Config) -> Iterator[Problem]:
             message="all moves what keep_attention keeps besides the inputs, got memory.recompute=true, which keeps "
             "inputs only; set memory.offload to inputs, or memory.recompute to keep_attention",
         )
-    if memory.optimizer == "host" and config.engine.name == "ddp":
+    if memory.optimizer == "host" and config.engine.name != "fsdp":
+        reasons = {
+            "ddp": "every process would hold all of it on the same host",
+            "zero": "DeepSpeed's own offload compiles an optimizer, and keeps gradients where a bad step cannot be "
+            "discarded",
+        }
         yield Problem(
             keys=("memory.optimizer", "engine.name"),
-            message="host needs sharded weights, got engine.name=ddp; set engine.name to fsdp or zero, or "
-            "memory.optimizer to device",
+            message=f"host is for engine.name=fsdp, got {config.engine.name}: {reasons[config.engine.name]}; set "
+            "engine.name to fsdp, or memory.optimizer to device",
         )
 
 

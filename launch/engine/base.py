@@ -220,4 +220,4 @@ def square_sum(pieces: Iterable[Tensor], device: torch.device) -> Tensor:
     if not filled:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch._foreach_norm(filled, 2, dtype=torch.float32)
-    return torch.stack(norms).double().square().sum()
+    return torch.stack(norms).double().square().sum().to(device)  # the pieces may be in host memory

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from launch.engine.plain import PlainEngine
 
@@ -20,6 +20,9 @@ class FsdpEngine(PlainEngine):
     """Every rank holds 1/world of each tensor (fp32, split by rows) and gathers a layer's weights when it is computed.
 
     bf16 gathers and computes in bf16, reduces gradients in fp32 and updates fp32 weights.
+
+    With `memory.optimizer: host` the shards of weights, gradients and AdamW state are in host memory, and AdamW runs
+    there. A layer's weights come to the GPU whenever they are gathered, its reduced gradient goes back.
     """
 
     def __init__(self, module: nn.Module, topology: Topology, config: Config) -> None:
@@ -30,9 +33,12 @@ class FsdpEngine(PlainEngine):
             # Casting a layer's inputs would also round the fp32 tables of rotary positions.
             cast_forward_inputs=False,
         )
+        offload = OffloadPolicy()
+        if config.memory.optimizer == "host":
+            offload = CPUOffloadPolicy(pin_memory=topology.device.type == "cuda")  # nothing to pin for without a GPU
         for layer in getattr(module, "layers", ()):
-            fully_shard(layer, mesh=topology.world_mesh, mp_policy=policy)
-        fully_shard(module, mesh=topology.world_mesh, mp_policy=policy)
+            fully_shard(layer, mesh=topology.world_mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(module, mesh=topology.world_mesh, mp_policy=policy, offload_policy=offload)
         super().__init__(module, topology, config)
         self._fsdp = cast(FSDPModule, module)
 

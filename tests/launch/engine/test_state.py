@@ -16,7 +16,7 @@ from launch.errors import CheckpointError
 from tests.launch.engine import toy
 from tests.processes import run_ranks
 
-CHAIN = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero0", "ddp")
+CHAIN = ("ddp", "fsdp", "fsdp host", "zero1", "zero2", "zero3", "zero0", "ddp")
 
 
 def hand_over(rank: int, world_size: int, folder: str) -> tuple[list[tuple[str, bool, bool]], int, dict[str, Any]]:

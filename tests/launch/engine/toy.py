@@ -25,16 +25,17 @@ from model import Decoder, preset
 __all__ = ["DTensor", "LaunchError", "build_engine"]
 
 SEED = 3
-KINDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+KINDS = ("ddp", "fsdp", "fsdp host", "zero0", "zero1", "zero2", "zero3")
 
 
 def toy_config(
     kind: str, *, precision: str = "fp32", recompute: bool = False, device: str = "cpu", **optim: Any
 ) -> Config:
-    """Configuration for engine `kind` ("ddp", "fsdp", "zero0" .. "zero3").
+    """Configuration for engine `kind` ("ddp", "fsdp", "fsdp host", "zero0" .. "zero3").
 
     The learning rate keeps 20 steps well conditioned: at 0.01 float32 and float64 already part by 1e-3.
     """
+    kind, _, optimizer = kind.partition(" ")
     name = kind.rstrip("0123")
     engine = {"name": name, "precision": precision}
     if name == "zero":
@@ -46,7 +47,7 @@ def toy_config(
             "run": run,
             "data": {"seq_len": 64},
             "engine": engine,
-            "memory": {"recompute": recompute},
+            "memory": {"recompute": recompute, "optimizer": optimizer or "device"},
             "optim": rows,
             "parallel": {"cp": 1},
         }
