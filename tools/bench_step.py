@@ -11,11 +11,12 @@ precision's holds for both variants. "rival" is described in `tools.bench.rival_
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shlex
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,7 @@ from tools.bench.step_rows import StepRow, append_row, load_rows, show, write_fi
 
 VARIANTS = ("ours", "rival")
 ROTATIONS = ("alltoall", "allgather")
-LOSSES = ("checkpointed", "fused")
+LOSSES = ("fused", "checkpointed")
 _LONG = 262_144  # rows above this are warmed up on a short one
 _SHORT = 32_768
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,7 +53,8 @@ def main(
     warmup_tokens: Annotated[int | None, typer.Option(help="warm up on rows of this length; else as is fit")] = None,
     keep_documents: Annotated[bool, typer.Option(help="documents of a row do not see each other; ours only")] = False,
     rotate: Annotated[str, typer.Option(help="rival: how blocks travel, alltoall or allgather")] = "alltoall",
-    rival_loss: Annotated[str, typer.Option(help="rival: loss tiles checkpointed or fused")] = "checkpointed",
+    rival_loss: Annotated[str, typer.Option(help="rival: tiles of the loss, fused or checkpointed")] = "fused",
+    rival_recompute: Annotated[bool, typer.Option(help="rival: layers checkpointed, or all kept")] = True,
     profile: Annotated[bool, typer.Option(help="then profile one step of each case")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks, where no torchrun says how many")] = None,
@@ -63,11 +65,11 @@ def main(
     _among("--model", model, tuple(PRESETS))
     _among("--rotate", rotate, ROTATIONS)
     _among("--rival-loss", rival_loss, LOSSES)
+    lengths = sorted({_whole(part) for part in tokens.split(",")})
     place = _device(device)
     size, is_first = _ranks(nproc)
     if not is_first:
         return  # the first rank starts the processes of every case anew, on all of the machine's GPUs
-    lengths = sorted({_whole(part) for part in tokens.split(",")})
     # Multicast belongs to the whole NVLink switch, so nobody gets it here.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -80,6 +82,7 @@ def main(
             "seconds": case_seconds,
             "rotation": rotate,
             "loss": rival_loss,
+            "recompute": rival_recompute,
             "profile": profile,
             "timeout_seconds": timeout,
         },
@@ -130,7 +133,10 @@ class _Bench:
         """Measure a case, unless the folder has it."""
         length = config.data.seq_len
         warmup = min(length, warmup_tokens or (_SHORT if length > _LONG else length))
-        extra = () if variant == "ours" else (self._choices["rotation"], f"loss {self._choices['loss']}")
+        extra: tuple[str, ...] = ()
+        if variant == "rival":
+            layers = "recomputed" if self._choices["recompute"] else "kept"
+            extra = (self._choices["rotation"], f"loss={self._choices['loss']}", f"layers={layers}")
         known = StepRow(
             variant=variant,
             settings=" ".join((*overrides, *extra)),
@@ -139,28 +145,25 @@ class _Bench:
             tokens=length,
             documents="one" if config.data.cross_document_attention else "kept",
             status="failed",
+            warmup=f"{warmup} tokens",
+            commit=self._machine.commit,
             gpu=self._machine.gpus[0] if self._device == "cuda" else "cpu",
+            versions=self._versions(),
+            command=self._command,
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         name = f"{variant}, {length:,} tokens{f', {known.settings}' if known.settings else ''}"
-        if any(row.case == known.case and row.is_final for row in load_rows(self._out)):
+        if self._has(known):
             print(f"{name}: already in {self._out}", flush=True)
             return
         print(name, flush=True)
-        values, reason = self._run(config, variant, warmup)
-        status = "ok" if reason is None else _status(reason)
-        found: dict[str, Any] = {
-            **asdict(known),
-            **values,
-            "status": status,
-            "note": reason or "",
-            "warmup": f"{warmup} tokens",
-            "commit": self._machine.commit,
-            "versions": ", ".join(f"{key} {value}" for key, value in self._versions().items()),
-            "command": self._command,
-            "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        append_row(self._out, StepRow(**found))
-        print(f"  {status}{f': {reason}' if reason else ''}", flush=True)
+        reason = self._run(config, known, warmup)
+        if reason is not None and not self._has(known):  # a failure while profiling leaves the times as they are
+            append_row(self._out, replace(known, status=_status(reason), note=reason))
+        print(f"  {'ok' if reason is None else f'{_status(reason)}: {reason}'}", flush=True)
+
+    def _has(self, known: StepRow) -> bool:
+        return any(row.case == known.case and row.is_final for row in load_rows(self._out))
 
     def finish(self) -> None:
         """Files and table of all rows in the folder."""
@@ -170,31 +173,31 @@ class _Bench:
         console.width = max(console.width, 170)  # a pipe counts as 80 columns, which would cut the table
         show(rows, console)
 
-    def _run(self, config: Config, variant: str, warmup: int) -> tuple[dict[str, Any], str | None]:
-        if variant == "rival" and not config.data.cross_document_attention:
-            return {}, "UnsupportedError: context_parallel sees one causal row, no documents; drop --keep-documents"
-        # Late: this loads torch, which a wrong command line need not wait for.
+    def _run(self, config: Config, known: StepRow, warmup: int) -> str | None:
+        """The case's row is in the folder then; or why it is not."""
+        if known.variant == "rival" and known.documents == "kept":
+            return "UnsupportedError: context_parallel sees one causal row, no documents; drop --keep-documents"
+        # Late: a case that is there already needs none of it.
         from tools.bench.step_worker import Task, worker_main
         from tools.report.measure import run_ring
 
         with tempfile.TemporaryDirectory(prefix="ringattn-bench-") as folder:
             task = Task(
                 config=config,
-                variant=variant,
+                known=known,
+                out=str(self._out),
                 warmup_tokens=warmup,
-                data_dir=str(self._out / "data"),
                 size=self._size,
                 device=self._device,
                 threads=self._threads,
                 store=str(Path(folder) / "store"),
                 **self._choices,
             )
-            return run_ring(worker_main, task, self._size, timeout=task.timeout_seconds)
+            return run_ring(worker_main, task, self._size, timeout=task.timeout_seconds)[1]
 
-    def _versions(self) -> dict[str, str]:
-        import importlib.metadata
-
-        return {**self._machine.versions, "transformers": importlib.metadata.version("transformers")}
+    def _versions(self) -> str:
+        found = {**self._machine.versions, "transformers": importlib.metadata.version("transformers")}
+        return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _status(reason: str) -> str:

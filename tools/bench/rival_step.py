@@ -5,9 +5,9 @@
   causal mask), and attention runs as a ring, its blocks rotated by all-to-all or gathered by all-gather;
 - FSDP2 over the same ranks, layer by layer: fp32 master weights and gradients, bf16 computation;
 - every layer checkpointed (torch's wrapper inside FSDP2, as accelerate does it: transformers' own switch would, with
-  some versions, gather weights a second time);
-- the loss over tiles of tokens, so that the logits of a long row never exist at once: each tile checkpointed, or
-  ("fused") with its gradients computed in the forward, as Liger's fused linear cross-entropy does;
+  some versions, gather weights a second time), or none where rows are short enough;
+- the loss over tiles of tokens, so that the logits of a long row never exist at once: "fused" computes a tile's
+  gradients in the forward, as Liger's fused linear cross-entropy does, "checkpointed" its logits a second time;
 - clipping to norm 1 and fused AdamW.
 
 Labels are shifted before the row is cut. One trap is avoided by an `attention_mask` of ones: the positions of a shard
@@ -17,6 +17,7 @@ knows causal attention only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -38,7 +39,7 @@ from model.loss import tiled_cross_entropy
 from tools.bench.ranks import UnsupportedError
 
 ROTATIONS = ("alltoall", "allgather")
-LOSSES = ("checkpointed", "fused")
+LOSSES = ("fused", "checkpointed")
 
 Shard = Callable[[list[Tensor]], AbstractContextManager[None]]
 """Cuts tensors [1, T] in place along their second dimension while the context lasts, and makes attention a ring."""
@@ -63,6 +64,7 @@ class Rival:
         topology: This process.
         longest: Tokens of the longest row.
         loss: One of `LOSSES`.
+        recompute: Whether layers are checkpointed.
         shard: How rows are cut and attention finds the other ranks; None: a single process.
 
     Raises:
@@ -70,17 +72,27 @@ class Rival:
     """
 
     def __init__(
-        self, config: Config, shape: ModelConfig, topology: Topology, *, longest: int, loss: str, shard: Shard | None
+        self,
+        config: Config,
+        shape: ModelConfig,
+        topology: Topology,
+        *,
+        longest: int,
+        loss: str,
+        recompute: bool,
+        shard: Shard | None,
     ) -> None:
         self._topology = topology
         self._optim = config.optim
         self._shard = shard
+        self.doing = "starting"  # for messages
         bare = build_model(shape, longest)
         with torch.device("meta"):
             ours = Decoder(shape)
         load_weights(bare, ours.initial_values(config.run.seed))
-        for index, layer in enumerate(bare.model.layers):
-            bare.model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
+        if recompute:
+            for index, layer in enumerate(bare.model.layers):
+                bare.model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if config.engine.precision == "bf16" else None, reduce_dtype=torch.float32
         )
@@ -97,8 +109,8 @@ class Rival:
             fused=True,
         )
 
-    def train(self, row: Row) -> float:
-        """One optimizer step on a row; returns the loss before it, nats per valid token, the same on all ranks."""
+    def train(self, row: Row) -> tuple[float, float]:
+        """One optimizer step on a row; loss (nats per valid token) and gradient norm before it, alike on all ranks."""
         device = self._topology.device
         tokens, labels = (x[None].to(device) for x in (row.tokens, row.labels))
         positions = torch.arange(len(row.tokens), device=device)[None]
@@ -111,14 +123,17 @@ class Rival:
 
                 stack.enter_context(sdpa_kernel(SDPBackend.CUDNN_ATTENTION))
             # The backward too: it runs the layers, their attention with them, a second time.
+            self.doing = f"forward of row {row.index}"
             loss_sum = self.module(tokens, labels, positions)
+            self.doing = f"backward of row {row.index}"
             # FSDP takes the mean of the ranks' gradients.
             (loss_sum * (self._topology.world_size / num_valid)).backward()
-        if self._optim.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self._optim.clip_norm)
+        self.doing = "updating"
+        limit = math.inf if self._optim.clip_norm is None else self._optim.clip_norm
+        norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return self._topology.sum_of(float(loss_sum.detach())) / num_valid
+        return self._topology.sum_of(float(loss_sum.detach())) / num_valid, float(norm.full_tensor())
 
 
 class _WithLoss(nn.Module):

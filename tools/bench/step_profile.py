@@ -9,15 +9,21 @@ from dataclasses import dataclass
 
 import torch
 
-# The first match counts. Names as seen with torch 2.11: cuDNN 9, cuBLAS 13, NCCL 2.28, FSDP2, Triton.
+# The first match counts. Names as of torch 2.11: cuDNN 9, cuBLAS 13, NCCL 2.28, FSDP2, and our own Triton kernels.
 _GROUPS: tuple[tuple[str, str], ...] = (
     ("NCCL and barriers", r"nccl|barrier|symm_mem|wait_signal|put_signal"),
     ("memcpy", r"^mem(cpy|set)"),
     (
         "attention backward",
-        r"bprop|flash_bwd|fmha.*(B_|bwd|backward)|compute_dot_do_o|dot_do_o|convert_dq|attention.*backward",
+        r"bprop|flash_bwd|fmha.*(B_|bwd|backward)|dot_do_o|convert_dq|attention.*backward|_backward_kernel"
+        r"|_backward_(queries|keys)|_ballot_kernel|_column_sums",
     ),
-    ("attention forward", r"fprop|flash_fwd|fmha|flash|attention"),
+    (
+        "attention forward",
+        r"fprop|flash_fwd|fmha|flash|attention|^_forward_kernel|^sums_kernel|_scan_kernel|_offsets_kernel"
+        r"|^(heads|features|taps)_kernel",
+    ),
+    ("merge", r"^_(merge|sum)_kernel"),
     ("matmul", r"gemm|nvjet|cutlass|xmma|cublas|splitk|::gemv"),
     ("optimizer", r"adam|multi_tensor|foreach"),
 )
@@ -107,5 +113,9 @@ def profile_step(step: Callable[[], object]) -> Summary:
 
 
 def _device_kernels(events: Sequence[torch.autograd.profiler_util.FunctionEvent]) -> list[Kernel]:
-    on_device = (event for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
-    return [Kernel(name=event.name, start=event.time_range.start, end=event.time_range.end) for event in on_device]
+    return [
+        Kernel(name=event.name, start=event.time_range.start, end=event.time_range.end)
+        for event in events
+        # Ranges that code marks for itself, such as FSDP's, lie over the kernels and would count them twice.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]

@@ -39,7 +39,7 @@ class StepRow:
         host_build, host_steps: Peak resident memory of a process until the timed steps and during them, largest.
         host_machine: What the machine's available memory fell by since the case began, at most.
         exposed_seconds: Waiting for the ring's messages, mean over ranks and steps; None if it is not measured.
-        losses: Before each step, the warm-up's first.
+        losses, gradient_norms: Before each step, the warm-up's first.
         commit, versions, gpu, command, measured_at: Where the row comes from.
         profile: Share of a step's time by kind of kernel, if it was asked for.
     """
@@ -66,6 +66,7 @@ class StepRow:
     host_machine: float | None = None
     exposed_seconds: float | None = None
     losses: tuple[float, ...] = ()
+    gradient_norms: tuple[float, ...] = ()
     commit: str | None = None
     gpu: str = ""
     versions: str = ""

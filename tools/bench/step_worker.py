@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from model.config import ModelConfig, preset
 from model.flops import flops_per_token
 from tools.bench.rival_step import Rival, torch_context_parallel
 from tools.bench.step_profile import profile_step
-from tools.bench.step_rows import GIB
+from tools.bench.step_rows import GIB, StepRow, append_row
 from tools.report.worker import Place, run_rank
 
 _CPU = torch.device("cpu")
@@ -42,25 +42,26 @@ class Task:
 
     Attributes:
         config: Of the trainer; `data.seq_len` is the length to time.
-        variant: "ours" or "rival".
+        known: The row as far as it is known before. It is completed and kept as soon as the steps are timed.
+        out: The folder of the results; tokens are kept in its `data`.
         steps: Timed ones, at most.
         seconds: No further step is begun if it would probably end later than this after the first (but one is timed).
         warmup_tokens: Length of the row that the warm-up runs on; `data.seq_len`, or less where steps are long.
-        rotation, loss: The rival's choices.
+        rotation, loss, recompute: The rival's choices.
         profile: Profile one more step.
-        data_dir: Where the tokens are kept.
-        place: What every process knows of the others; the rank is filled in.
+        size, device, threads, store, timeout_seconds: See `tools.report.worker.Place`.
     """
 
     config: Config
-    variant: str
+    known: StepRow
+    out: str
     steps: int
     seconds: float
     warmup_tokens: int
     rotation: str
     loss: str
+    recompute: bool
     profile: bool
-    data_dir: str
     size: int
     device: str
     threads: int
@@ -68,14 +69,18 @@ class Task:
     timeout_seconds: float
 
 
-Step = Callable[[int], float]
-"""Trains on row number `index`; returns the loss before it, nats per token, the same on all ranks."""
+Step = Callable[[int], tuple[float, float]]
+"""Trains on row number `index`; loss (nats per token) and gradient norm before it, the same on all ranks."""
 
 
 class Steps(Protocol):
     """A variant, built."""
 
     model: ModelConfig
+
+    @property
+    def doing(self) -> str:
+        """What it is at, for messages."""
 
     def at(self, seq_len: int) -> Step:
         """Steps over rows of this length."""
@@ -85,7 +90,7 @@ class Steps(Protocol):
 
 
 def worker_main(pipe: Connection, task: Task, rank: int) -> None:
-    """Measure a case and send `("ok", fields of StepRow)`, or `("failed", reason)`; in a process of its own."""
+    """Measure a case; send `("ok", {})` with the row in the folder, or `("failed", reason)`. In its own process."""
     place = Place(
         rank=rank,
         size=task.size,
@@ -94,23 +99,30 @@ def worker_main(pipe: Connection, task: Task, rank: int) -> None:
         store=task.store,
         timeout_seconds=task.timeout_seconds,
     )
-    run_rank(pipe, place, lambda: _measure(task))
+    run_rank(pipe, place, lambda: measure(task))
 
 
-def _measure(task: Task) -> dict[str, Any]:
+def measure(task: Task) -> dict[str, Any]:
+    """Measure a case in a process that has joined the others; its row is in the folder then. Returns nothing else."""
     watch = HostWatch()
     topology = Topology.start(task.config)
     data = _Data(task, topology)
-    steps: Steps = _Ours(task, topology, data) if task.variant == "ours" else _Theirs(task, topology, data)
+    steps: Steps = _Ours(task, topology, data) if task.known.variant == "ours" else _Theirs(task, topology, data)
     case = _Case(task, topology, steps)
     case.warm_up()
     case.time()
-    values = case.values()
-    values["host_machine"] = topology.max_of(watch.most_taken()) / GIB
+    values = {**case.values(), "host_machine": topology.max_of(watch.most_taken()) / GIB}
+    _keep(task, topology, values)
     if task.profile:
-        values["profile"] = case.profile()
+        _keep(task, topology, {**values, "profile": case.profile()})
     topology.barrier()
-    return values
+    return {}
+
+
+def _keep(task: Task, topology: Topology, values: dict[str, Any]) -> None:
+    """At once, and again when there is more: a command that is cut off loses nothing that was measured."""
+    if topology.rank == 0:
+        append_row(Path(task.out), replace(task.known, status="ok", **values))
 
 
 class _Data:
@@ -131,7 +143,7 @@ class _Data:
                 lambda: open_corpus(
                     config.data,
                     seed=config.run.seed,
-                    cache_dir=Path(self._task.data_dir),
+                    cache_dir=Path(self._task.out) / "data",
                     leader=self._topology.rank == 0,
                     barrier=self._topology.barrier,
                 ),
@@ -156,17 +168,23 @@ class _Ours:
             ranks = Ranks(rank=topology.rank, world_size=topology.world_size, group=topology.cpu_group)
             _say(topology, check_attention(config, topology, self.model, self._carrier, ranks))
         _say(topology, f"memory: {self._memory}")
+        self._runner: StepRunner | None = None
+
+    @property
+    def doing(self) -> str:
+        return "starting" if self._runner is None else self._runner.doing
 
     def at(self, seq_len: int) -> Step:
         config, corpus = self._data.at(seq_len)
         config = config.model_copy(update={"memory": self._memory})
         runner = StepRunner(config, self._topology, self._engine, corpus, self._carrier, self.model)
+        self._runner = runner
 
-        def step(index: int) -> float:
+        def step(index: int) -> tuple[float, float]:
             result = runner.train(runner.read(index, stop=False), config.optim.lr)
             if not result.applied:
                 raise RuntimeError(f"the step over row {index} was not applied: {result.blame}")
-            return result.loss
+            return result.loss, result.gradient_norm
 
         return step
 
@@ -179,11 +197,16 @@ class _Theirs:
 
     def __init__(self, task: Task, topology: Topology, data: _Data) -> None:
         self._data = data
-        config, _ = data.at(task.config.data.seq_len)
-        self.model = preset(config.model.preset, **config.model.overrides())
+        config, corpus = data.at(task.config.data.seq_len)
+        self.model = preset(config.model.preset, **{"vocab_size": corpus.vocab_size, **config.model.overrides()})
         shard = torch_context_parallel(topology, task.rotation)
         longest = max(config.data.seq_len, task.warmup_tokens)
-        self._rival = Rival(config, self.model, topology, longest=longest, loss=task.loss, shard=shard)
+        choices: dict[str, Any] = {"longest": longest, "loss": task.loss, "recompute": task.recompute, "shard": shard}
+        self._rival = Rival(config, self.model, topology, **choices)
+
+    @property
+    def doing(self) -> str:
+        return self._rival.doing
 
     def at(self, seq_len: int) -> Step:
         _, corpus = self._data.at(seq_len)
@@ -199,6 +222,7 @@ class _Case:
     topology: Topology
     steps: Steps
     losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     exposed: list[float] = field(default_factory=list)
     device_used: float = 0.0
@@ -266,6 +290,7 @@ class _Case:
             "mfu_causal": causal,
             "mfu_full": full,
             "losses": tuple(self.losses),
+            "gradient_norms": tuple(self.norms),
             "host_build": self.host_build,
             "host_steps": topology.max_of(peak_memory_bytes(_CPU)) / GIB,
             "exposed_seconds": statistics.mean(self.exposed) if self.exposed else None,
@@ -284,11 +309,20 @@ class _Case:
         self._synchronize()
         self.topology.barrier()
         began = time.perf_counter()
-        loss = step(self._next_row)
-        self._synchronize()
+        try:
+            loss, norm = step(self._next_row)
+            self._synchronize()
+        except torch.OutOfMemoryError as error:
+            peak = torch.cuda.max_memory_allocated() / GIB
+            first_line = str(error).splitlines()[0]
+            raise torch.OutOfMemoryError(
+                f"step {len(self.losses) + 1} (the warm-up's counted), {self.steps.doing}, {peak:.1f} GiB allocated at "
+                f"most: {first_line}"
+            ) from error
         seconds = self.topology.max_of(time.perf_counter() - began)
         self._next_row += 1
         self.losses.append(loss)
+        self.norms.append(norm)
         exposed = self.steps.take_exposed()
         if self._on_cuda:
             free, total = torch.cuda.mem_get_info()
