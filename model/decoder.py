@@ -16,6 +16,7 @@ from model.loss import IGNORED_LABEL, tiled_cross_entropy
 from model.memory import LayerRunner, Memory
 from model.rope import rotation
 from model.selector import Carried
+from model.tiles import in_tiles
 
 
 class LossHead(nn.Module):
@@ -52,6 +53,7 @@ class Decoder(nn.Module):
         super().__init__()
         memory = memory or Memory()
         self.config = config
+        self.tile = memory.tile
         self._runner = LayerRunner(memory, config.layers)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
@@ -95,8 +97,15 @@ class Decoder(nn.Module):
                 penalties.append(penalty)
         self._runner.finish()
         tied_weight = self.embed.weight if self.config.tied_head else None
-        loss = self.head(self.norm(hidden), labels, loss_tile, tied_weight)
+        loss = self.head(self._normed(hidden), labels, loss_tile, tied_weight)
         return loss + torch.stack(penalties).sum() if penalties else loss
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        if self.tile is None:
+            normed: Tensor = self.norm(hidden)
+            return normed
+        (normed,) = in_tiles(lambda _, x: (self.norm(x),), lambda: list(self.norm.parameters()), (hidden,), self.tile)
+        return normed
 
     def _check(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> None:
         if tokens.ndim != 2 or labels.shape != tokens.shape or positions.shape != tokens.shape[1:]:
