@@ -35,12 +35,14 @@ class Account:
         carrier: Carrier | None,
         metrics: MetricsWriter,
     ) -> None:
+        predicted_memory: float | None = None,
         self._config = config
         self._topology = topology
         self._model = model
         self._carrier = carrier
         self._metrics = metrics
         self._started = time.monotonic()
+        self._predicted_memory = None if predicted_memory is None else round(predicted_memory)
         self._rates: list[float] = []
         self._step_seconds = 0.0
         self._exposed_seconds = 0.0
@@ -97,6 +99,7 @@ class Account:
             bias = {f"mean_bias_at_{distance}_tokens": value for distance, value in found.mean_bias.items()}
             alive = {f"alive_below_{bound:g}_keys": count for bound, count in found.alive_keys.items()}
             self._metrics.event("selection", step=step, layer=layer, visible_keys=found.visible_keys, **bias, **alive)
+                "predicted_peak_memory_bytes": self._predicted_memory,
             distances = ", ".join(f"{value:.3g} at {distance:,}" for distance, value in found.mean_bias.items())
             living = ", ".join(f"{count:,.0f} below {bound:g}" for bound, count in found.alive_keys.items())
             bar.note(f"layer {layer}: mean F {distances}; of {found.visible_keys:,.0f} keys alive: {living}")
@@ -141,3 +144,4 @@ class Account:
             written={"metrics": str(self._metrics.path), "checkpoints": checkpoints},
         )
         print_summary(summary, console)
+            predicted_memory_bytes=self._predicted_memory,

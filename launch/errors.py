@@ -14,6 +14,7 @@ EXIT_CONFIG = 64
 EXIT_DATA = 65
 EXIT_PEER = 69
 EXIT_BUG = 70
+EXIT_OUT_OF_MEMORY = 70  # told apart by its message; sysexits.h has no word for it
 EXIT_WRITE = 73
 EXIT_PREEMPTED = 75
 EXIT_NUMERICS = 76
@@ -66,6 +67,12 @@ class CheckpointError(LaunchError):
     """No checkpoint can be used: corrupt, of another model, or not loadable at this topology."""
 
     exit_status = EXIT_CHECKPOINT
+
+
+class OutOfMemory(LaunchError):
+    """A GPU or a host has too little memory for what the run was doing."""
+
+    exit_status = EXIT_OUT_OF_MEMORY
 
 
 def everywhere(error: LaunchError) -> LaunchError:

@@ -48,6 +48,11 @@ class MemoryPlan:
     facts: DeviceFacts | None
 
     @property
+    def comparable_bytes(self) -> float:
+        """What `launch.meters.peak_memory_bytes` is expected to measure: of a GPU torch's part only."""
+        return self.estimate.allocated if self.estimate.on_gpu else self.estimate.host_bytes
+
+    @property
     def warning(self) -> str | None:
         """What to say if it is predicted not to fit; None if it does, or nobody knows."""
         if self.facts is None or fits(self.estimate, self.facts):
@@ -161,7 +166,7 @@ def advice(case: MemoryCase, facts: DeviceFacts, *, beside: MemoryConfig | None)
     """
     picked = choose(case, facts, RatesFile())
     if picked is not None and picked.memory != beside:
-        return f"Next: memory settings that fit: {describe(picked.memory)} (or memory: auto)"
+        return f"Next: memory settings predicted to fit: {describe(picked.memory)}"
     rank_tokens = 1024 * case.plan.cp_size
     longest = longest_row(case, facts, None, rank_tokens)
     parts = [f"data.seq_len={longest}, the longest row that fits {case.plan.cp_size} ranks"] if longest else []

@@ -140,6 +140,7 @@ class RunSummary:
     mfu_causal: float | None = None
     mfu_full: float | None = None
     written: Mapping[str, str] = field(default_factory=dict)
+        predicted_memory_bytes: What it was predicted to be.
 
 
 def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
@@ -157,9 +158,12 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         each = f" ({rate / processes:,.0f} for each of {processes} processes)" if processes > 1 else ""
         rows.append(("speed", f"{rate:,.0f} tokens/s{each}"))
     if summary.mfu_causal is not None and summary.mfu_full is not None:
+    predicted_memory_bytes: int | None = None
         rows.append(("MFU", f"{summary.mfu_causal:.1%} causal, {summary.mfu_full:.1%} full attention counted"))
     if summary.peak_memory_bytes is not None:
-        rows.append(("peak memory", f"{format_bytes(summary.peak_memory_bytes)} in the largest process"))
+        predicted = summary.predicted_memory_bytes
+        beside = "" if predicted is None else f", {format_bytes(predicted)} predicted"
+        rows.append(("peak memory", f"{format_bytes(summary.peak_memory_bytes)} in the largest process{beside}"))
     if summary.exposed_communication_fraction is not None:
         rows.append(("exposed communication", f"{summary.exposed_communication_fraction:.1%} of the step time (ring)"))
     return rows + [(f"{what} in", where) for what, where in summary.written.items()]

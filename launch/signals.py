@@ -57,14 +57,19 @@ class StopRequest:
         self._announce = announce
         self._previous: dict[signal.Signals, Any] = {}
         self._first: signal.Signals | None = None
+        self.reason: str | None = None
         self._watcher: threading.Thread | None = None
         self._pipe: tuple[int, int] | None = None
         self._previous_wakeup = -1
 
     @property
     def requested(self) -> bool:
-        """Whether a signal asked this process to stop."""
-        return self._first is not None
+        """Whether a signal, or `ask`, asked this process to stop."""
+        return self._first is not None or self.reason is not None
+
+    def ask(self, reason: str) -> None:
+        """Ask for a stop without a signal, from any thread; what ends the run then is `reason`."""
+        self.reason = self.reason or reason
 
     @property
     def signal_name(self) -> str | None:

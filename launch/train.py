@@ -9,7 +9,6 @@ every failure into 1.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.causes import clear_causes, first_cause, write_cause
 from launch.config import Config
 from launch.config_load import load_config, split_worker_args
 from launch.errors import (
@@ -27,6 +27,7 @@ from launch.errors import (
     EXIT_PEER,
     EXIT_PREEMPTED,
     LaunchError,
+    OutOfMemory,
     PeerLost,
     WriteError,
     everywhere,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from launch.trainer import Trainer
 
 _LAST_WORD_S = 1.0
-_CAUSE = "failed-rank-{}.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def run_worker(config: Config, *, warnings: Sequence[str] = ()) -> int:
     try:
         topology = Topology.start(config)
     except Exception as error:
-        _report(error, None, "starting")
+        _report(error, None)
         return exit_status_of(error)
     worker = _Worker(config, topology)
     status = worker.run(warnings)
@@ -86,11 +86,22 @@ class _Worker:
     def run(self, warnings: Sequence[str]) -> int:
         from launch.signals import StopRequest
         from launch.trainer import Trainer
+        from launch.watch import Watch
 
         topology = self._topology
         console = _console()
         try:
-            with StopRequest(announce=topology.rank == 0) as stop, _logging(console, topology.rank), self._locked():
+            with (
+                StopRequest(announce=topology.rank == 0) as stop,
+                _logging(console, topology.rank),
+                self._locked(),
+                Watch(
+                    self._run_dir,
+                    ask_to_stop=stop.ask,
+                    end=self._ended_by_watch,
+                    memory=topology.local_rank == 0,
+                ),
+            ):
                 if topology.rank == 0:
                     for warning in warnings:
                         logging.getLogger(__name__).warning("%s", warning)
@@ -109,26 +120,44 @@ class _Worker:
 
     def _failed(self, error: BaseException) -> int:
         doing = "starting" if self._trainer is None else self._trainer.doing
+        from launch.out_of_memory import as_out_of_memory
+
         error = as_lost_peer(error, self._topology, doing, self._step())
-        _report(error, self._topology, doing)
+        plan = None if self._trainer is None else self._trainer.memory_plan
+        error = as_out_of_memory(error, self._topology, doing, self._step(), plan)
         status, message = exit_status_of(error), str(error) or type(error).__name__
-        if self._topology.rank != 0 and status != EXIT_PEER and not getattr(error, "everywhere", False):
-            with contextlib.suppress(OSError):
-                _write_cause(self._run_dir, self._topology.rank, status, message)
-        if self._owns_status:
-            if status == EXIT_PEER:
-                status, message = _first_cause(self._run_dir) or (status, message)
-            with contextlib.suppress(OSError):  # the disk may be what failed; the exit status still says it
-                write_status(
-                    self._run_dir,
-                    outcome="failed",
-                    exit_status=status,
-                    step=self._step(),
-                    message=message,
-                )
+        told = first_cause(self._run_dir, patience_s=_LAST_WORD_S / 2) if status == EXIT_PEER else None
+        if told is not None:  # by the rank that failed, which also prints it
+            status, message = told
+        else:
+            _report(error, self._topology)
+            if status != EXIT_PEER and not getattr(error, "everywhere", False):
+                self._leave_word(status, message if isinstance(error, OutOfMemory) else self._named(message))
+        self._write_outcome(status, message)
         return status
 
     def _step(self) -> int | None:
+    def _named(self, message: str) -> str:
+        return f"rank {self._topology.rank}: {message}"
+
+    def _leave_word(self, status: int, message: str) -> None:
+        """Tell the other ranks; the leader only in a run folder that is its own."""
+        if self._topology.world_size > 1 and (self._topology.rank != 0 or self._owns_status):
+            with contextlib.suppress(OSError):
+                write_cause(self._run_dir, self._topology.rank, status, message)
+
+    def _write_outcome(self, status: int, message: str) -> None:
+        with contextlib.suppress(OSError):  # the disk may be what failed; the exit status still says it
+            self._write_status("failed", status, message)
+
+    def _ended_by_watch(self, status: int, message: str) -> None:
+        """The watch ends this process; the main thread hangs, or would not come back in time."""
+        message = message if message.startswith("rank ") else self._named(message)
+        if first_cause(self._run_dir) is None:
+            _print_error(message)
+            self._leave_word(status, message)
+        self._write_outcome(status, message)
+
         return None if self._trainer is None else self._trainer.step
 
     def _write_status(self, outcome: str, status: int | None, message: str) -> None:
@@ -153,8 +182,7 @@ class _Worker:
                 lock = RunLock(self._run_dir, job_id=_job())
                 lock.acquire()
                 self._owns_status = True
-                for stale in self._run_dir.glob(_CAUSE.format("*")):
-                    stale.unlink()
+                clear_causes(self._run_dir)
             except (WriteError, OSError) as error:
                 problem = str(error)
         problem = self._topology.gather_objects(problem)[0]
@@ -165,26 +193,6 @@ class _Worker:
         finally:
             if lock is not None:
                 lock.release()
-
-
-def _write_cause(run_dir: Path, rank: int, status: int, message: str) -> None:
-    """Leave word of why this rank ends, for the leader, who sees a lost peer only."""
-    target = run_dir / _CAUSE.format(f"{rank:05d}")
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
-    staged.write_text(json.dumps({"exit_status": status, "message": f"rank {rank}: {message}"}) + "\n")
-    staged.replace(target)
-
-
-def _first_cause(run_dir: Path) -> tuple[int, str] | None:
-    """The word that another rank left within a moment, if any did; a killed rank cannot."""
-    deadline = time.monotonic() + _LAST_WORD_S / 2
-    while time.monotonic() < deadline:
-        causes = sorted(run_dir.glob(_CAUSE.format("*")), key=lambda path: path.stat().st_mtime_ns)
-        if causes:
-            told = json.loads(causes[0].read_text())
-            return int(told["exit_status"]), str(told["message"])
-        time.sleep(0.05)
-    return None
 
 
 def as_lost_peer(error: BaseException, topology: Topology, doing: str, step: int | None) -> BaseException:
@@ -217,25 +225,17 @@ def as_lost_peer(error: BaseException, topology: Topology, doing: str, step: int
     return PeerLost(f"rank {topology.rank} of {topology.world_size} lost a peer {where}, {doing}: {reason}")
 
 
-def _report(error: BaseException, topology: Topology | None, doing: str) -> None:
+def _report(error: BaseException, topology: Topology | None) -> None:
     """Print an error once where all ranks have it, on its own rank where they may not."""
-    import torch
-
     rank = 0 if topology is None else topology.rank
     if rank != 0 and getattr(error, "everywhere", False):
         return
-    prefix = "" if rank == 0 or isinstance(error, PeerLost) else f"rank {rank}: "
-    if isinstance(error, torch.OutOfMemoryError):
-        _print_error(
-            f"{prefix}out of memory, {doing}: {str(error).splitlines()[0]} Next: more ranks per ring (parallel.cp), "
-            "memory.recompute=true, or a smaller optim.loss_tile or data.seq_len"
-        )
-    else:
-        _print_error(f"{prefix}{error}" if _expected(error) else _trace(error, prefix))
+    prefix = "" if rank == 0 or isinstance(error, PeerLost | OutOfMemory) else f"rank {rank}: "
+    _print_error(f"{prefix}{error}" if _expected(error) else _trace(error, prefix))
 
 
 def _expected(error: BaseException) -> bool:
-    return exit_status_of(error) != EXIT_BUG
+    return isinstance(error, OutOfMemory) or exit_status_of(error) != EXIT_BUG
 
 
 def _trace(error: BaseException, prefix: str) -> str:

@@ -20,7 +20,7 @@ from launch.checkpoint import CheckpointStore, Found, checkpoint_bytes
 from launch.config import Config
 from launch.data import Corpus, open_corpus
 from launch.engine import Engine, build_engine
-from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, WriteError, everywhere
+from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, OutOfMemory, WriteError, everywhere
 from launch.memory_choice import MemoryPlan, device_facts, layer_memory, plan_memory, with_memory
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress
@@ -143,7 +143,10 @@ class Trainer:
                 self.progress, self.config, model, self.topology, corpus.cursor(self.progress.next_row)
             ),
         )
-        account = Account(self.config, self.topology, model, carrier=carrier, metrics=metrics)
+        predicted = None if self.memory_plan is None else self.memory_plan.comparable_bytes
+        account = Account(
+            self.config, self.topology, model, carrier=carrier, metrics=metrics, predicted_memory=predicted
+        )
         return _Parts(self._runner, metrics, saver, account)
 
     def _refuse_diverged(self, found: Found) -> None:
@@ -171,6 +174,7 @@ class Trainer:
             self._say(f"stopped after step {self.progress.step}; the same command goes on from there")
             return EXIT_PREEMPTED
         evaluation = self._evaluate(parts)
+            self._end_if_memory_is_short()
         checkpoints = str(self._run_dir / "checkpoints")
         parts.account.summarise(self.progress, evaluation, checkpoints=checkpoints, console=self._console)
         return EXIT_DONE
@@ -178,6 +182,18 @@ class Trainer:
     def _loop(self, parts: _Parts) -> bool:
         """Steps until the end (False) or a request to stop (True)."""
         optim, every = self.config.optim, self.config.checkpoint.every_steps
+    def _end_if_memory_is_short(self) -> None:
+        """A stop that no signal asked for is an error on all ranks, with its reason; the state is saved."""
+        reasons = [reason for reason in self.topology.gather_objects(self._stop.reason) if reason]
+        if reasons:
+            plan = "" if self.memory_plan is None else f"; {self.memory_plan.predicted()}"
+            raise everywhere(
+                OutOfMemory(
+                    f"{reasons[0]}; saved after step {self.progress.step}{plan}. Next: find what else takes memory on "
+                    "that host, or set memory.offload=none, or start fewer processes there; the same command goes on"
+                )
+            )
+
         progress = self.progress
         with RunProgress(
             total_steps=optim.steps,

@@ -1,0 +1,72 @@
+"""Running out of memory as one message: who, doing what, for which allocation, beside the estimate, and what to try."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from launch.errors import OutOfMemory
+from launch.memory_choice import ASSUMED_MACHINE, MemoryPlan, advice
+from launch.progress import format_bytes
+
+if TYPE_CHECKING:
+    from launch.topology import Topology
+
+# Settings are advised that need so much less than those with which memory ran out, whatever the estimate says.
+_LESS = 0.9
+# How host memory that cannot be had shows, beside MemoryError.
+_HOST_WORDS = ("can't allocate memory", "cannot allocate memory", "could not be pinned", "cudahostalloc")
+
+
+def as_out_of_memory(
+    error: BaseException, topology: Topology, doing: str, step: int | None, plan: MemoryPlan | None
+) -> BaseException:
+    """`error` itself, or `OutOfMemory` if that is what it tells of, of a GPU or of the host.
+
+    Args:
+        error: What a rank ended with.
+        topology: Its process.
+        doing: What it was at.
+        step: Steps done; None before it is known.
+        plan: What memory was predicted; None if it did not come to that.
+    """
+    import torch
+
+    text = str(error).lower()
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    on_host = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(word in text for word in _HOST_WORDS)
+    )
+    if isinstance(error, OutOfMemory) or not (on_gpu or on_host):
+        return error
+    where = "before the first step" if step is None else f"in step {step + 1}"
+    what = "GPU" if on_gpu else "host"
+    told = _allocation(str(error)) or type(error).__name__
+    parts = [f"rank {topology.rank} of {topology.world_size} ran out of {what} memory {where}, {doing}: {told}"]
+    if plan is not None:
+        parts.append(estimate_text(plan))
+        parts.append(next_setting(plan, on_gpu=on_gpu))
+    else:
+        parts.append("Next: memory: auto, more ranks per ring (parallel.cp), or a smaller data.seq_len")
+    return OutOfMemory(". ".join(part.rstrip(". ") for part in parts))
+
+
+def estimate_text(plan: MemoryPlan) -> str:
+    """What was predicted, and of what most."""
+    largest = ", ".join(f"{item.name} {format_bytes(item.device)}" for item in plan.estimate.peak_items[:3])
+    return f"The estimate was: {plan.predicted()}, at its {plan.estimate.peak.name} (largest: {largest})"
+
+
+def next_setting(plan: MemoryPlan, *, on_gpu: bool) -> str:
+    """Settings that are predicted to need clearly less than those in use."""
+    facts, estimate = plan.facts or ASSUMED_MACHINE, plan.estimate
+    if on_gpu and facts.device_bytes is not None:
+        facts = replace(facts, device_bytes=int(min(facts.device_bytes, _LESS * estimate.device_bytes)))
+    else:
+        facts = replace(facts, host_bytes=int(min(facts.host_bytes, _LESS * estimate.host_bytes)))
+    return advice(plan.case, facts, beside=plan.memory)
+
+
+def _allocation(text: str) -> str:
+    """What torch says was being allocated, without its advice about environment variables."""
+    return " ".join(text.split()).partition(" If reserved but unallocated")[0]

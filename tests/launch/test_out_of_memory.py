@@ -1,0 +1,170 @@
+"""Memory that runs out: on a GPU of one rank, and on the host, done to real processes by planted errors."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.errors import EXIT_BUG, EXIT_CONFIG, EXIT_DONE, EXIT_OUT_OF_MEMORY
+from launch.status import read_status
+from tests.launch.runs import settings, train_worker, write_corpus
+from tests.processes import run_ranks
+
+TORCH_SAYS = (
+    "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity of 79.11 GiB. "
+    "If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True"
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def short_run(corpus, run_dir, **changes):
+    plain = {"optim__steps": 6, "optim__warmup_steps": 0, "optim__rows_per_step": 2, "data__held_out_rows": 1}
+    return settings(corpus, run_dir, **{**plain, **changes})
+
+
+def run(nested):
+    """Train, with all that is printed in a file beside the run folder: the processes share no captured output."""
+    with open(f"{nested['run']['dir']}.printed", "ab", buffering=0) as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    return train_worker(0, 1, [nested])[0]
+
+
+def printed(run_dir):
+    return Path(f"{run_dir}.printed").read_text()
+
+
+def out_of_memory_worker(rank, world_size, nested, victim):
+    from launch.steps import StepRunner
+
+    forward, steps = StepRunner._forward, {"seen": 0}
+
+    def failing(self, *arguments):
+        steps["seen"] += torch.is_grad_enabled()
+        if rank == victim and steps["seen"] == 5:
+            raise torch.OutOfMemoryError(TORCH_SAYS)
+        return forward(self, *arguments)
+
+    StepRunner._forward = failing
+    began = time.monotonic()
+    return run(nested), time.monotonic() - began
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_gpu_of_one_rank_is_one_message_and_ends_all_ranks(corpus, tmp_path, victim):
+    nested = short_run(corpus, tmp_path)
+    outcomes = run_ranks(out_of_memory_worker, 3, nested, victim, check=False)
+    assert [outcome.value[0] for outcome in outcomes] == [EXIT_OUT_OF_MEMORY] * 3
+    told = read_status(tmp_path)
+    assert (told.exit_status, told.outcome) == (EXIT_OUT_OF_MEMORY, "failed")
+    for part in (
+        f"rank {victim} of 3 ran out of GPU memory in step 3, forward of row 4: CUDA out of memory",
+        "Tried to allocate 3.00 GiB",
+        "The estimate was: predicted peak",
+        "Next: ",
+    ):
+        assert part in told.message
+    assert "PYTORCH_ALLOC_CONF" not in told.message
+    told = printed(tmp_path)
+    assert told.count("error:") == told.count("ran out of GPU memory") == 1
+    assert "lost a peer" not in told
+
+
+def short_of_host_memory(rank, world_size, nested, left, after):
+    import launch.watch
+    from launch.steps import StepRunner
+
+    train, steps = StepRunner.train, {"seen": 0}
+
+    def counting(self, *arguments, **options):
+        steps["seen"] += 1
+        time.sleep(0.05)
+        return train(self, *arguments, **options)
+
+    StepRunner.train = counting
+    launch.watch._POLL_S = 0.01
+    launch.watch.host_memory_limit = lambda: 100 * 2**30
+    launch.watch.host_memory_available = lambda: left if steps["seen"] >= after else 50 * 2**30
+    return run(nested)
+
+
+def test_short_host_memory_saves_and_stops_all_ranks(corpus, tmp_path):
+    nested = short_run(corpus, tmp_path, optim__steps=100)
+    assert run_ranks(short_of_host_memory, 2, nested, 2**30, 3) == [EXIT_OUT_OF_MEMORY] * 2
+    told = read_status(tmp_path)
+    assert "host memory is running out: 1.0 GiB of 100 GiB left, below the 1.5 GiB" in told.message
+    assert f"saved after step {told.step}" in told.message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{told.step:06d}"]
+    assert printed(tmp_path).count("error:") == 1
+    more = short_run(corpus, tmp_path, optim__steps=told.step + 1)
+    assert run_ranks(train_worker, 2, [more]) == [[EXIT_DONE]] * 2
+
+
+def test_hardly_any_host_memory_ends_at_once(corpus, tmp_path):
+    nested = short_run(corpus, tmp_path, optim__steps=1000)
+    outcomes = run_ranks(short_of_host_memory, 2, nested, 2**28, 3, check=False)
+    assert outcomes[0].exitcode == EXIT_OUT_OF_MEMORY
+    told = read_status(tmp_path)
+    assert "256 MiB of 100 GiB left, below the 512 MiB at which a run ends at once" in told.message
+    assert told.exit_status == EXIT_OUT_OF_MEMORY
+
+
+def hanging_worker(rank, world_size, nested):
+    """Rank 1 has a bug while rank 0 waits in something that no lost peer ends, as kernels of a GPU do."""
+    import launch.watch
+    from launch.steps import StepRunner
+
+    launch.watch._GRACE_S = 0.2
+
+    def broken(self, *arguments, **options):
+        if rank == 1:
+            raise ZeroDivisionError("planted")
+        time.sleep(30)
+
+    StepRunner.train = broken
+    return run(nested)
+
+
+def test_a_rank_that_cannot_notice_is_ended_by_its_watch(corpus, tmp_path):
+    began = time.monotonic()
+    outcomes = run_ranks(hanging_worker, 2, short_run(corpus, tmp_path), check=False)
+    assert time.monotonic() - began < 15
+    assert outcomes[0].exitcode == EXIT_BUG
+    assert outcomes[1].value == EXIT_BUG
+    assert read_status(tmp_path).message == "rank 1: planted"
+
+
+def small_machine(rank, world_size, nested, host_bytes):
+    import launch.memory_choice
+
+    launch.memory_choice.host_memory_limit = lambda: host_bytes
+    return run(nested)
+
+
+def test_what_cannot_fit_is_refused_before_the_model_is_built(corpus, tmp_path):
+    nested = short_run(corpus, tmp_path, model__vocab_size=4_000_000, model__dim=512)
+    assert run_ranks(small_machine, 2, nested, 2 * 2**30) == [EXIT_CONFIG] * 2
+    told = read_status(tmp_path).message
+    assert "memory: data.seq_len=101 over 2 ranks is predicted not to fit" in told
+    assert "of host memory and has 1.0 GiB" in told
+    assert "more processes (parallel.cp)" in told
+    assert printed(tmp_path).count("error:") == 1
+
+
+def plain_worker(rank, world_size, nested):
+    return run(nested)
+
+
+def test_auto_says_what_it_chose_and_predicted_stands_beside_measured(corpus, tmp_path):
+    nested = {**short_run(corpus, tmp_path, optim__steps=1), "memory": {"auto": True}}
+    assert run_ranks(plain_worker, 2, nested) == [EXIT_DONE] * 2
+    told = printed(tmp_path)
+    assert "memory: nothing recomputed or moved (auto); predicted peak" in told
+    assert " in the largest process, " in told
+    assert " predicted" in told
