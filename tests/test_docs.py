@@ -16,7 +16,7 @@ from tests.launch.runs import settings, train_worker, write_corpus
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parent.parent
-TYPER_TOOLS = ("tools.bench_attention", "tools.bench_payload", "tools.overwritten_variables")
+TYPER_TOOLS = ("tools.bench_attention", "tools.bench_payload", "tools.bench_step", "tools.overwritten_variables")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -64,7 +64,7 @@ def check(command, run_dir, tmp_path, monkeypatch):
     if words[0] == "make":
         assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
     elif words[0] in ("torchrun", "deepspeed"):
-        if "tools.bench_attention" in words:
+        if any(word.startswith("tools.") for word in words):
             check(f"python -m {shlex.join(words[words.index('-m') + 1 :])}", run_dir, tmp_path, monkeypatch)
         else:
             check_worker(words)
