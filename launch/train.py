@@ -119,11 +119,11 @@ class _Worker:
             return self._failed(error)
 
     def _failed(self, error: BaseException) -> int:
-        doing = "starting" if self._trainer is None else self._trainer.doing
         from launch.out_of_memory import as_out_of_memory
 
-        error = as_lost_peer(error, self._topology, doing, self._step())
+        doing = "starting" if self._trainer is None else self._trainer.doing
         plan = None if self._trainer is None else self._trainer.memory_plan
+        error = as_lost_peer(error, self._topology, doing, self._step())
         error = as_out_of_memory(error, self._topology, doing, self._step(), plan)
         status, message = exit_status_of(error), str(error) or type(error).__name__
         told = first_cause(self._run_dir, patience_s=_LAST_WORD_S / 2) if status == EXIT_PEER else None
@@ -136,7 +136,6 @@ class _Worker:
         self._write_outcome(status, message)
         return status
 
-    def _step(self) -> int | None:
     def _named(self, message: str) -> str:
         return f"rank {self._topology.rank}: {message}"
 
@@ -158,6 +157,7 @@ class _Worker:
             self._leave_word(status, message)
         self._write_outcome(status, message)
 
+    def _step(self) -> int | None:
         return None if self._trainer is None else self._trainer.step
 
     def _write_status(self, outcome: str, status: int | None, message: str) -> None:
