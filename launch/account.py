@@ -34,15 +34,15 @@ class Account:
         *,
         carrier: Carrier | None,
         metrics: MetricsWriter,
-    ) -> None:
         predicted_memory: float | None = None,
+    ) -> None:
         self._config = config
         self._topology = topology
         self._model = model
         self._carrier = carrier
         self._metrics = metrics
-        self._started = time.monotonic()
         self._predicted_memory = None if predicted_memory is None else round(predicted_memory)
+        self._started = time.monotonic()
         self._rates: list[float] = []
         self._step_seconds = 0.0
         self._exposed_seconds = 0.0
@@ -86,6 +86,7 @@ class Account:
                 "exposed_communication_fraction": totals.exposed_seconds / seconds if totals else 0.0,
                 "ring_bytes_sent": totals.bytes_sent if totals else 0,
                 "peak_memory_bytes": peak_memory_bytes(topology.device),
+                "predicted_peak_memory_bytes": self._predicted_memory,
                 "host_memory_bytes": host_memory_bytes(),
                 "mfu_causal": mfu[0],
                 "mfu_full": mfu[1],
@@ -99,7 +100,6 @@ class Account:
             bias = {f"mean_bias_at_{distance}_tokens": value for distance, value in found.mean_bias.items()}
             alive = {f"alive_below_{bound:g}_keys": count for bound, count in found.alive_keys.items()}
             self._metrics.event("selection", step=step, layer=layer, visible_keys=found.visible_keys, **bias, **alive)
-                "predicted_peak_memory_bytes": self._predicted_memory,
             distances = ", ".join(f"{value:.3g} at {distance:,}" for distance, value in found.mean_bias.items())
             living = ", ".join(f"{count:,.0f} below {bound:g}" for bound, count in found.alive_keys.items())
             bar.note(f"layer {layer}: mean F {distances}; of {found.visible_keys:,.0f} keys alive: {living}")
@@ -138,10 +138,10 @@ class Account:
             bits_per_byte_after=None if evaluation is None else evaluation.bits_per_byte,
             tokens_per_second=median,
             peak_memory_bytes=int(peak),
+            predicted_memory_bytes=self._predicted_memory,
             exposed_communication_fraction=exposed / self._step_seconds if self._step_seconds else None,
             mfu_causal=mfu[0],
             mfu_full=mfu[1],
             written={"metrics": str(self._metrics.path), "checkpoints": checkpoints},
         )
         print_summary(summary, console)
-            predicted_memory_bytes=self._predicted_memory,

@@ -120,6 +120,7 @@ class RunSummary:
         bits_per_byte_after: The same after it.
         tokens_per_second: Median over steps, all processes together.
         peak_memory_bytes: Largest of any process.
+        predicted_memory_bytes: What it was predicted to be.
         exposed_communication_fraction: Part of the step time that ring communication was not hidden.
         mfu_causal: Model FLOPs utilisation, causal convention.
         mfu_full: The same, full convention.
@@ -136,11 +137,11 @@ class RunSummary:
     bits_per_byte_after: float | None = None
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    predicted_memory_bytes: int | None = None
     exposed_communication_fraction: float | None = None
     mfu_causal: float | None = None
     mfu_full: float | None = None
     written: Mapping[str, str] = field(default_factory=dict)
-        predicted_memory_bytes: What it was predicted to be.
 
 
 def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
@@ -158,7 +159,6 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         each = f" ({rate / processes:,.0f} for each of {processes} processes)" if processes > 1 else ""
         rows.append(("speed", f"{rate:,.0f} tokens/s{each}"))
     if summary.mfu_causal is not None and summary.mfu_full is not None:
-    predicted_memory_bytes: int | None = None
         rows.append(("MFU", f"{summary.mfu_causal:.1%} causal, {summary.mfu_full:.1%} full attention counted"))
     if summary.peak_memory_bytes is not None:
         predicted = summary.predicted_memory_bytes

@@ -171,17 +171,14 @@ class Trainer:
             parts.saver.save(final=True)
         parts.saver.finish()
         if stopped:
+            self._end_if_memory_is_short()
             self._say(f"stopped after step {self.progress.step}; the same command goes on from there")
             return EXIT_PREEMPTED
         evaluation = self._evaluate(parts)
-            self._end_if_memory_is_short()
         checkpoints = str(self._run_dir / "checkpoints")
         parts.account.summarise(self.progress, evaluation, checkpoints=checkpoints, console=self._console)
         return EXIT_DONE
 
-    def _loop(self, parts: _Parts) -> bool:
-        """Steps until the end (False) or a request to stop (True)."""
-        optim, every = self.config.optim, self.config.checkpoint.every_steps
     def _end_if_memory_is_short(self) -> None:
         """A stop that no signal asked for is an error on all ranks, with its reason; the state is saved."""
         reasons = [reason for reason in self.topology.gather_objects(self._stop.reason) if reason]
@@ -194,6 +191,9 @@ class Trainer:
                 )
             )
 
+    def _loop(self, parts: _Parts) -> bool:
+        """Steps until the end (False) or a request to stop (True)."""
+        optim, every = self.config.optim, self.config.checkpoint.every_steps
         progress = self.progress
         with RunProgress(
             total_steps=optim.steps,
