@@ -128,6 +128,8 @@ def test_the_rival_trains_as_the_trainer_does(ours: dict[str, Any], rival: dict[
         assert (len(row.losses), len(row.step_seconds)) == (3, 2)
         assert row.seconds == pytest.approx(sum(row.step_seconds) / 2)
         assert row.tokens_per_second_per_rank == pytest.approx(64 / row.seconds / 2)
+    assert (mine.memory, theirs.memory) == ("nothing recomputed or moved", "")
+    assert mine.predicted_host is not None
     assert mine.exposed_seconds is not None
     assert theirs.exposed_seconds is None
 

@@ -114,7 +114,6 @@ class Rival:
         device = self._topology.device
         tokens, labels = (x[None].to(device) for x in (row.tokens, row.labels))
         positions = torch.arange(len(row.tokens), device=device)[None]
-        num_valid = int((row.labels != IGNORED).sum())
         with ExitStack() as stack:
             if self._shard is not None:
                 stack.enter_context(self._shard([tokens, labels, positions]))
@@ -127,13 +126,13 @@ class Rival:
             loss_sum = self.module(tokens, labels, positions)
             self.doing = f"backward of row {row.index}"
             # FSDP takes the mean of the ranks' gradients.
-            (loss_sum * (self._topology.world_size / num_valid)).backward()
+            (loss_sum * (self._topology.world_size / row.num_valid)).backward()
         self.doing = "updating"
         limit = math.inf if self._optim.clip_norm is None else self._optim.clip_norm
         norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return self._topology.sum_of(float(loss_sum.detach())) / num_valid, float(norm.full_tensor())
+        return self._topology.sum_of(float(loss_sum.detach())) / row.num_valid, float(norm.full_tensor())
 
 
 class _WithLoss(nn.Module):

@@ -39,6 +39,9 @@ class StepRow:
         host_build, host_steps: Peak resident memory of a process until the timed steps and during them, largest.
         host_machine: What the machine's available memory fell by since the case began, at most.
         exposed_seconds: Waiting for the ring's messages, mean over ranks and steps; None if it is not measured.
+        untimed_hops: Hops of a step whose waiting is not in it (inside replayed CUDA graphs).
+        memory: Memory settings in force, chosen or given.
+        predicted_allocated, predicted_device, predicted_host, predicted_seconds: What the planner foresaw.
         losses, gradient_norms: Before each step, the warm-up's first.
         commit, versions, gpu, command, measured_at: Where the row comes from.
         profile: Share of a step's time by kind of kernel, if it was asked for.
@@ -65,6 +68,12 @@ class StepRow:
     host_steps: float | None = None
     host_machine: float | None = None
     exposed_seconds: float | None = None
+    untimed_hops: int = 0
+    memory: str = ""
+    predicted_allocated: float | None = None
+    predicted_device: float | None = None
+    predicted_host: float | None = None
+    predicted_seconds: float | None = None
     losses: tuple[float, ...] = ()
     gradient_norms: tuple[float, ...] = ()
     commit: str | None = None
@@ -136,7 +145,7 @@ def _flat(value: Any) -> Any:
 
 
 def show(rows: Sequence[StepRow], console: Console) -> None:
-    """A short table, lengths in order and the variants of a length side by side."""
+    """A short table, lengths in order and the variants of a length side by side; (what was predicted)."""
     table = Table(box=None, title_justify="left")
     table.title = "; ".join(sorted({f"{row.model}, {row.num_ranks} ranks, {row.gpu}" for row in rows}))
     for name in ("variant", "tokens"):
@@ -147,21 +156,29 @@ def show(rows: Sequence[StepRow], console: Console) -> None:
     table.add_column("settings", overflow="fold")
     for row in sorted(rows, key=lambda row: row.tokens):
         numbers = [
-            _number(row.seconds, ".4g"),
+            _beside(row.seconds, row.predicted_seconds, ".4g"),
             _number(row.tokens_per_second_per_rank, ",.0f"),
             _number(row.mfu_causal, ".1%"),
             _number(row.mfu_full, ".1%"),
-            _number(row.peak_allocated, ".1f"),
+            _beside(row.peak_allocated, row.predicted_allocated, ".1f"),
             _number(row.peak_reserved, ".1f"),
-            _number(row.device_used, ".1f"),
-            _number(row.host_steps, ".1f"),
+            _beside(row.device_used, row.predicted_device, ".1f"),
+            _beside(row.host_steps, row.predicted_host, ".1f"),
             _number(row.exposed_seconds, ".3g"),
             _number(row.losses[-1] if row.losses else None, ".4f"),
         ]
-        note = row.settings if row.status == "ok" else f"{row.status.upper()}: {row.note} ({row.settings})"
+        note = (
+            "; ".join(filter(None, (row.memory, row.settings)))
+            if row.status == "ok"
+            else f"{row.status.upper()}: {row.note} ({row.settings})"
+        )
         table.add_row(row.variant, f"{row.tokens:,}", *numbers, Text(note))
     console.print(table)
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _beside(value: float | None, predicted: float | None, form: str) -> str:
+    return _number(value, form) + ("" if predicted is None else f" ({predicted:{form}})")

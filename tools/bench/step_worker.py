@@ -18,6 +18,7 @@ from rich.console import Console
 from launch.carrier import make_carrier
 from launch.config import Config
 from launch.data import Corpus, open_corpus
+from launch.memory_choice import describe
 from launch.meters import host_memory_bytes, known_peak_tflops, peak_memory_bytes, reset_peak_memory, utilisation
 from launch.ranks import Ranks
 from launch.selfcheck import check_attention
@@ -85,8 +86,13 @@ class Steps(Protocol):
     def at(self, seq_len: int) -> Step:
         """Steps over rows of this length."""
 
-    def take_exposed(self) -> float | None:
-        """Seconds this rank has waited for messages of the ring since the last call; None: not measured."""
+    @property
+    def foreseen(self) -> dict[str, Any]:
+        """Fields of the row: memory settings and what they were predicted to take."""
+
+    def take_exposed(self) -> tuple[float, int] | None:
+        """Seconds this rank has waited for messages of the ring since the last call, and hops of which that is not
+        known; None: not measured."""
 
 
 def worker_main(pipe: Connection, task: Task, rank: int) -> None:
@@ -160,14 +166,16 @@ class _Ours:
         console = Console(highlight=False, quiet=topology.rank != 0)
         trainer = Trainer(config, topology, StopRequest(announce=False), console)
         self.model, self._engine = trainer.build(corpus)
-        self._memory = trainer.config.memory
+        plan = trainer.memory_plan
+        assert plan is not None, "made by Trainer.build"
+        self._plan = plan
         self._carrier = make_carrier(config, topology)
         if self._carrier is not None:
             _say(topology, self._carrier.description)
         if config.parallel.self_check:
             ranks = Ranks(rank=topology.rank, world_size=topology.world_size, group=topology.cpu_group)
             _say(topology, check_attention(config, topology, self.model, self._carrier, ranks))
-        _say(topology, f"memory: {self._memory}")
+        _say(topology, self._plan.line())
         self._runner: StepRunner | None = None
 
     @property
@@ -176,7 +184,7 @@ class _Ours:
 
     def at(self, seq_len: int) -> Step:
         config, corpus = self._data.at(seq_len)
-        config = config.model_copy(update={"memory": self._memory})
+        config = config.model_copy(update={"memory": self._plan.memory})
         runner = StepRunner(config, self._topology, self._engine, corpus, self._carrier, self.model)
         self._runner = runner
 
@@ -188,8 +196,22 @@ class _Ours:
 
         return step
 
-    def take_exposed(self) -> float | None:
-        return None if self._carrier is None else self._carrier.stats.take().exposed_seconds
+    @property
+    def foreseen(self) -> dict[str, Any]:
+        estimate = self._plan.estimate
+        on_gpu = {"predicted_allocated": estimate.allocated / GIB, "predicted_device": estimate.device_bytes / GIB}
+        return {
+            "memory": describe(self._plan.memory),
+            "predicted_host": estimate.host_bytes / GIB,
+            "predicted_seconds": self._plan.time.seconds if estimate.on_gpu else None,
+            **(on_gpu if estimate.on_gpu else {}),
+        }
+
+    def take_exposed(self) -> tuple[float, int] | None:
+        if self._carrier is None:
+            return None
+        totals = self._carrier.stats.take()
+        return totals.exposed_seconds, totals.untimed_hops
 
 
 class _Theirs:
@@ -212,7 +234,11 @@ class _Theirs:
         _, corpus = self._data.at(seq_len)
         return lambda index: self._rival.train(corpus.row(index))
 
-    def take_exposed(self) -> float | None:
+    @property
+    def foreseen(self) -> dict[str, Any]:
+        return {}
+
+    def take_exposed(self) -> tuple[float, int] | None:
         return None
 
 
@@ -225,6 +251,7 @@ class _Case:
     norms: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     exposed: list[float] = field(default_factory=list)
+    untimed_hops: int = 0
     device_used: float = 0.0
     host_build: float = 0.0
     _next_row: int = 0
@@ -294,6 +321,8 @@ class _Case:
             "host_build": self.host_build,
             "host_steps": topology.max_of(peak_memory_bytes(_CPU)) / GIB,
             "exposed_seconds": statistics.mean(self.exposed) if self.exposed else None,
+            "untimed_hops": self.untimed_hops,
+            **self.steps.foreseen,
         }
         if self._on_cuda:
             values |= {
@@ -313,23 +342,25 @@ class _Case:
             loss, norm = step(self._next_row)
             self._synchronize()
         except torch.OutOfMemoryError as error:
-            peak = torch.cuda.max_memory_allocated() / GIB
-            first_line = str(error).splitlines()[0]
+            peak = torch.cuda.max_memory_allocated() / GIB if self._on_cuda else 0.0
+            foreseen = self.steps.foreseen.get("predicted_device")
+            estimate = "" if foreseen is None else f", predicted {foreseen:.1f}"
             raise torch.OutOfMemoryError(
                 f"step {len(self.losses) + 1} (the warm-up's counted), {self.steps.doing}, {peak:.1f} GiB allocated at "
-                f"most: {first_line}"
+                f"most{estimate}: {str(error).splitlines()[0]}"
             ) from error
         seconds = self.topology.max_of(time.perf_counter() - began)
         self._next_row += 1
         self.losses.append(loss)
         self.norms.append(norm)
-        exposed = self.steps.take_exposed()
+        taken = self.steps.take_exposed()
         if self._on_cuda:
             free, total = torch.cuda.mem_get_info()
             self.device_used = max(self.device_used, (total - free) / GIB)
-        # A ring of one exposes nothing and measures nothing, on all ranks alike.
-        mean = None if exposed is None else self.topology.sum_of(exposed) / self.topology.world_size
-        return seconds, mean
+        if taken is None:  # on all ranks alike
+            return seconds, None
+        exposed, self.untimed_hops = taken
+        return seconds, self.topology.sum_of(exposed) / self.topology.world_size
 
     def _synchronize(self) -> None:
         if self._on_cuda:
