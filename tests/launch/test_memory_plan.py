@@ -1,0 +1,299 @@
+"""Predicted memory against numbers by hand, against what autograd and the host store really keep, and against what was
+measured on GPUs; what is picked for the runs that matter."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ringattn
+from launch.config import Config, MemoryConfig
+from launch.errors import ConfigError
+from launch.memory_choice import DeviceFacts, describe, layer_memory, plan_memory
+from launch.memory_items import MemoryCase, kept_items
+from launch.memory_plan import GIB, case_of, estimate_memory
+from launch.memory_search import LADDER, case_at, choose, families, fits, longest_row
+from launch.memory_state import state_items
+from launch.rates import RatesFile
+from launch.step_time import step_time
+from model.config import ModelConfig, SelectionConfig, preset
+from model.decoder import Decoder
+from model.flops import count_parameters
+from ringattn.softmax import SoftmaxAttention
+from ringattn.transport.copy_engine import GRAPH_BYTES
+from tests.model.dense import random_row, tiny
+
+RATES = RatesFile()
+
+
+def config(seq_len: int, name: str = "qwen3-0.6b", precision: str = "bf16", **sections: Any) -> Config:
+    base: dict[str, Any] = {
+        "run": {"dir": "unused"},
+        "data": {"seq_len": seq_len},
+        "optim": {"steps": 1},
+        "model": {"preset": name},
+        "engine": {"name": "fsdp", "precision": precision},
+    }
+    return Config(**{**base, **sections})
+
+
+def gpu_case(seq_len: int, name: str = "qwen3-0.6b", processes: int = 4, **sections: Any) -> MemoryCase:
+    return case_of(config(seq_len, name, **sections), preset(name), processes, on_gpu=True)
+
+
+def machine(gpu: float = 80, host: float = 500, processes: int = 4) -> DeviceFacts:
+    return DeviceFacts(device_bytes=int(gpu * GIB), host_bytes=int(host * GIB / processes))
+
+
+def items_of(case: MemoryCase, **settings: Any) -> dict[str, tuple[float, float]]:
+    return {item.name: (item.device, item.host) for item in estimate_memory(case, MemoryConfig(**settings)).peak_items}
+
+
+@pytest.mark.parametrize(("processes", "measured"), [(1, 53.4), (2, 28.1)])
+def test_measured_on_gpus(processes: int, measured: float) -> None:
+    """docs/benchmarks.md: 32,768 tokens of Qwen3-0.6B, bf16, fsdp, nothing recomputed (max_memory_allocated)."""
+    found = estimate_memory(gpu_case(32_768, processes=processes), MemoryConfig())
+    assert found.allocated / GIB == pytest.approx(measured, rel=0.02)
+
+
+def test_the_ring_needs_what_was_measured() -> None:
+    """docs/benchmarks-attention.md: 32k per GPU, 16/16 heads, both passes: 0.97 GiB, and 0.25 of peer memory."""
+    case = case_of(config(131_072), preset("qwen3-0.6b", kv_heads=16), 4, on_gpu=True)
+    found = estimate_memory(case, MemoryConfig(recompute=True, tile=4096))
+    (phase,) = (phase for phase in found.phases if phase.name == "backward of the last attention")
+    items = {item.name: item.device for item in (*phase.items, *found.outside)}
+    results = 4 * 32_768 * 16 * 128 * 2  # out and the gradients of q, k and v
+    assert (items["messages and sums of the ring"] + results) / GIB == pytest.approx(0.97, rel=0.05)
+    assert items["peer memory of the ring"] == 0.25 * GIB
+
+
+def test_a_case_by_hand() -> None:
+    case = gpu_case(1_048_576)
+    total, tokens = 596_049_920, 262_144
+    items = items_of(case, recompute="keep_attention", offload="inputs", tile=4096)
+    assert items["inputs of layers"] == (2 * tokens * 1024 * 2, 27 * tokens * 1024 * 2)
+    assert items["attention's outputs"] == (28 * tokens * (2048 * 2 + 16 * 4), 0)
+    assert items["AdamW's moments"] == (2 * 4 * total / 4, 0)
+    assert items["one layer again"][0] == tokens * ((2048 + 2048 + 2048) * 2 + 16 * 4)  # q, k and v, out, lse
+    assert "gradients" not in items  # those of the last layer are the first
+    root = 151_936 * 1024 + 1024
+    layer = (total - root) / 28
+    assert items["gathered weights"][0] == 2 * (root + 3 * layer)
+    on_host = items_of(case, recompute=True, offload="inputs", tile=4096, optimizer="host")
+    assert on_host["AdamW's moments"] == (0, 2 * 4 * total / 4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage", "expected"),
+    [
+        ("ddp", 1, (4, 4, 8)),
+        ("fsdp", 1, (1, 1, 2)),
+        ("zero", 0, (4, 4, 8)),
+        ("zero", 1, (4, 4, 2)),
+        ("zero", 2, (4, 1, 2)),
+        ("zero", 3, (1, 1, 2)),
+    ],
+)
+def test_how_engines_spread_their_state(engine: str, stage: int, expected: tuple[int, int, int]) -> None:
+    model = tiny()
+    found = state_items(model, engine=engine, zero_stage=stage, num_processes=4, element_bytes=4, on_host=False)
+    sizes = {name: device for name, device, _ in found}
+    names = ("weights in fp32", "gradients", "AdamW's moments")
+    assert tuple(sizes[name] / count_parameters(model).total for name in names) == expected
+
+
+def test_groups_of_heads_are_those_of_the_ring() -> None:
+    from launch.memory_items import _group_bytes
+
+    for tokens, kv_heads in ((8192, 8), (65_536, 8), (262_144, 4), (524_288, 6)):
+        model = preset("qwen3-0.6b", heads=24, kv_heads=kv_heads, dim=3072)
+        case = case_of(config(4 * tokens), model, 4, on_gpu=True)
+        q = torch.empty(1, tokens, 24, 128, dtype=torch.bfloat16, device="meta")
+        k = torch.empty(1, tokens, kv_heads, 128, dtype=torch.bfloat16, device="meta")
+
+        class Fake:
+            class expansion:
+                plain = True
+
+            class ring:
+                transport, plan = object(), case.plan
+
+        groups = list(SoftmaxAttention._head_groups(Fake, q, (k, k)))  # type: ignore[arg-type]
+        assert _group_bytes(case) == (q.nbytes / len(groups), 2 * k.nbytes / len(groups)), GRAPH_BYTES
+
+
+def kept_by_autograd(model: ModelConfig, settings: MemoryConfig, tokens: int) -> tuple[int, int]:
+    """(bytes that autograd keeps, weights aside, bytes in the host store) of a real forward pass."""
+    module = Decoder(model, layer_memory(config(tokens, memory=settings.model_dump())))
+    module.init_weights(0)
+    plan = ringattn.Plan(tokens, 1)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        if saved.untyped_storage().data_ptr() not in weights:
+            kept[saved.untyped_storage().data_ptr()] = saved
+        return saved
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return ringattn.ring_attention(q, k, v, plan, **options)
+
+    words, labels, positions = random_row(model, tokens)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss = module(words, labels, positions, attention, tokens)
+    store = module._runner.store
+    host = 0 if store is None else store.bytes
+    loss.backward()
+    return sum(saved.untyped_storage().nbytes() for saved in kept.values()), host
+
+
+SHAPE: dict[str, Any] = {"attention": "gqa", "dim": 64, "heads": 8, "kv_heads": 2, "head_dim": 16, "ffn_dim": 192}
+
+
+def predicted_kept(model: ModelConfig, settings: MemoryConfig, tokens: int) -> tuple[float, float]:
+    case = case_of(config(tokens, precision="fp32"), model, 1, on_gpu=True)
+    items = list(kept_items(case, settings, model.layers))
+    return sum(item.device for item in items), sum(item.host for item in items)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_layers_in_tiles_keep_what_autograd_keeps(qk_norm: bool) -> None:
+    shallow, deep = (tiny(**{**SHAPE, "qk_norm": qk_norm, "layers": layers}) for layers in (2, 6))
+    settings = MemoryConfig(tile=32)
+    kept = kept_by_autograd(deep, settings, 128)[0] - kept_by_autograd(shallow, settings, 128)[0]
+    predicted = predicted_kept(deep, settings, 128)[0] - predicted_kept(shallow, settings, 128)[0]
+    assert kept == pytest.approx(predicted, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recompute": True, "offload": "inputs"},
+        {"recompute": "keep_attention", "offload": "inputs", "tile": 32},
+        {"recompute": "keep_attention", "offload": "all"},
+        {"recompute": "keep_attention", "offload": "all", "keep_layers": 3, "tile": 50},
+    ],
+)
+@pytest.mark.parametrize("selection", [None, SelectionConfig()])
+def test_the_host_store_holds_what_is_predicted(settings: dict[str, Any], selection: SelectionConfig | None) -> None:
+    model = tiny(**{**SHAPE, "layers": 5, "selection": selection})
+    host = kept_by_autograd(model, MemoryConfig(**settings), 96)[1]
+    assert host == predicted_kept(model, MemoryConfig(**settings), 96)[1]
+
+
+def test_more_tokens_layers_and_rows_never_need_less() -> None:
+    for memory in LADDER:
+        sizes = [estimate_memory(gpu_case(1024 * n), memory) for n in (8, 9, 64, 512, 2048)]
+        for less, more in pairwise(sizes):
+            assert less.allocated < more.allocated
+            assert less.host_bytes <= more.host_bytes
+    case = gpu_case(262_144)
+    kept = [MemoryConfig(recompute="keep_attention", keep_layers=n, tile=4096) for n in range(1, 28)]
+    allocated = [estimate_memory(case, memory).allocated for memory in kept]
+    assert allocated == sorted(allocated)
+    seconds = [step_time(case, memory, RATES).seconds for memory in kept]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_each_setting_saves_what_it_is_for() -> None:
+    case = gpu_case(1_048_576, "llama-3-8b")
+    sizes = [estimate_memory(case, memory) for memory in LADDER]
+    plain, keep, tiled, inputs, everything, _, _, host = sizes
+    assert plain.allocated > keep.allocated > tiled.allocated > inputs.allocated > everything.allocated
+    assert plain.host_bytes == tiled.host_bytes < inputs.host_bytes < everything.host_bytes
+    assert host.allocated < min(size.allocated for size in sizes[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "seq_len", "gpu", "expected"),
+    [
+        ("qwen3-0.6b", 32_768, 80, {"recompute": False, "tile": None, "offload": "none"}),
+        ("qwen3-0.6b", 262_144, 80, {"recompute": "keep_attention", "keep_layers": None, "offload": "none"}),
+        ("qwen3-0.6b", 1_048_576, 80, {"recompute": "keep_attention", "keep_layers": None, "offload": "none"}),
+        ("qwen3-0.6b", 1_048_576, 50, {"recompute": "keep_attention", "tile": 4096, "offload": "inputs"}),
+        ("llama-3-8b", 524_288, 80, {"recompute": "keep_attention", "tile": 4096, "offload": "inputs"}),
+        ("llama-3-8b", 2_000_000, 80, {"tile": 4096, "offload": "inputs", "optimizer": "device"}),
+    ],
+)
+def test_what_is_picked(name: str, seq_len: int, gpu: int, expected: dict[str, Any]) -> None:
+    case = gpu_case(seq_len, name)
+    found = choose(case, machine(gpu), RATES)
+    assert found is not None
+    assert {key: getattr(found.memory, key) for key in expected} == expected, describe(found.memory)
+    assert fits(found.estimate, machine(gpu))
+    assert found.memory.optimizer == "device"
+
+
+def test_nothing_that_fits_is_faster() -> None:
+    for name, seq_len in (("qwen3-0.6b", 262_144), ("llama-3-8b", 524_288)):
+        case = gpu_case(seq_len, name)
+        best = choose(case, machine(), RATES)
+        assert best is not None
+        for memory in (*families(case), *LADDER):
+            if fits(estimate_memory(case, memory), machine()):
+                assert best.time.seconds <= 1.02 * step_time(case, memory, RATES).seconds
+
+
+@pytest.mark.parametrize("memory", [LADDER[0], LADDER[3], None])
+def test_the_longest_row_fits_and_the_next_does_not(memory: MemoryConfig | None) -> None:
+    case, grain = gpu_case(65_536, "llama-3-8b"), 4096
+    longest = longest_row(case, machine(), memory, grain)
+    assert longest % grain == 0
+    one = choose(case_at(case, longest), machine(), RATES) is not None
+    more = choose(case_at(case, longest + grain), machine(), RATES) is not None
+    if memory is None:
+        assert (one, more) == (True, False)
+    else:
+        assert fits(estimate_memory(case_at(case, longest), memory), machine())
+        assert not fits(estimate_memory(case_at(case, longest + grain), memory), machine())
+
+
+def test_what_is_asked_for_is_refused_only_if_it_is_hopeless() -> None:
+    many = config(1_048_576)
+    with pytest.raises(ConfigError) as refused:
+        plan_memory(many, 4, machine(), preset("qwen3-0.6b"))
+    text = str(refused.value)
+    assert "data.seq_len=1,048,576 over 4 ranks is predicted not to fit with the memory settings" in text
+    assert "a GPU needs 378 GiB and has 80.0 GiB" in text
+    assert "largest: activations of all layers 350 GiB" in text
+    assert "Next: memory settings predicted to fit: recompute=keep_attention" in text
+    close = plan_memory(config(204_800), 4, machine(76), preset("qwen3-0.6b"))
+    assert close.warning is not None
+    assert "this may not fit: a GPU needs" in close.warning
+    with pytest.raises(ConfigError, match=r"any memory settings.*data\.seq_len=\d+, the longest row that fits 4 ranks"):
+        plan_memory(config(8_388_608, "llama-3-8b", memory={"auto": True}), 4, machine(), preset("llama-3-8b"))
+
+
+def test_on_a_cpu_only_the_host_counts() -> None:
+    facts = DeviceFacts(device_bytes=None, host_bytes=4 * GIB)
+    plan = plan_memory(config(4096, "test", "fp32", memory={"auto": True}), 2, facts, preset("test"))
+    assert (plan.estimate.on_gpu, plan.memory, plan.warning) == (False, MemoryConfig(), None)
+    assert plan.comparable_bytes == plan.estimate.host_bytes
+    tight = DeviceFacts(device_bytes=None, host_bytes=int(0.8 * GIB))
+    picked = plan_memory(config(65_536, "test", "fp32", memory={"auto": True}), 2, tight, preset("test"))
+    assert picked.memory.recompute
+    assert (picked.memory.offload, picked.memory.optimizer) == ("none", "device")
+
+
+def test_steps_take_what_was_measured() -> None:
+    """docs/benchmarks.md: one H200 1.24 s (0.77 s of it attention), two 0.717 s; the rest was fitted to the first."""
+    one, two = (step_time(gpu_case(32_768, processes=n), MemoryConfig(), RATES) for n in (1, 2))
+    assert one.seconds == pytest.approx(1.24, rel=0.05)
+    assert one.attention == pytest.approx(0.77, rel=0.05)
+    assert two.seconds == pytest.approx(0.717, rel=0.15)
+    assert 0.36 < one.utilisation < 0.42
+
+
+def test_offload_that_does_not_hide_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, rates = replace(RATES.step(), host_link=4e9), RatesFile()
+    monkeypatch.setattr(rates, "step", lambda: slow)
+    memory = MemoryConfig(recompute=True, offload="inputs")
+    short, long = (gpu_case(n, "llama-3-8b") for n in (16_384, 1_048_576))
+    times = step_time(short, memory, rates), step_time(long, memory, rates)
+    # 31 inputs of 4,096 tokens go out while a layer is computed in some 4 ms; coming back there is more to hide behind
+    assert 0 < times[0].offload < 32 * 2 * 4096 * 4096 * 2 / 4e9
+    assert times[1].offload == 0
+    assert step_time(short, memory, RATES).offload == 0
