@@ -100,6 +100,12 @@ def check(command, run_dir, tmp_path, monkeypatch):
         from tools.bench_selection import _parser as selection_parser
 
         selection_parser().parse_args(words[3:])  # needs CUDA
+    elif words[:3] == ["python", "-m", "tools.plan_memory"]:
+        from tools.plan_memory import app
+
+        with pytest.raises(SystemExit) as ended:
+            app(words[3:])
+        assert ended.value.code == 0
     elif words[:2] == ["python", "-m"] and words[2] in TYPER_TOOLS:
         # run for real in tests/tools; here the options are checked
         command = typer.main.get_command(importlib.import_module(words[2]).app)

@@ -1,0 +1,85 @@
+"""The planner's command: what it prints and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from launch.errors import EXIT_CONFIG
+from launch.memory_search import LADDER
+from tools.plan_memory import app
+
+CONFIG = str(Path(__file__).parents[2] / "configs/qwen3-0.6b-32k.yaml")
+SHAPE = ("model.vocab_size=151936", "optim.rows_per_step=1", "memory.recompute=false")
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(app, [CONFIG, *SHAPE, *words])
+
+
+def test_tables_of_items_settings_and_lengths() -> None:
+    found = run("memory=auto", "--tokens", "32768,1_048_576")
+    assert found.exit_code == 0, found.output
+    for text in (
+        "1,048,576 tokens over 4 GPUs (cp 4), 262,144 each, 1 row a step; fsdp, bf16.",
+        "attention's outputs                  28.44",
+        "settings at 1,048,576 tokens, and the longest row of each",
+        "best (auto)  recompute=keep_attention",
+        "recompute=true, offload=inputs, tile=4096, optimizer=host",
+    ):
+        assert text in found.output
+    rows = [line.split() for line in found.output.splitlines() if line.startswith(("    32,768", " 1,048,576"))]
+    assert [row[0] for row in rows] == ["32,768", "1,048,576"]
+
+
+def test_what_to_change_where_it_does_not_fit() -> None:
+    asked = run("--tokens", "1048576").output
+    assert (
+        "The configured settings do not fit. Next: memory settings predicted to fit: recompute=keep_attention" in asked
+    )
+    assert "377.9 !" in asked
+    none = run("memory=auto", "--tokens", "2000000", "--gpus", "1", "--host-gb", "20", "parallel.cp=1").output
+    assert "Nothing fits 2,000,000 tokens. Next: data.seq_len=" in none
+
+
+def test_json_has_every_number() -> None:
+    found = run("memory=auto", "--tokens", "32768,1048576", "--gpu-gb", "50", "--json")
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.output)
+    assert told["gpus"] == 4
+    assert told["gpu_bytes"] == 50 * 2**30
+    short, long = told["lengths"]
+    assert short["best"]["memory"]["recompute"] is False
+    best = long["best"]
+    assert best["memory"] == {
+        "recompute": "keep_attention",
+        "keep_layers": None,
+        "offload": "inputs",
+        "tile": 4096,
+        "optimizer": "device",
+    }
+    assert best["fits"]
+    assert best["allocated_bytes"] < best["device_bytes"] <= 50 * 2**30
+    parts = best["seconds"]
+    names = ("attention", "dense", "communication", "offload", "update")
+    assert sum(parts[name] for name in names) == pytest.approx(parts["total"])
+    assert [row["memory"] for row in told["longest"]] == [
+        {name: value for name, value in memory.model_dump().items() if name != "auto"} for memory in LADDER
+    ]
+    assert all(row["tokens"] % 4096 == 0 for row in told["longest"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tokens", "many"), "--tokens: expected row lengths of 2 or more, such as 32768,262144, got 'many'"),
+        (("--gpus", "6"), "parallel.cp=4"),
+        (("memory.tile=0",), "memory.tile: expected an integer >= 1"),
+    ],
+)
+def test_bad_input_is_one_message(words: tuple[str, ...], message: str) -> None:
+    found = run(*words)
+    assert found.exit_code == EXIT_CONFIG
+    assert message in found.output
+    assert "Traceback" not in found.output
