@@ -10,6 +10,7 @@ from rich.console import Console
 
 from launch.carrier import Carrier
 from launch.config import Config
+from launch.hop_trace import combine, report
 from launch.meters import host_memory_bytes, known_peak_tflops, peak_memory_bytes, utilisation
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress, RunSummary, print_summary
@@ -46,12 +47,19 @@ class Account:
         self._rates: list[float] = []
         self._step_seconds = 0.0
         self._exposed_seconds = 0.0
+        self._untimed_hops = 0
         self._loss: float | None = None
 
     def skip(self) -> None:
         """Forget what the ring counted since the last step: it was no training."""
         if self._carrier is not None:
             self._carrier.stats.take()
+
+    def begin(self, step: int) -> None:
+        """Step number `step` (from 1) is about to be read and run."""
+        every = self._config.metrics.hop_trace_every_steps
+        if self._carrier is not None and every:
+            self._carrier.stats.by_place = step % every == 0
 
     def step(self, progress: Progress, bar: RunProgress, result: StepResult, rate: float, seconds: float) -> None:
         """Show and record what a step took."""
@@ -62,8 +70,12 @@ class Account:
         self._rates.append(tokens / seconds)
         self._step_seconds += seconds
         self._exposed_seconds += totals.exposed_seconds if totals else 0.0
+        self._untimed_hops += totals.untimed_hops if totals else 0
         bar.update(progress.step, loss_nats_per_token=result.loss, tokens_per_second=tokens / seconds)
         self._show_selection(progress.step, bar, result)
+        if self._carrier is not None and totals is not None and self._carrier.stats.by_place:
+            trace = combine(topology.gather_objects(totals))
+            report(trace, progress.step, bar, self._metrics)
         if not self._metrics.due(progress.step) and progress.step < self._config.optim.steps:
             return
         mfu = self._utilisation(tokens / seconds)
@@ -84,6 +96,7 @@ class Account:
                 "tokens_per_second_per_process": tokens / seconds / topology.world_size,
                 "exposed_communication_seconds": totals.exposed_seconds if totals else 0.0,
                 "exposed_communication_fraction": totals.exposed_seconds / seconds if totals else 0.0,
+                "untimed_hops": totals.untimed_hops if totals else 0,
                 "ring_bytes_sent": totals.bytes_sent if totals else 0,
                 "peak_memory_bytes": peak_memory_bytes(topology.device),
                 "predicted_peak_memory_bytes": self._predicted_memory,
@@ -140,6 +153,7 @@ class Account:
             peak_memory_bytes=int(peak),
             predicted_memory_bytes=self._predicted_memory,
             exposed_communication_fraction=exposed / self._step_seconds if self._step_seconds else None,
+            untimed_hops=self._untimed_hops,
             mfu_causal=mfu[0],
             mfu_full=mfu[1],
             written={"metrics": str(self._metrics.path), "checkpoints": checkpoints},

@@ -6,6 +6,7 @@ M_i = i - sum_j min(F[i,j], tau) / tau keys; the loss grows by eps * sum over la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import ringattn
 from launch.carrier import Carrier
+from launch.pulse import Pass
 from ringattn import SelectionStatistics
 
 
@@ -39,6 +41,7 @@ class RowAttention:
         carrier: Carrier | None,
         penalty_weight: float = 0.0,
         with_statistics: bool = False,
+        watch: Callable[[Pass, int], None] | None = None,
     ) -> None:
         """Bind a row.
 
@@ -50,6 +53,7 @@ class RowAttention:
             carrier: What moves between the ranks; None for a single process, or "auto".
             penalty_weight: What a layer's max_i M_i is multiplied with: eps * valid tokens / (layers * tokens).
             with_statistics: Look at F in each layer (one small pass of the ring more).
+            watch: Told when a layer's attention begins, forward, again and backward.
         """
         self._plan = plan
         self._group = group
@@ -58,13 +62,18 @@ class RowAttention:
         self._options: dict[str, Any] = {"kernel": kernel, **({} if carrier is None else carrier.options)}
         self._weight = penalty_weight
         self._with_statistics = with_statistics
+        self._watch = watch
+        self._layer = -1  # whose attention began last
+        self._fresh = True  # no layer's backward has begun
         self.recording = True
         self.penalty: Tensor | float = 0.0
         self.statistics: list[SelectionStatistics] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Out [B, S, H, Dv]; with a memory loss, and gradients on, also this rank's penalty (a scalar)."""
+        self._enter()
         found = ringattn.ring_attention(q, k, v, self._plan, self._group, **options, **self._options)
+        self._notice_backward(found[0] if isinstance(found, tuple) else found)
         if self.recording and self._with_statistics and options.get("selection") is not None:
             self.statistics.append(self._look(q, k, v, options))
         if not isinstance(found, tuple):
@@ -76,6 +85,27 @@ class RowAttention:
         if self.recording:
             self.penalty = self.penalty + penalty.detach().double()
         return out, penalty
+
+    def _enter(self) -> None:
+        """Layers come in order; the second run of one comes after the backward of the next one's attention."""
+        if self._watch is None:
+            return
+        if self.recording:
+            self._layer += 1
+            self._watch("forward", self._layer)
+        else:
+            self._watch("again", self._layer if self._fresh else self._layer - 1)
+
+    def _notice_backward(self, out: Tensor) -> None:
+        if self._watch is None or not self.recording or not out.requires_grad:
+            return
+        watch, layer = self._watch, self._layer
+
+        def begins(gradient: Tensor) -> None:
+            self._layer, self._fresh = layer, False
+            watch("backward", layer)
+
+        out.register_hook(begins)
 
     def _look(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> SelectionStatistics:
         """Over all ranks of the ring: one head votes, so there is nothing to exchange it for."""

@@ -186,6 +186,9 @@ class MetricsConfig(Section):
     selection_every_steps: int = Field(
         default=50, ge=0, description="steps between looks at what selective attention does in each layer; 0: never"
     )
+    hop_trace_every_steps: int = Field(
+        default=0, ge=0, description="steps between tables of exposed communication per layer and hop; 0: never"
+    )
     tensorboard: bool = Field(default=False, description="also write TensorBoard events")
     wandb: bool = Field(default=False, description="also log to Weights & Biases, if installed")
     peak_tflops: PositiveFloat | None = Field(

@@ -62,6 +62,8 @@ class RunProgress:
                 console=self._console,
             )
             self._task = self._bar.add_task(description, total=total_steps, completed=first_step, state="")
+            # Of the step at work, in percent; shown while there is something to tell.
+            self._inner = self._bar.add_task("step", total=100, state="", visible=False)
 
     def __enter__(self) -> RunProgress:
         if self._bar is not None:
@@ -89,8 +91,26 @@ class RunProgress:
         state = f"loss {loss_nats_per_token:.4f}  {tokens_per_second:,.0f} tokens/s  {self._time_left()}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, state=state)
+            self._bar.update(self._inner, visible=False)
         elif step % self._every == 0 or step >= self._total:
             self.note(f"{self._description} step {step}/{self._total}  {state}")
+
+    def within(self, text: str, done: float | None, seconds_left: float | None) -> None:
+        """Show how far the step at work is, on a terminal; from any thread.
+
+        Args:
+            text: Where it is.
+            done: Part of the step, 0 to 1; None: not known.
+            seconds_left: Of the step; None: not known.
+        """
+        if self._bar is not None:
+            left = "" if seconds_left is None else f"  {format_duration(seconds_left)} left in this step"
+            self._bar.update(self._inner, completed=100 * (done or 0.0) // 1, state=f"{text}{left}", visible=True)
+
+    def line(self, text: str) -> None:
+        """Print a line about the step at work, unless a bar shows it; from any thread."""
+        if self._bar is None:
+            self.note(text)
 
     def note(self, text: str) -> None:
         """Print a line that stays, above the bar."""
@@ -122,6 +142,7 @@ class RunSummary:
         peak_memory_bytes: Largest of any process.
         predicted_memory_bytes: What it was predicted to be.
         exposed_communication_fraction: Part of the step time that ring communication was not hidden.
+        untimed_hops: Hops that are not in it, since they ran inside CUDA graphs.
         mfu_causal: Model FLOPs utilisation, causal convention.
         mfu_full: The same, full convention.
         written: What was written, and where.
@@ -139,6 +160,7 @@ class RunSummary:
     peak_memory_bytes: int | None = None
     predicted_memory_bytes: int | None = None
     exposed_communication_fraction: float | None = None
+    untimed_hops: int = 0
     mfu_causal: float | None = None
     mfu_full: float | None = None
     written: Mapping[str, str] = field(default_factory=dict)
@@ -165,7 +187,9 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         beside = "" if predicted is None else f", {format_bytes(predicted)} predicted"
         rows.append(("peak memory", f"{format_bytes(summary.peak_memory_bytes)} in the largest process{beside}"))
     if summary.exposed_communication_fraction is not None:
-        rows.append(("exposed communication", f"{summary.exposed_communication_fraction:.1%} of the step time (ring)"))
+        without = f"; {summary.untimed_hops:,} hops in CUDA graphs not timed" if summary.untimed_hops else ""
+        part = f"{summary.exposed_communication_fraction:.1%} of the step time (ring{without})"
+        rows.append(("exposed communication", part))
     return rows + [(f"{what} in", where) for what, where in summary.written.items()]
 
 

@@ -24,6 +24,7 @@ from launch.config import Config
 from launch.data import IGNORED, Corpus, Row
 from launch.engine import Engine
 from launch.errors import DataError
+from launch.pulse import Pass, Pulse
 from launch.ranks import Ranks
 from launch.topology import Topology
 from model.attend import AttentionFn
@@ -113,7 +114,26 @@ class StepRunner:
         )
         self._chunks = self._plan.chunks(topology.cp_rank)
         self._positions = self._plan.positions(topology.cp_rank).to(topology.device)
-        self.doing = "starting"  # for messages about lost peers: what this rank was at
+        self.pulse = Pulse(
+            model.layers,
+            runs_again=config.memory.recompute is True,
+            bytes_sent=lambda: 0 if carrier is None else carrier.stats.bytes_sent,
+            make_event=torch.cuda.Event if topology.device.type == "cuda" else None,
+            capturing=torch.cuda.is_current_stream_capturing,
+        )
+        if carrier is not None:
+            carrier.stats.on_hop = self.pulse.hop
+        self._doing = "starting"
+
+    @property
+    def doing(self) -> str:
+        """What this rank is at, for messages about lost peers."""
+        return self._doing
+
+    @doing.setter
+    def doing(self, doing: str) -> None:
+        self._doing = doing
+        self.pulse.phase(doing)
 
     def read(self, first_row: int, *, stop: bool) -> Batch:
         """Read this ring's rows of the step that begins at `first_row`, and agree on the step's size.
@@ -162,6 +182,7 @@ class StepRunner:
         statistics: tuple[SelectionStatistics, ...] = ()
         self._probe.reset()
         for number, row in enumerate(batch.rows):
+            self.pulse.row(number)
             self.doing = f"forward of row {row.index}"
             attention = self._attention(row, with_statistics=with_statistics and number == 0)
             loss_sum = self._forward(row, row.labels, attention)
@@ -236,7 +257,13 @@ class StepRunner:
             carrier=self._carrier,
             penalty_weight=self._memory_eps * row.num_valid / (self._model.layers * self._plan.seq_len),
             with_statistics=with_statistics,
+            watch=self._enter_layer,
         )
+
+    def _enter_layer(self, which: Pass, layer: int) -> None:
+        if self._carrier is not None:
+            self._carrier.stats.layer = layer
+        self.pulse.layer(which, layer)
 
     def _forward(self, row: Row, labels: Tensor, attention: RowAttention) -> Tensor:
         """Loss sum of this rank's part of a row."""

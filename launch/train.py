@@ -108,6 +108,7 @@ class _Worker:
                 _set_determinism(self._config, topology.device.type)
                 self._trainer = Trainer(self._config, topology, stop, console)
                 self._write_status("running", None, "")
+                self._trainer.tell = lambda text: self._write_status("running", None, text)
                 try:
                     status = self._trainer.run()
                 except BaseException as error:

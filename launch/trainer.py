@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from launch.config import Config
 from launch.data import Corpus, open_corpus
 from launch.engine import Engine, build_engine
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, OutOfMemory, WriteError, everywhere
+from launch.heartbeat import Heartbeat
 from launch.memory_choice import MemoryPlan, device_facts, layer_memory, plan_memory, with_memory
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress
@@ -60,6 +62,7 @@ class Trainer:
         self._runner: StepRunner | None = None
         self._ranks = Ranks(rank=topology.rank, world_size=topology.world_size, group=topology.cpu_group)
         self._starting: str | None = "starting"
+        self.tell: Callable[[str], None] | None = None  # for lines about long steps, from another thread
 
     @property
     def doing(self) -> str:
@@ -194,16 +197,21 @@ class Trainer:
     def _loop(self, parts: _Parts) -> bool:
         """Steps until the end (False) or a request to stop (True)."""
         optim, every = self.config.optim, self.config.checkpoint.every_steps
-        progress = self.progress
-        with RunProgress(
-            total_steps=optim.steps,
-            first_step=progress.step,
-            every_steps=self.config.metrics.every_steps,
-            enabled=self._leader,
-            console=self._console,
-        ) as bar:
+        progress, pulse = self.progress, parts.runner.pulse
+        with (
+            RunProgress(
+                total_steps=optim.steps,
+                first_step=progress.step,
+                every_steps=self.config.metrics.every_steps,
+                enabled=self._leader,
+                console=self._console,
+            ) as bar,
+            Heartbeat(pulse, bar=bar, metrics=parts.metrics, tell=self.tell, enabled=self._leader),
+        ):
             while progress.step < optim.steps:
                 began = time.perf_counter()
+                pulse.begin(progress.step + 1, optim.rows_per_step // self.topology.dp)
+                parts.account.begin(progress.step + 1)
                 batch = parts.runner.read(progress.next_row, stop=self._stop.requested)
                 if batch.stop:
                     return True
@@ -214,6 +222,7 @@ class Trainer:
                 progress.next_row += optim.rows_per_step
                 progress.tokens += optim.rows_per_step * self.config.data.seq_len
                 self.topology.use_hop_timeout()
+                pulse.end()
                 parts.account.step(progress, bar, result, rate, seconds)
                 self._check_numerics(parts, batch, result)
                 parts.saver.publish()

@@ -86,6 +86,7 @@ class HeadExchange:
             work = dist.all_to_all_single(
                 arriving.view(torch.uint8), message.view(torch.uint8), since, to, group=self.group, async_op=True
             )
+            self.stats.at = what
             with self.stats.waiting(first.is_cuda):
                 work.wait() if limit is None else work.wait(limit)
         except RuntimeError as error:

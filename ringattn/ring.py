@@ -46,6 +46,16 @@ class Ring:
             return _Alone(payload)
         return self.transport.open(self.plan, stops, payload, what, returns=returns)
 
+    def enter(self, what: str, stop: Stop) -> None:
+        """Work on a stop begins, with waiting for its tokens."""
+        if self.transport is not None:
+            self.transport.stats.enter(f"{what} {_hops(stop)}", stop.hops[0], self.plan.num_hops)
+
+    def now(self, where: str) -> None:
+        """What is waited for from here on."""
+        if self.transport is not None:
+            self.transport.stats.at = where
+
 
 def ring_forward(
     ring: Ring, payload: Payload, visit: Visit, what: str = "forward", stops: Schedule | None = None
@@ -63,12 +73,14 @@ def ring_forward(
     stops = plain_schedule(ring.plan, ring.rank) if stops is None else stops
     passage = ring.open(stops, payload, what)
     for stop in stops:
+        ring.enter(what, stop)
         held = passage.arrival(stop)
         if held is not None:
             with torch.profiler.record_function(f"ring {what} {_named(stop)}"):
                 visit(stop, held)
         held = None  # or the next payload would take room beside it
         passage.leave(stop)
+    ring.now("elsewhere")
     passage.close()
 
 
@@ -95,25 +107,36 @@ def ring_backward(
     totals = tuple(RowSum(x.shape, x.dtype, x.device) for x in payload)
     passage = ring.open(stops, payload, what, returns=True)
     for stop in stops:
+        ring.enter(what, stop)
         held = passage.arrival(stop)
         found: Payload | None = None
         if held is not None:
             with torch.profiler.record_function(f"ring {what} {_named(stop)}"):
                 found = visit(stop, held)
         if stop.hops != (0,):
-            passage.give_back(stop, found, totals)
+            ring.now(f"{what} {_hops(stop)} gradients")
+            with torch.profiler.record_function(f"ring {what} gradients of {_named(stop)}"):
+                passage.give_back(stop, found, totals)
         elif found is not None:
             for total, part in zip(totals, found, strict=True):
                 total.add(stop.only[1], part, stop.share)
         held = found = None
         passage.leave(stop)
+    ring.now(f"{what} last gradients")
     passage.close(totals)
+    ring.now("elsewhere")
     rooms = (None,) * len(totals) if into is None else into
     return tuple(total.result(dtype or total.dtype, room) for total, room in zip(totals, rooms, strict=True))
 
 
-def _named(stop: Stop) -> str:
+def _hops(stop: Stop) -> str:
     return f"hop {stop.hops[0]}" if len(stop.hops) == 1 else f"hops {stop.hops[0]} to {stop.hops[-1]}"
+
+
+def _named(stop: Stop) -> str:
+    """For traces: "hop 2 from rank 1"."""
+    ranks = ", ".join(str(rank) for rank, _ in stop.sources)
+    return f"{_hops(stop)} from rank{'s' if len(stop.sources) > 1 else ''} {ranks}"
 
 
 class _Alone:

@@ -19,16 +19,18 @@ from ringattn.transport.graphs import Step
 from ringattn.transport.hybrid import HybridTransport
 from ringattn.transport.p2p import P2PTransport
 from ringattn.transport.peer_memory import CudaPeerMemory, hosts_of, peer_memory_problem
-from ringattn.transport.stats import RingStats
+from ringattn.transport.stats import HopWait, RingStats, RingTotals
 
 TRANSPORTS = ("copy_engine", "hybrid", "p2p")
 
 __all__ = [
     "TRANSPORTS",
+    "HopWait",
     "Passage",
     "Payload",
     "Pending",
     "RingStats",
+    "RingTotals",
     "Step",
     "Transport",
     "make_transport",

@@ -132,7 +132,5 @@ class _Captured:
         with torch.no_grad():
             _fill(self._inputs, self._own, inputs, payload)
         self._graph.replay()
-        self._stats.hops += self._counts[0]
-        self._stats.untimed_hops += self._counts[0]
-        self._stats.bytes_sent += self._counts[1]
+        self._stats.replayed(*self._counts)
         return tuple(x.clone() for x in self._results)  # the next replay writes there

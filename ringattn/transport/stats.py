@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,16 +13,40 @@ _MOST_EVENTS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
+class HopWait:
+    """How long compute stood waiting at one place of one layer's attention.
+
+    Attributes:
+        layer: as the caller of `ring_attention` set it in `RingStats.layer`.
+        where: "forward hop 2" (for its payload), "backward hop 2 gradients" (for those under way, before its own are
+            sent), "backward last gradients", ...; see `RingStats.at`.
+        seconds: in all.
+        waits: how many there were.
+    """
+
+    layer: int | None
+    where: str
+    seconds: float
+    waits: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RingTotals:
     """Counts of one rank since the last `take`: exchanges, bytes sent, seconds in which compute stood waiting.
 
     `untimed_hops` of the exchanges are not in `exposed_seconds`: those inside of replayed CUDA graphs.
+    `waits` has the seconds by layer and place, `untimed` the untimed hops by layer, if `RingStats.by_place` was set.
     """
 
     hops: int
     bytes_sent: int
     exposed_seconds: float
     untimed_hops: int = 0
+    waits: tuple[HopWait, ...] = ()
+    untimed: tuple[tuple[int | None, int], ...] = ()
+
+
+_Place = tuple[int | None, str]
 
 
 @dataclass
@@ -31,6 +55,10 @@ class RingStats:
 
     Attributes:
         timed: measure the waiting at all. Off, a hop on CUDA issues two events less.
+        by_place: also keep it by layer and place.
+        layer: whose attention runs; for the caller to set.
+        at: where in the ring it is; set by the hop loops.
+        on_hop: told (hop, number of hops) when work on a hop begins.
     """
 
     hops: int = 0
@@ -38,7 +66,19 @@ class RingStats:
     waited_seconds: float = 0.0
     untimed_hops: int = 0
     timed: bool = True
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    by_place: bool = False
+    layer: int | None = None
+    at: str = "elsewhere"
+    on_hop: Callable[[int, int], None] | None = None
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event, _Place]] = field(default_factory=list)
+    _waits: dict[_Place, list[float]] = field(default_factory=dict)
+    _untimed: dict[int | None, int] = field(default_factory=dict)
+
+    def enter(self, where: str, hop: int, num_hops: int) -> None:
+        """Work on a hop begins."""
+        self.at = where
+        if self.on_hop is not None:
+            self.on_hop(hop, num_hops)
 
     @contextmanager
     def waiting(self, on_cuda: bool) -> Iterator[None]:
@@ -48,32 +88,54 @@ class RingStats:
             before.record()
             yield
             after.record()
-            self._events.append((before, after))
+            self._events.append((before, after, (self.layer, self.at)))
             if len(self._events) > _MOST_EVENTS:
-                self._fold()
+                self._fold(len(self._events) // 2)  # for a transport whose counts nobody takes
         elif on_cuda:
             yield
         else:
             started = time.perf_counter()
             yield
-            self.waited_seconds += time.perf_counter() - started
+            self._add((self.layer, self.at), time.perf_counter() - started)
 
-    def _fold(self) -> None:
-        """Add up the older half, for a transport whose counts nobody takes."""
-        half = len(self._events) // 2
-        self._events[half - 1][1].synchronize()  # long past
-        self.waited_seconds += sum(before.elapsed_time(after) for before, after in self._events[:half]) / 1000.0
-        del self._events[:half]
+    def replayed(self, hops: int, bytes_sent: int) -> None:
+        """A CUDA graph with so many hops ran; how long they waited is not known."""
+        self.hops += hops
+        self.untimed_hops += hops
+        self.bytes_sent += bytes_sent
+        if self.by_place:
+            self._untimed[self.layer] = self._untimed.get(self.layer, 0) + hops
+
+    def _add(self, place: _Place, seconds: float) -> None:
+        self.waited_seconds += seconds
+        if self.by_place:
+            found = self._waits.setdefault(place, [0.0, 0])
+            found[0] += seconds
+            found[1] += 1
+
+    def _fold(self, count: int) -> None:
+        """Add up the first `count` of the events."""
+        if count:
+            self._events[count - 1][1].synchronize()
+        for before, after, place in self._events[:count]:
+            self._add(place, before.elapsed_time(after) / 1000.0)
+        del self._events[:count]
 
     def take(self) -> RingTotals:
         """The totals since the last call, which are then zero again. Waits for the device if there are events."""
-        exposed = self.waited_seconds
-        if self._events:
-            self._events[-1][1].synchronize()
-            exposed += sum(before.elapsed_time(after) for before, after in self._events) / 1000.0
+        self._fold(len(self._events))
         totals = RingTotals(
-            hops=self.hops, bytes_sent=self.bytes_sent, exposed_seconds=exposed, untimed_hops=self.untimed_hops
+            hops=self.hops,
+            bytes_sent=self.bytes_sent,
+            exposed_seconds=self.waited_seconds,
+            untimed_hops=self.untimed_hops,
+            waits=tuple(
+                HopWait(layer=layer, where=where, seconds=seconds, waits=int(waits))
+                for (layer, where), (seconds, waits) in self._waits.items()
+            ),
+            untimed=tuple(self._untimed.items()),
         )
         self.hops, self.bytes_sent, self.waited_seconds, self.untimed_hops = 0, 0, 0.0, 0
-        self._events.clear()
+        self._waits.clear()
+        self._untimed.clear()
         return totals

@@ -1,0 +1,265 @@
+"""Where a step is: said by the step's code, believed on a GPU only once the device is there; and who tells it."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from launch.config import MetricsConfig
+from launch.errors import EXIT_DONE
+from launch.heartbeat import Heartbeat
+from launch.metrics import MetricsWriter, read_metrics
+from launch.progress import RunProgress
+from launch.pulse import Pulse
+from launch.status import read_status
+from tests.launch.runs import settings, train_worker, write_corpus
+from tests.processes import run_ranks
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Device:
+    """Events of a stream that somebody has to move on."""
+
+    def __init__(self) -> None:
+        self.recorded, self.done, self.made = 0, 0, 0
+
+    def make(self):
+        device = self
+        device.made += 1
+
+        class Event:
+            def record(self) -> None:
+                device.recorded += 1
+                self.number = device.recorded
+
+            def query(self) -> bool:
+                return self.number <= device.done
+
+        return Event()
+
+
+def walk(pulse: Pulse, layers: int, rows: int, hops: int, see) -> None:
+    for row in range(rows):
+        pulse.row(row)
+        pulse.phase(f"forward of row {row}")
+        for layer in range(layers):
+            pulse.layer("forward", layer)
+            see()
+            for hop in range(hops):
+                pulse.hop(hop, hops)
+                see()
+        pulse.phase(f"backward of row {row}")
+        for layer in reversed(range(layers)):
+            pulse.layer("again", layer)
+            see()
+            pulse.layer("backward", layer)
+            see()
+            for hop in (*range(hops), 0):  # the last half of the own tokens comes at the end
+                pulse.hop(hop, hops)
+                see()
+
+
+@pytest.mark.parametrize("runs_again", [False, True])
+def test_the_part_that_is_done_grows_to_the_end(runs_again: bool) -> None:
+    pulse = Pulse(3, runs_again=runs_again, clock=Clock())
+    seen: list[float] = []
+    pulse.begin(1, 2)
+    assert pulse.now().place.done is None
+    walk(pulse, 3, 2, 4, lambda: seen.append(pulse.now().place.done))
+    assert seen == sorted(seen)
+    assert seen[0] == 0.0
+    assert 0.95 < seen[-1] < 1.0
+    # three layers forward, then twice that (three times with a second run), of the first of two rows
+    assert seen[3 * 5 - 5] == pytest.approx(2 / (3 * (4 if runs_again else 3)) / 2)
+
+
+def test_what_is_told_is_what_the_device_has_reached() -> None:
+    clock, device = Clock(), Device()
+    pulse = Pulse(2, make_event=device.make, bytes_sent=lambda: 10 * device.recorded, clock=clock)
+    pulse.begin(7, 1)
+    pulse.row(0)
+    pulse.phase("forward of row 4")
+    pulse.layer("forward", 0)
+    pulse.layer("forward", 1)
+    pulse.phase("backward of row 4")
+    pulse.layer("backward", 1)
+    moment = pulse.now()  # the host is far ahead, the device has not begun
+    assert (moment.place.layer, moment.step, moment.place.phase) == (None, 7, "starting")
+    clock.now += 50
+    device.done = 2
+    moment = pulse.now()
+    assert (moment.text, moment.place.bytes_sent) == ("forward of row 4, layer 1 of 2", 10)
+    assert (moment.seconds, moment.seconds_here) == (50, 0)
+    clock.now += 30
+    assert pulse.now().seconds_here == 30
+    device.done = 5
+    moment = pulse.now()
+    assert (moment.text, moment.place.done) == ("backward of row 4, layer 2 of 2", pytest.approx(2 / 6))
+    assert moment.seconds_left == pytest.approx(160)
+    assert device.made == 5
+    pulse.end()
+    pulse.begin(8, 1)
+    pulse.row(0)
+    pulse.phase("forward of row 5")
+    pulse.layer("forward", 0)
+    assert device.made == 5  # events are recorded anew
+    assert pulse.now().place.layer is None
+    device.done = 7
+    assert pulse.now().place.layer == 0
+    assert pulse.now().seconds_left == pytest.approx(80)  # as long as the step before
+
+
+def test_hops_are_marked_on_a_device_only_once_steps_are_long() -> None:
+    clock, device = Clock(), Device()
+    pulse = Pulse(2, make_event=device.make, clock=clock)
+    for step, hop in ((1, None), (2, 3)):
+        pulse.begin(step, 1)
+        pulse.row(0)
+        pulse.layer("forward", 1)
+        pulse.hop(3, 4)
+        device.done = device.recorded
+        assert pulse.now().place.hop == hop
+        clock.now += 20
+        pulse.end()
+
+
+def test_between_steps_nothing_piles_up_on_the_device() -> None:
+    device = Device()
+    pulse = Pulse(2, make_event=device.make)
+    pulse.begin(1, 1)
+    pulse.end()
+    for number in range(5):
+        pulse.phase(f"evaluating held-out row {number}")
+        pulse.layer("forward", 1)
+    assert device.made == 0
+    assert pulse.now().text == "evaluating held-out row 4, layer 2 of 2"
+
+
+def test_a_mark_costs_a_few_microseconds() -> None:
+    pulse = Pulse(28)
+    pulse.begin(1, 1)
+    pulse.row(0)
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        for layer in range(28):
+            pulse.layer("forward", layer)
+            pulse.layer("backward", layer)
+        best = min(best, time.perf_counter() - began)
+    assert best < 0.5e-3, f"{1e6 * best:.0f} us a step: more than 0.5% of 100 ms"
+
+
+def run_step(tmp_path, terminal: bool, seconds: float = 0.5, **options):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=140, highlight=False)
+    told: list[str] = []
+    pulse = Pulse(4)
+    bar = RunProgress(total_steps=9, console=console)
+    with MetricsWriter(tmp_path, MetricsConfig()) as metrics, bar:
+        beat = Heartbeat(pulse, bar=bar, metrics=metrics, tell=told.append, look_seconds=0.01, **options)
+        with beat:
+            pulse.begin(3, 1)
+            pulse.row(0)
+            pulse.phase("forward of row 2")
+            pulse.layer("forward", 1)
+            pulse.hop(1, 4)
+            time.sleep(seconds)
+        assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return stream.getvalue(), told, events
+
+
+def test_a_long_step_beats_at_a_bounded_rate(tmp_path) -> None:
+    shown, told, events = run_step(tmp_path, False, every_seconds=0.2)
+    assert 1 <= len(events) <= 2
+    assert {name: events[0][name] for name in ("event", "step", "phase", "layer", "hop", "ring_bytes_sent")} == {
+        "event": "heartbeat",
+        "step": 3,
+        "phase": "forward of row 2",
+        "layer": 1,
+        "hop": 1,
+        "ring_bytes_sent": 0,
+    }
+    assert 0.2 <= events[0]["seconds_in_step"] < 0.6
+    assert told[0].startswith("step 3: forward of row 2, layer 2 of 4, hop 1 of 3, 0:00 since it began, about 0:0")
+    assert shown.splitlines() == told
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_short_steps_are_not_disturbed(tmp_path) -> None:
+    shown, told, events = run_step(tmp_path, False, seconds=0.1)
+    assert (shown, told, events) == ("", [], [])
+    assert run_step(tmp_path / "off", False, every_seconds=0.0, enabled=False)[1:] == ([], [])
+
+
+def test_a_terminal_shows_a_bar_within_the_step(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("launch.heartbeat._SHOWN_AFTER_S", 0.0)
+    shown, _, _ = run_step(tmp_path, True, every_seconds=0.2)
+    assert "forward of row 2, layer 2 of 4, hop 1 of 3" in shown
+    assert "left in this step" in shown
+    assert "since it began" not in shown  # no lines beside the bar
+
+
+def test_a_disk_that_fails_ends_the_heartbeats_and_not_the_run(tmp_path, monkeypatch) -> None:
+    def full(self, name, **fields):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(MetricsWriter, "event", full)
+    _, told, events = run_step(tmp_path, False, every_seconds=0.05)
+    assert (told, events) == ([], [])
+
+
+def slow_worker(rank: int, world_size: int, nested: dict) -> tuple[int, list[tuple[str, str]]]:
+    """Trains; the backward of layer 1 waits in the second step, and heartbeats come often."""
+    from functools import partial
+
+    from launch import train, trainer
+    from ringattn.softmax import SoftmaxAttention
+
+    backward, write_status = SoftmaxAttention.backward, train.write_status
+    calls, written = [0], []
+
+    def slow(self, *arguments, **options):
+        calls[0] += 1
+        if calls[0] == 3:
+            time.sleep(0.8)
+        return backward(self, *arguments, **options)
+
+    def noted(run_dir, **fields):
+        written.append((fields["outcome"], fields["message"]))
+        return write_status(run_dir, **fields)
+
+    SoftmaxAttention.backward, train.write_status = slow, noted
+    trainer.Heartbeat = partial(Heartbeat, every_seconds=0.3, look_seconds=0.02)
+    status = train_worker(rank, world_size, [nested])[0]
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+    return status, written
+
+
+def test_a_run_with_a_long_step_tells_where_it_is(tmp_path) -> None:
+    run = settings(write_corpus(tmp_path), tmp_path / "run", optim__steps=3, optim__rows_per_step=1)
+    (status, written), (_, nothing) = run_ranks(slow_worker, 2, run)
+    assert (status, nothing) == (EXIT_DONE, [])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    beats = [line for line in lines if line.get("event") == "heartbeat" and line["phase"].startswith("backward")]
+    assert beats
+    assert {(beat["step"], beat["phase"], beat["layer"]) for beat in beats} == {(2, "backward of row 1", 1)}
+    assert all(beat["part_done"] < 0.34 for beat in beats)  # two layers forward of six units of work
+    assert all(beat["ring_bytes_sent"] > 0 for beat in beats)
+    told = [message for outcome, message in written if outcome == "running" and "backward of row 1" in message]
+    assert told
+    assert told[0].startswith("step 2: backward of row 1, layer 2 of 2")
+    assert written[-1] == ("complete", "")
+    assert read_status(tmp_path / "run").outcome == "complete"
