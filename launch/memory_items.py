@@ -18,6 +18,7 @@ from model.flops import (
     flight_bytes_per_token,
     layer_bytes_per_token,
     loss_bytes,
+    unrounded_bytes_per_token,
     votes_bytes_per_token,
 )
 from model.kinds import attention_shape
@@ -98,11 +99,10 @@ def kept_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[
     # selection keeps its output unrounded
     result = tokens * attention_result_bytes_per_token(model, _FP32 if model.selection else size)
     if not memory.recompute:
-        unrounded = tokens * attention_shape(model).heads * attention_shape(model).value_dim * _FP32
         inside: float = layer_bytes_per_token(model, size)
         if memory.tile is not None:  # what lies between the tiles: a layer's input, and the attention's tensors
             inside = model.dim * size + _attention_bytes_per_token(case)
-        whole = tokens * inside + (unrounded if model.selection else 0)
+        whole = tokens * (inside + unrounded_bytes_per_token(model, size))
         yield Item(name="activations of all layers", device=layers * whole)
         if case.ulysses > 1:
             expanded = expanded_at_home(model, case.plan, size, recompute=True)

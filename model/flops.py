@@ -157,10 +157,12 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, *, recom
     lse of the other layers. Added once: `flight_bytes_per_token`. What a ring holds in flight (two payloads, expanded
     blocks) comes on top. For grouped heads within 5% of the peak measured on CUDA in bf16; on CPU the norms keep more.
     """
-    layer, votes = layer_bytes_per_token(config, element_bytes), votes_bytes_per_token(config, element_bytes)
+    layer = layer_bytes_per_token(config, element_bytes) + unrounded_bytes_per_token(config, element_bytes)
+    votes = votes_bytes_per_token(config, element_bytes)
     ends = 2 * config.dim * element_bytes + flight_bytes_per_token(config, element_bytes)
     if recompute:
-        kept = attention_result_bytes_per_token(config, element_bytes) if recompute == "keep_attention" else 0
+        width = 4 if config.selection is not None else element_bytes  # selection keeps its output unrounded
+        kept = attention_result_bytes_per_token(config, width) if recompute == "keep_attention" else 0
         return config.layers * (config.dim * element_bytes + votes) + (config.layers - 1) * kept + layer + ends
     return config.layers * (layer + votes) + ends
 
@@ -185,6 +187,12 @@ def attention_result_bytes_per_token(config: ModelConfig, element_bytes: int) ->
     """Out and lse of one layer's attention: what "keep_attention" keeps beside the layer's input."""
     shape = attention_shape(config)
     return shape.heads * (shape.value_dim * element_bytes + 4)
+
+
+def unrounded_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
+    """The fp32 output that selection keeps for its backward, beside the rounded one that the layer goes on with."""
+    shape = attention_shape(config)
+    return 4 * shape.heads * shape.value_dim if config.selection is not None and element_bytes < 4 else 0
 
 
 def votes_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:

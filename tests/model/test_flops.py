@@ -135,7 +135,7 @@ def test_parameter_parts_are_those_of_the_module() -> None:
         assert state_bytes(config) == 16 * count.total
 
 
-class _Keeping(torch.autograd.Function):
+class Keeping(torch.autograd.Function):
     """What any attention keeps, without the attention."""
 
     @staticmethod
@@ -145,8 +145,9 @@ class _Keeping(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> None:  # type: ignore[override]
-        raise NotImplementedError
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.ones_like(q), torch.ones_like(k), torch.ones_like(v), None
 
 
 def _kept_per_token(config: ModelConfig, *, recompute: bool) -> float:
@@ -163,7 +164,7 @@ def _kept_per_token(config: ModelConfig, *, recompute: bool) -> float:
         return saved
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return _Keeping.apply(q, k, v, attention_shape(config).value_dim)
+        return Keeping.apply(q, k, v, attention_shape(config).value_dim)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         module(tokens, labels, positions, attention, 64)

@@ -1,0 +1,193 @@
+"""What memory settings keep and how much there is at once, by counting the tensors that are alive."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ringattn
+from model.config import ModelConfig, SelectionConfig
+from model.decoder import Decoder
+from model.flops import activation_bytes_per_token, attention_elements, attention_result_bytes_per_token
+from model.kinds import attention_shape
+from model.memory import Memory
+from tests.model.dense import random_row, tiny
+from tests.model.live_bytes import LiveBytes
+from tests.model.test_flops import WIDE, Keeping
+
+SHAPE: dict[str, Any] = {"attention": "gqa", "dim": 64, "heads": 8, "kv_heads": 2, "head_dim": 16, "ffn_dim": 320}
+LENGTH = 192
+ATTEND = functools.partial(ringattn.ring_attention, plan=ringattn.Plan(LENGTH, 1))
+
+
+def decoder(config: ModelConfig, **settings: Any) -> Decoder:
+    module = Decoder(config, Memory(**settings))
+    module.init_weights(0)
+    return module
+
+
+def step(config: ModelConfig, attention: Any, **settings: Any) -> tuple[LiveBytes, int, int]:
+    """A second step in bf16, when gradients and host buffers are there: its count, and what is kept of the forward.
+
+    Returns:
+        The count, bytes alive after the forward, bytes of host buffers.
+    """
+    module = decoder(config, **settings).to(torch.bfloat16)
+    row = random_row(config, LENGTH)
+    module(*row, attention, 16).backward()
+    store = module._runner.store
+    older = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
+    if store is not None:
+        older += [buffer for buffers in store._buffers.values() for buffer in buffers]
+    with LiveBytes(*older) as live:
+        loss = module(*row, attention, 16)
+        kept = live.now
+        loss.backward()
+    return live, kept, 0 if store is None else store.bytes
+
+
+def stand_in(config: ModelConfig) -> Any:
+    """Keeps what any attention keeps, and has gradients of the right shapes."""
+    return lambda q, k, v, **options: Keeping.apply(q, k, v, attention_shape(config).value_dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        ("gqa normed", True),
+        ("sas", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(WIDE, (False, True))),
+    ],
+)
+def test_nothing_wide_and_no_wide_copy_exists_in_tiles(name: str, recompute: bool) -> None:
+    config = tiny(**{**SHAPE, "attention": name, "qk_norm": False, "layers": 2, "ffn_dim": 512, **WIDE[name]})
+    shape = attention_shape(config)
+    live, *_ = step(config, stand_in(config), recompute=recompute, tile=48)
+    parameters = max(p.numel() for p in Decoder(config).parameters())
+    widest = max(config.dim, shape.heads * shape.score_dim, shape.heads * shape.value_dim, shape.payload)
+    assert live.largest[torch.bfloat16] <= max(parameters, LENGTH * widest) < LENGTH * config.ffn_dim
+    # the sums of a parameter's gradient; tables of rotary positions; lse
+    assert live.largest[torch.float32] <= max(parameters, LENGTH * max(shape.rotary_dim // 2, shape.heads))
+    wide, *_ = step(config, stand_in(config), recompute=recompute)
+    assert wide.largest[torch.bfloat16] == LENGTH * config.ffn_dim  # as it would be seen
+
+
+def test_the_peak_of_a_recomputed_layer_in_tiles() -> None:
+    """One layer's q, k, v, out and their gradients, and a few tensors of hidden states, whatever the feed-forward."""
+    config = tiny(**{**SHAPE, "layers": 2, "ffn_dim": 1024})
+    live, kept, _ = step(config, stand_in(config), recompute=True, tile=24)
+    hidden, attention = config.dim * 2, attention_elements(config) * 2 + 4 * config.heads
+    weights = 4 * 3 * config.dim * config.ffn_dim * 2  # of a layer: their gradients, in fp32 while they are summed
+    assert live.peak <= kept + LENGTH * (2 * attention + 3 * hidden) + weights
+    whole, *_ = step(config, stand_in(config), recompute=True)
+    assert whole.peak > live.peak + LENGTH * 4 * config.ffn_dim * 2 - weights
+
+
+SELECTIVE = SelectionConfig(head=1, lag=4)
+KEEP = "keep_attention"
+INPUT, OUT, LSE = 64 * 2, 8 * 16 * 2, 8 * 4
+WAYS = [
+    ({"tile": 96}, None, INPUT + (8 * 2 * 16 + 2 * 2 * 16) * 2 + LSE, 0),
+    ({"recompute": True}, None, INPUT, 0),
+    ({"recompute": True, "tile": 96}, None, INPUT, 0),
+    ({"recompute": True, "offload": "inputs"}, None, 0, INPUT),
+    ({"recompute": KEEP, "tile": 96}, None, INPUT + OUT + LSE, 0),
+    ({"recompute": KEEP, "keep_layers": 2}, None, INPUT, 0),
+    ({"recompute": KEEP, "offload": "inputs"}, None, OUT + LSE, INPUT),
+    ({"recompute": KEEP, "offload": "all"}, None, 0, INPUT + OUT + LSE),
+    ({"recompute": KEEP, "keep_layers": 2, "offload": "all"}, None, 0, INPUT),
+    # its output is kept unrounded, and each column has a sum
+    ({"recompute": KEEP}, SELECTIVE, INPUT + 2 * OUT + LSE + 4, 0),
+    ({"recompute": KEEP, "offload": "all"}, SELECTIVE, 0, INPUT + 2 * OUT + LSE + 4),
+]
+
+
+@pytest.mark.parametrize(("settings", "selection", "on_device", "on_host"), WAYS, ids=str)
+def test_what_a_layer_keeps_per_token(
+    settings: dict[str, Any], selection: SelectionConfig | None, on_device: int, on_host: int
+) -> None:
+    few, many = (step(tiny(**SHAPE, layers=layers, selection=selection), ATTEND, **settings) for layers in (3, 4))
+    assert (many[1] - few[1]) / LENGTH == pytest.approx(on_device, abs=1)
+    assert (many[2] - few[2]) / LENGTH == pytest.approx(on_host, abs=1)
+
+
+def test_the_formulas_say_the_same() -> None:
+    config = tiny(**SHAPE)
+    assert attention_elements(config) * 2 == (8 * 2 * 16 + 2 * 2 * 16) * 2
+    assert attention_result_bytes_per_token(config, 2) == OUT + LSE
+    selective = tiny(**SHAPE, layers=5, selection=SELECTIVE)
+    off, keep = (
+        [activation_bytes_per_token(x, 2, recompute=way) for way in (False, KEEP)]
+        for x in (tiny(**SHAPE, layers=5), selective)
+    )
+    # unrounded beside rounded in every layer; instead of it in the four that keep attention, and beside it in the last
+    assert [b - a for a, b in zip(off, keep, strict=True)] == [5 * 2 * OUT, 4 * OUT + 2 * OUT]
+
+
+def test_buffers_go_from_step_to_step_and_back_when_a_graph_is_dropped() -> None:
+    config = tiny(**SHAPE, layers=4)
+    module = decoder(config, recompute=KEEP, offload="all")
+    row = random_row(config, LENGTH)
+    module(*row, ATTEND, 16).backward()
+    store = module._runner.store
+    assert store is not None
+    assert store.bytes == LENGTH * 3 * (64 + 8 * 16 + 8) * 4  # of all layers but the last
+
+    def free() -> int:
+        return sum(buffer.nbytes for buffers in store._buffers.values() for buffer in buffers)
+
+    for _ in range(2):
+        loss: Tensor = module(*row, ATTEND, 16)
+        assert free() == 0
+        loss.backward()
+        assert free() == store.bytes == LENGTH * 3 * (64 + 8 * 16 + 8) * 4
+    loss = module(*row, ATTEND, 16)
+    del loss  # a forward that nobody takes back
+    assert free() == store.bytes
+    first, second = (module(*row, ATTEND, 16) for _ in range(2))
+    gradients = [torch.autograd.grad(x, list(module.parameters())) for x in (first, second)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    assert store.bytes == 2 * LENGTH * 3 * (64 + 8 * 16 + 8) * 4  # two graphs at once
+
+
+def test_a_retained_graph_is_walked_twice() -> None:
+    config = tiny(**SHAPE, layers=3)
+    module = decoder(config, recompute=KEEP, offload="all", tile=50)
+    loss = module(*random_row(config, LENGTH), ATTEND, 16)
+    parameters = list(module.parameters())
+    gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_tile_is_run_more_often_than_needed(recompute: bool) -> None:
+    config = tiny(**SHAPE, layers=2)
+    module = decoder(config, recompute=recompute, tile=LENGTH // 4)
+    calls: dict[str, int] = {"mlp": 0, "q_proj": 0}
+    for name, part in module.layers[0].named_modules():
+        key = name.split(".")[-1]
+        if key in calls:
+            part.register_forward_hook(lambda *_, key=key: calls.__setitem__(key, calls[key] + 1))
+    module(*random_row(config, LENGTH), ATTEND, 16).backward()
+    assert calls == {"mlp": 4 + 4, "q_proj": 4 + 4 + (4 if recompute else 0)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recompute": "all"}, "recompute: expected False, True or 'keep_attention', got 'all'"),
+        ({"keep_layers": 2}, "keep_layers: expected at least 1 with recompute='keep_attention', got 2 .*=False"),
+        ({"recompute": KEEP, "keep_layers": 0}, "keep_layers: .* got 0"),
+        ({"offload": "inputs"}, "offload: expected one of none with recompute=False, got 'inputs'"),
+        ({"recompute": True, "offload": "all"}, "one of none, inputs with recompute=True, got 'all'"),
+        ({"tile": 0}, "tile: a number of tokens, expected at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Memory(**settings)
