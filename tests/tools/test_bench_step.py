@@ -6,10 +6,12 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from tools.bench import rival_step, step_worker
 from tools.bench.ranks import UnsupportedError
 from tools.bench.step_profile import REST, Kernel, group_of, summarise
 from tools.bench.step_rows import StepRow, append_row, load_rows
+from tools.bench.step_watch import HostWatch, Ticker
 from tools.bench.step_worker import Task, measure
 from tools.bench_step import app
 
@@ -255,6 +258,30 @@ def test_rows_survive_a_torn_line_and_the_last_one_counts(tmp_path: Path) -> Non
     (tmp_path / "steps.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(ConfigError, match=r"steps.jsonl:1: not a row of this version of bench_step"):
         load_rows(tmp_path)
+
+
+def test_a_long_step_says_where_it_is() -> None:
+    told: list[str] = []
+    with Ticker(lambda: "backward of row 3", told.append, seconds=0.02):
+        deadline = time.monotonic() + 5
+        while len(told) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    count = len(told)
+    assert count >= 2
+    assert told[0] == "0 s: backward of row 3"
+    time.sleep(0.1)
+    assert len(told) == count, "it is quiet after the step"
+
+
+def test_host_memory_that_goes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = iter([100.0, 90.0, 40.0])
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=next(available, 95.0)))
+    monkeypatch.setattr("tools.bench.step_watch._SAMPLE_SECONDS", 0.001)
+    watch = HostWatch()
+    deadline = time.monotonic() + 5
+    while watch.most_taken() < 60 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert watch.most_taken() == 60.0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 from rich.console import Console
 
@@ -31,10 +29,10 @@ from model.flops import flops_per_token
 from tools.bench.rival_step import Rival, torch_context_parallel
 from tools.bench.step_profile import profile_step
 from tools.bench.step_rows import GIB, StepRow, append_row
+from tools.bench.step_watch import HostWatch, Ticker
 from tools.report.worker import Place, run_rank
 
 _CPU = torch.device("cpu")
-_SAMPLE_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ class Steps(Protocol):
 
     @property
     def doing(self) -> str:
-        """What it is at, for messages."""
+        """Where it is, for messages; asked from another thread, too."""
 
     def at(self, seq_len: int) -> Step:
         """Steps over rows of this length."""
@@ -180,7 +178,7 @@ class _Ours:
 
     @property
     def doing(self) -> str:
-        return "starting" if self._runner is None else self._runner.doing
+        return "starting" if self._runner is None else self._runner.pulse.now().text
 
     def at(self, seq_len: int) -> Step:
         config, corpus = self._data.at(seq_len)
@@ -189,7 +187,9 @@ class _Ours:
         self._runner = runner
 
         def step(index: int) -> tuple[float, float]:
+            runner.pulse.begin(index + 1, 1)
             result = runner.train(runner.read(index, stop=False), config.optim.lr)
+            runner.pulse.end()
             if not result.applied:
                 raise RuntimeError(f"the step over row {index} was not applied: {result.blame}")
             return result.loss, result.gradient_norm
@@ -339,8 +339,9 @@ class _Case:
         self.topology.barrier()
         began = time.perf_counter()
         try:
-            loss, norm = step(self._next_row)
-            self._synchronize()
+            with Ticker(lambda: self.steps.doing, lambda text: _say(self.topology, text)):
+                loss, norm = step(self._next_row)
+                self._synchronize()
         except torch.OutOfMemoryError as error:
             peak = torch.cuda.max_memory_allocated() / GIB if self._on_cuda else 0.0
             foreseen = self.steps.foreseen.get("predicted_device")
@@ -365,23 +366,6 @@ class _Case:
     def _synchronize(self) -> None:
         if self._on_cuda:
             torch.cuda.synchronize()
-
-
-class HostWatch:
-    """Notes the least memory that the machine had available since it was made, in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._first = self._least = psutil.virtual_memory().available
-        threading.Thread(target=self._look, daemon=True).start()
-
-    def most_taken(self) -> float:
-        """Bytes that available memory fell by, at most; what others on the machine took is in it."""
-        return float(self._first - self._least)
-
-    def _look(self) -> None:
-        while True:
-            self._least = min(self._least, psutil.virtual_memory().available)
-            time.sleep(_SAMPLE_SECONDS)
 
 
 def _say(topology: Topology, text: str) -> None:
