@@ -94,7 +94,10 @@ class Heartbeat:
             seconds_left=None if left is None else round(left, 1),
             ring_bytes_sent=place.bytes_sent,
         )
-        line = f"step {moment.step}: {moment.text}, {format_duration(moment.seconds)} since it began"
+        since = format_duration(moment.seconds)
+        line = f"step {moment.step}: {moment.text}, {since} since it began"
+        if not moment.running:
+            line = f"after step {moment.step}: {moment.text}, {since} since it ended"
         if left is not None:
             line += f", about {format_duration(left)} left"
         self._bar.line(line)

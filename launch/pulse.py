@@ -54,6 +54,7 @@ class Moment:
         step: The step at work, from 1; between steps the one that was done last.
         place: The last place that is known to be reached.
         layers: Of the model.
+        running: Whether it is inside of a step.
         seconds: Since the step began; between steps since it ended.
         seconds_here: Since it was first seen that this place is reached; a stall shows here.
         seconds_left: Of the step; None where nothing is known.
@@ -62,6 +63,7 @@ class Moment:
     step: int
     place: Place
     layers: int
+    running: bool
     seconds: float
     seconds_here: float
     seconds_left: float | None
@@ -119,7 +121,7 @@ class Pulse:
             self._restart()
 
     def end(self) -> None:
-        """The step is done, on the device too."""
+        """The step is done: what follows, until the next one begins, comes after it."""
         with self._lock:
             self._last_seconds = self._clock() - self._began
             self._rows = 0
@@ -174,6 +176,7 @@ class Pulse:
                 step=self._step,
                 place=place,
                 layers=self._layers,
+                running=self._rows > 0,
                 seconds=seconds,
                 seconds_here=now - self._seen,
                 seconds_left=self._left(place.done, seconds),

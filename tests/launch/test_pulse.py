@@ -161,7 +161,7 @@ def test_a_mark_costs_a_few_microseconds() -> None:
     assert best < 0.5e-3, f"{1e6 * best:.0f} us a step: more than 0.5% of 100 ms"
 
 
-def run_step(tmp_path, terminal: bool, seconds: float = 0.5, **options):
+def run_step(tmp_path, terminal: bool, seconds: float = 0.5, after: str = "", **options):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=140, highlight=False)
     told: list[str] = []
@@ -175,6 +175,9 @@ def run_step(tmp_path, terminal: bool, seconds: float = 0.5, **options):
             pulse.phase("forward of row 2")
             pulse.layer("forward", 1)
             pulse.hop(1, 4)
+            if after:
+                pulse.end()
+                pulse.phase(after)
             time.sleep(seconds)
         assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -196,6 +199,12 @@ def test_a_long_step_beats_at_a_bounded_rate(tmp_path) -> None:
     assert told[0].startswith("step 3: forward of row 2, layer 2 of 4, hop 1 of 3, 0:00 since it began, about 0:0")
     assert shown.splitlines() == told
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_what_takes_long_between_steps_is_told_too(tmp_path) -> None:
+    _, told, events = run_step(tmp_path, False, every_seconds=0.1, seconds=0.3, after="saving a checkpoint")
+    assert told[0] == "after step 3: saving a checkpoint, 0:00 since it ended"
+    assert (events[0]["step"], events[0]["phase"], events[0]["layer"]) == (3, "saving a checkpoint", None)
 
 
 def test_short_steps_are_not_disturbed(tmp_path) -> None:
