@@ -31,14 +31,14 @@ def decoder(config: ModelConfig, **settings: Any) -> Decoder:
     return module
 
 
-def step(config: ModelConfig, attention: Any, **settings: Any) -> tuple[LiveBytes, int, int]:
+def step(config: ModelConfig, attention: Any, length: int = LENGTH, **settings: Any) -> tuple[LiveBytes, int, int]:
     """A second step in bf16, when gradients and host buffers are there: its count, and what is kept of the forward.
 
     Returns:
         The count, bytes alive after the forward, bytes of host buffers.
     """
     module = decoder(config, **settings).to(torch.bfloat16)
-    row = random_row(config, LENGTH)
+    row = random_row(config, length)
     module(*row, attention, 16).backward()
     store = module._runner.store
     older = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
@@ -78,14 +78,21 @@ def test_nothing_wide_and_no_wide_copy_exists_in_tiles(name: str, recompute: boo
 
 
 def test_the_peak_of_a_recomputed_layer_in_tiles() -> None:
-    """One layer's q, k, v, out and their gradients, and a few tensors of hidden states, whatever the feed-forward."""
-    config = tiny(**{**SHAPE, "layers": 2, "ffn_dim": 1024})
-    live, kept, _ = step(config, stand_in(config), recompute=True, tile=24)
+    """Per token: q, k, v, out and their gradients, and three hidden states, whatever the feed-forward."""
+    config = tiny(**SHAPE, layers=2)
     hidden, attention = config.dim * 2, attention_elements(config) * 2 + 4 * config.heads
-    weights = 4 * 3 * config.dim * config.ffn_dim * 2  # of a layer: their gradients, in fp32 while they are summed
-    assert live.peak <= kept + LENGTH * (2 * attention + 3 * hidden) + weights
-    whole, *_ = step(config, stand_in(config), recompute=True)
-    assert whole.peak > live.peak + LENGTH * 4 * config.ffn_dim * 2 - weights
+
+    def per_token(**settings: Any) -> tuple[float, float]:
+        """Of the peak and of what is kept: the difference of two lengths, since parameters have their part in both."""
+        (long, kept, _), (short, less, _) = (
+            step(config, stand_in(config), length, recompute=True, **settings) for length in (192, 96)
+        )
+        return (long.peak - short.peak) / 96, (kept - less) / 96
+
+    peak, kept = per_token(tile=24)
+    assert peak <= kept + 2 * attention + 3 * hidden
+    whole, _ = per_token()
+    assert whole >= peak + 4 * config.ffn_dim * 2
 
 
 SELECTIVE = SelectionConfig(head=1, lag=4)
