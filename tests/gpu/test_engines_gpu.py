@@ -18,7 +18,7 @@ from tests.processes import run_ranks
 pytestmark = pytest.mark.gpu
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-KINDS = toy.KINDS if HAS_DEEPSPEED else ("ddp", "fsdp")
+KINDS = toy.KINDS if HAS_DEEPSPEED else ("ddp", "fsdp", "fsdp host")
 
 
 def on_gpu(rank: int, world_size: int, port: int, kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_training_on_gpu_follows_the_cpu(kind: str, precision: str, world_size: 
         pytest.skip("deepspeed is not installed")
     found = results(world_size)[f"{kind} {precision}"]
     assert found["backend"] == "nccl"
-    assert found["device"].startswith("cuda")
+    assert found["device"].startswith("cpu" if kind.endswith("host") else "cuda")
     assert found["agreed"]
     assert found["resumed"]
     assert found["bad"]["nan"]

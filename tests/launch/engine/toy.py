@@ -37,7 +37,7 @@ def toy_config(
     """
     kind, _, optimizer = kind.partition(" ")
     name = kind.rstrip("0123")
-    engine = {"name": name, "precision": precision}
+    engine: dict[str, Any] = {"name": name, "precision": precision}
     if name == "zero":
         engine["zero_stage"] = int(kind[-1])
     rows = {"steps": 20, "lr": 0.003, "rows_per_step": 12, "clip_norm": None, **optim}
