@@ -125,10 +125,13 @@ def test_groups_of_heads_are_those_of_the_ring() -> None:
         assert _group_bytes(case) == (q.nbytes / len(groups), 2 * k.nbytes / len(groups)), GRAPH_BYTES
 
 
-def kept_by_autograd(model: ModelConfig, settings: MemoryConfig, tokens: int) -> tuple[int, int]:
+def kept_by_autograd(
+    model: ModelConfig, settings: MemoryConfig, tokens: int, dtype: torch.dtype = torch.float32
+) -> tuple[int, int]:
     """(bytes that autograd keeps, weights aside, bytes in the host store) of a real forward pass."""
     module = Decoder(model, layer_memory(config(tokens, memory=settings.model_dump())))
     module.init_weights(0)
+    module.to(dtype)
     plan = ringattn.Plan(tokens, 1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, Tensor] = {}
@@ -153,8 +156,10 @@ def kept_by_autograd(model: ModelConfig, settings: MemoryConfig, tokens: int) ->
 SHAPE: dict[str, Any] = {"attention": "gqa", "dim": 64, "heads": 8, "kv_heads": 2, "head_dim": 16, "ffn_dim": 192}
 
 
-def predicted_kept(model: ModelConfig, settings: MemoryConfig, tokens: int) -> tuple[float, float]:
-    case = case_of(config(tokens, precision="fp32"), model, 1, on_gpu=True)
+def predicted_kept(
+    model: ModelConfig, settings: MemoryConfig, tokens: int, precision: str = "fp32"
+) -> tuple[float, float]:
+    case = case_of(config(tokens, precision=precision), model, 1, on_gpu=True)
     items = list(kept_items(case, settings, model.layers))
     return sum(item.device for item in items), sum(item.host for item in items)
 
@@ -180,8 +185,16 @@ def test_layers_in_tiles_keep_what_autograd_keeps(qk_norm: bool) -> None:
 @pytest.mark.parametrize("selection", [None, SelectionConfig()])
 def test_the_host_store_holds_what_is_predicted(settings: dict[str, Any], selection: SelectionConfig | None) -> None:
     model = tiny(**{**SHAPE, "layers": 5, "selection": selection})
-    host = kept_by_autograd(model, MemoryConfig(**settings), 96)[1]
-    assert host == predicted_kept(model, MemoryConfig(**settings), 96)[1]
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        host = kept_by_autograd(model, MemoryConfig(**settings), 96, dtype)[1]
+        assert host == predicted_kept(model, MemoryConfig(**settings), 96, precision)[1]
+
+
+def test_the_last_layers_are_those_that_keep() -> None:
+    case, memory = gpu_case(262_144), MemoryConfig(recompute="keep_attention", keep_layers=3)
+    one = case.tokens * (2048 * 2 + 16 * 4)
+    kept = {n: {item.name: item.device for item in kept_items(case, memory, n)} for n in (28, 26, 1)}
+    assert {n: items["attention's outputs"] / one for n, items in kept.items()} == {28: 3, 26: 1, 1: 0}
 
 
 def test_more_tokens_layers_and_rows_never_need_less() -> None:

@@ -56,7 +56,7 @@ def out_of_memory_worker(rank, world_size, nested, victim):
     return run(nested), time.monotonic() - began
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_gpu_of_one_rank_is_one_message_and_ends_all_ranks(corpus, tmp_path, victim):
     nested = short_run(corpus, tmp_path)
     outcomes = run_ranks(out_of_memory_worker, 3, nested, victim, check=False)
@@ -106,6 +106,7 @@ def test_short_host_memory_saves_and_stops_all_ranks(corpus, tmp_path):
     assert run_ranks(train_worker, 2, [more]) == [[EXIT_DONE]] * 2
 
 
+@pytest.mark.slow
 def test_hardly_any_host_memory_ends_at_once(corpus, tmp_path):
     nested = short_run(corpus, tmp_path, optim__steps=1000)
     outcomes = run_ranks(short_of_host_memory, 2, nested, 2**28, 3, check=False)
@@ -131,6 +132,7 @@ def hanging_worker(rank, world_size, nested):
     return run(nested)
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_notice_is_ended_by_its_watch(corpus, tmp_path):
     began = time.monotonic()
     outcomes = run_ranks(hanging_worker, 2, short_run(corpus, tmp_path), check=False)
