@@ -131,7 +131,7 @@ def _write(folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, li
     with open(folder / "tokens.bin", "wb") as file:
         for encoded in in_order(
             lambda batch: _encode(batch, tokenizer),
-            _batches(documents, _BATCH_BYTES // (2 * threads)),
+            _batches(documents, _BATCH_BYTES // (4 * threads)),
             bytes_of=lambda batch: sum(document.num_bytes for document in batch),
             most_bytes=_BATCH_BYTES,
             threads=threads,
