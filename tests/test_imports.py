@@ -13,7 +13,7 @@ HEAVY = {
     "deepspeed": {"launch/engine/zero.py", "launch/engine/zero_shards.py"},
     "datasets": {"launch/data"},
     "tokenizers": {"launch/data"},
-    "transformers": {"launch/data"},
+    "transformers": {"launch/data", "tools/bench/rival_step.py"},
 }
 
 

@@ -55,6 +55,7 @@ def main(
     rotate: Annotated[str, typer.Option(help="rival: how blocks travel, alltoall or allgather")] = "alltoall",
     rival_loss: Annotated[str, typer.Option(help="rival: tiles of the loss, fused or checkpointed")] = "fused",
     rival_recompute: Annotated[bool, typer.Option(help="rival: layers checkpointed, or all kept")] = True,
+    rival_compile: Annotated[bool, typer.Option(help="rival: feed-forwards and norms compiled, or eager")] = False,
     profile: Annotated[bool, typer.Option(help="then profile one step of each case")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks, where no torchrun says how many")] = None,
@@ -83,6 +84,7 @@ def main(
             "rotation": rotate,
             "loss": rival_loss,
             "recompute": rival_recompute,
+            "compiled": rival_compile,
             "profile": profile,
             "timeout_seconds": timeout,
         },
@@ -137,6 +139,7 @@ class _Bench:
         if variant == "rival":
             layers = "recomputed" if self._choices["recompute"] else "kept"
             extra = (self._choices["rotation"], f"loss={self._choices['loss']}", f"layers={layers}")
+            extra = (*extra, "compiled") if self._choices["compiled"] else extra
         known = StepRow(
             variant=variant,
             settings=" ".join((*overrides, *extra)),

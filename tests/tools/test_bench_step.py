@@ -58,6 +58,7 @@ def _task(out: Path, variant: str, size: int, tokens: int, model: dict[str, Any]
         "rotation": "alltoall",
         "loss": "fused",
         "recompute": True,
+        "compiled": False,
         "profile": False,
         "size": size,
         "device": "cpu",
@@ -113,9 +114,9 @@ RIVAL: dict[str, Any] = {"variant": "rival", "tokens": 64}
     ("ours", "rival"),
     [
         ({"model": {}}, {"model": {}, "loss": "checkpointed", "recompute": False}),
-        pytest.param({"model": LLAMA}, {"model": LLAMA}, marks=pytest.mark.slow),
+        pytest.param({"model": LLAMA}, {"model": LLAMA, "compiled": True}, marks=pytest.mark.slow),
     ],
-    ids=["qwen3, all kept, loss checkpointed", "llama"],
+    ids=["qwen3, all kept, loss checkpointed", "llama, compiled"],
 )
 def test_the_rival_trains_as_the_trainer_does(ours: dict[str, Any], rival: dict[str, Any], tmp_path: Path) -> None:
     for number in range(2):

@@ -8,6 +8,7 @@
   some versions, gather weights a second time), or none where rows are short enough;
 - the loss over tiles of tokens, so that the logits of a long row never exist at once: "fused" computes a tile's
   gradients in the forward, as Liger's fused linear cross-entropy does, "checkpointed" its logits a second time;
+- feed-forwards and norms eager, as transformers runs them, or each under `torch.compile`;
 - clipping to norm 1 and fused AdamW.
 
 Labels are shifted before the row is cut. One trap is avoided by an `attention_mask` of ones: the positions of a shard
@@ -38,9 +39,6 @@ from model.decoder import Decoder
 from model.loss import tiled_cross_entropy
 from tools.bench.ranks import UnsupportedError
 
-ROTATIONS = ("alltoall", "allgather")
-LOSSES = ("fused", "checkpointed")
-
 Shard = Callable[[list[Tensor]], AbstractContextManager[None]]
 """Cuts tensors [1, T] in place along their second dimension while the context lasts, and makes attention a ring."""
 
@@ -63,8 +61,9 @@ class Rival:
         shape: The model. Its weights are those that our decoder would begin with, for `config.run.seed`.
         topology: This process.
         longest: Tokens of the longest row.
-        loss: One of `LOSSES`.
+        loss: "fused" or "checkpointed".
         recompute: Whether layers are checkpointed.
+        compiled: Whether feed-forwards and norms are.
         shard: How rows are cut and attention finds the other ranks; None: a single process.
 
     Raises:
@@ -80,6 +79,7 @@ class Rival:
         longest: int,
         loss: str,
         recompute: bool,
+        compiled: bool,
         shard: Shard | None,
     ) -> None:
         self._topology = topology
@@ -90,6 +90,10 @@ class Rival:
         with torch.device("meta"):
             ours = Decoder(shape)
         load_weights(bare, ours.initial_values(config.run.seed))
+        if compiled:
+            for part in bare.modules():
+                if type(part).__name__.endswith(("MLP", "RMSNorm")):
+                    part.compile()
         if recompute:
             for index, layer in enumerate(bare.model.layers):
                 bare.model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)

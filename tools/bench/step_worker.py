@@ -46,7 +46,7 @@ class Task:
         steps: Timed ones, at most.
         seconds: No further step is begun if it would probably end later than this after the first (but one is timed).
         warmup_tokens: Length of the row that the warm-up runs on; `data.seq_len`, or less where steps are long.
-        rotation, loss, recompute: The rival's choices.
+        rotation, loss, recompute, compiled: The rival's choices.
         profile: Profile one more step.
         size, device, threads, store, timeout_seconds: See `tools.report.worker.Place`.
     """
@@ -60,6 +60,7 @@ class Task:
     rotation: str
     loss: str
     recompute: bool
+    compiled: bool
     profile: bool
     size: int
     device: str
@@ -223,8 +224,16 @@ class _Theirs:
         self.model = preset(config.model.preset, **{"vocab_size": corpus.vocab_size, **config.model.overrides()})
         shard = torch_context_parallel(topology, task.rotation)
         longest = max(config.data.seq_len, task.warmup_tokens)
-        choices: dict[str, Any] = {"longest": longest, "loss": task.loss, "recompute": task.recompute, "shard": shard}
-        self._rival = Rival(config, self.model, topology, **choices)
+        self._rival = Rival(
+            config,
+            self.model,
+            topology,
+            longest=longest,
+            loss=task.loss,
+            recompute=task.recompute,
+            compiled=task.compiled,
+            shard=shard,
+        )
 
     @property
     def doing(self) -> str:
