@@ -100,6 +100,8 @@ class LayerRunner:
         # no dropout anywhere: random states need not be kept, which saves a device synchronisation per layer
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if torch.compiler.is_compiling():
+            if self.store is not None or self._memory.tile is not None:
+                raise RuntimeError("memory: offload and tile are not for graphs of torch.compile; leave them out")
             if way == "keep_attention":
                 options["context_fn"] = _selective_contexts
             traced: Outcome = checkpoint(layer, *inputs, **options)

@@ -96,7 +96,7 @@ def test_the_peak_of_a_recomputed_layer_in_tiles() -> None:
 
 
 SELECTIVE = SelectionConfig(head=1, lag=4)
-KEEP = "keep_attention"
+KEEP: Any = "keep_attention"
 INPUT, OUT, LSE = 64 * 2, 8 * 16 * 2, 8 * 4
 WAYS = [
     ({"tile": 96}, None, INPUT + (8 * 2 * 16 + 2 * 2 * 16) * 2 + LSE, 0),
@@ -198,3 +198,9 @@ def test_no_tile_is_run_more_often_than_needed(recompute: bool) -> None:
 def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Memory(**settings)
+
+
+def test_the_last_layers_keep_attention() -> None:
+    memory = Memory(recompute=KEEP, keep_layers=2)
+    assert [memory.of_layer(number, 5) for number in range(5)] == [True, True, True, KEEP, KEEP]
+    assert [Memory(recompute=KEEP).of_layer(number, 2) for number in range(2)] == [KEEP, KEEP]
