@@ -104,6 +104,9 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the computation; the master weights stay fp32"
     )
+    compile: bool | Literal["auto"] = Field(
+        default="auto", description="norms, RoPE, gates and the loss by torch.compile; auto: on GPUs"
+    )
 
 
 class MemoryConfig(Section):

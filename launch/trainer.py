@@ -20,10 +20,11 @@ from launch.carrier import Carrier, make_carrier
 from launch.checkpoint import CheckpointStore, Found, checkpoint_bytes
 from launch.config import Config
 from launch.data import Corpus, open_corpus
+from launch.decoder import build_decoder
 from launch.engine import Engine, build_engine
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, OutOfMemory, WriteError, everywhere
 from launch.heartbeat import Heartbeat
-from launch.memory_choice import MemoryPlan, device_facts, layer_memory, plan_memory, with_memory
+from launch.memory_choice import MemoryPlan, device_facts, plan_memory, with_memory
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress
 from launch.ranks import Ranks
@@ -35,7 +36,6 @@ from launch.signals import StopRequest
 from launch.steps import Batch, Evaluation, StepResult, StepRunner
 from launch.topology import Topology
 from model.config import ModelConfig, preset
-from model.decoder import Decoder
 
 _log = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ class Trainer:
             )
         model = preset(self.config.model.preset, **overrides)
         self._plan_memory(model)
-        decoder = Decoder(model, layer_memory(self.config))
+        decoder = build_decoder(self.config, model, self.topology.device)
         decoder.init_weights(self.config.run.seed)
         engine = build_engine(self.config.engine.name, decoder, topology=self.topology, config=self.config)
         return model, engine

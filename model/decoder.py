@@ -14,6 +14,7 @@ from model.initial import initial_value
 from model.layers import DecoderLayer, RMSNorm
 from model.loss import IGNORED_LABEL, tiled_cross_entropy
 from model.memory import LayerRunner, Memory
+from model.pointwise import PLAIN, Pointwise
 from model.rope import rotation
 from model.selector import Carried
 from model.tiles import in_tiles
@@ -25,6 +26,8 @@ class LossHead(nn.Module):
     With a tied head it owns no parameter: the decoder hands it the embedding matrix as an argument.
     """
 
+    pointwise: Pointwise = PLAIN
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         shape = (config.vocab_size, config.dim)
@@ -35,7 +38,7 @@ class LossHead(nn.Module):
         """Loss sum (fp32 scalar) of hidden [B, S, E] and labels [B, S]; `tied_weight` [V, E] exactly if tied."""
         weight = self.weight if self.weight is not None else tied_weight
         assert weight is not None, "a tied head is called with the embedding matrix"
-        return tiled_cross_entropy(hidden, weight, labels, tile)
+        return tiled_cross_entropy(hidden, weight, labels, tile, self.pointwise)
 
 
 class Decoder(nn.Module):
@@ -47,9 +50,10 @@ class Decoder(nn.Module):
     Args:
         config: The shape.
         memory: What is kept for the backward, and where; None: everything, as it is.
+        pointwise: What norms, RoPE, gates and the loss are computed by; see `model.pointwise`.
     """
 
-    def __init__(self, config: ModelConfig, memory: Memory | None = None) -> None:
+    def __init__(self, config: ModelConfig, memory: Memory | None = None, pointwise: Pointwise = PLAIN) -> None:
         super().__init__()
         memory = memory or Memory()
         self.config = config
@@ -61,6 +65,9 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = LossHead(config)
+        for module in self.modules():
+            if hasattr(module, "pointwise"):
+                setattr(module, "pointwise", pointwise)  # noqa: B010 (a plain attribute, whatever nn.Module's types say)
         # noted now: an engine may shard or empty the parameters before their first values are asked for
         self._full_shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
 

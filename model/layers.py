@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.attend import Attending, AttentionFn, Outcome
 from model.config import ModelConfig
+from model.pointwise import PLAIN, Pointwise
 from model.rope import Rotation
 from model.second_run import SecondRun
 from model.selector import Carried
@@ -21,21 +21,21 @@ class RMSNorm(nn.Module):
     The mean square is accumulated in fp32 (fp64 for fp64) whatever the dtype of x; the result has x's dtype.
     """
 
+    pointwise: Pointwise = PLAIN
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # F.rms_norm sums in fp32 and keeps only x for its backward. Under autocast x may be bf16 beside an fp32 weight:
-        # go by the wider of the two instead of rounding the weight.
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        normed = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
-        return normed.to(x.dtype)
+        return self.pointwise.norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases (arXiv:2002.05202, section 2)."""
+
+    pointwise: Pointwise = PLAIN
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -44,11 +44,13 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.pointwise.gate(self.gate_proj(x), self.up_proj(x)))
 
 
 class Attention(Attending):
     """Multi-head, multi-query and grouped-query attention: projections, optional q/k norm and RoPE here."""
+
+    pointwise: Pointwise = PLAIN
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -66,7 +68,12 @@ class Attention(Attending):
             rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotation.apply(self.q_norm(q)), rotation.apply(self.k_norm(k)), v
+        return self._turned(self.q_norm, q, rotation), self._turned(self.k_norm, k, rotation), v
+
+    def _turned(self, norm: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
+        if isinstance(norm, RMSNorm):
+            return self.pointwise.norm_and_turn(x, norm.weight, norm.eps, rotation.cos, rotation.sin)
+        return self.pointwise.turn(x, rotation.cos, rotation.sin)
 
 
 class DecoderLayer(nn.Module):

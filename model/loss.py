@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.pointwise import PLAIN, Pointwise
+
 IGNORED_LABEL = -100
 
 
-def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+def tiled_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, pointwise: Pointwise = PLAIN
+) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[label] over the labels that are not -100.
 
     Logits, softmax and the weight gradient's accumulator are fp32 (fp64 for fp64 inputs). On CUDA under autocast the
@@ -30,7 +34,9 @@ def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: in
         hidden: [..., E], any float dtype; no tokens at all is fine.
         weight: [V, E], the head matrix (the embedding if tied).
         labels: [...] long, one for each hidden state: 0 .. V-1, or -100 to ignore.
-        tile: Tokens whose logits exist at a time; scratch memory is about tile * V * 4 bytes.
+        tile: Tokens whose logits exist at a time; scratch memory is about tile * V * 4 bytes (and as many elements of
+            the operands' dtype where `pointwise` is compiled or the operands are narrower).
+        pointwise: Compiled, it turns logits into gradients.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs), differentiable once in hidden and weight. Without valid labels it is 0.0
@@ -44,7 +50,7 @@ def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: in
     flat = hidden.reshape(-1, hidden.shape[-1])  # [N, E]
     # inside a Function grad mode is always off, so whether gradients are wanted has to be read here
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _TiledCrossEntropy.apply(flat, weight, labels.reshape(-1), tile, wanted)
+    return _TiledCrossEntropy.apply(flat, weight, labels.reshape(-1), tile, wanted, pointwise)
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> None:
@@ -64,7 +70,9 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> None:
 
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, wanted: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, wanted: bool, pointwise: Pointwise
+    ) -> Tensor:
         wide, operand = _dtypes(hidden, weight)
         nll = torch.zeros(len(labels), dtype=wide, device=hidden.device)  # [N]
         grad_hidden = torch.empty_like(hidden) if wanted and ctx.needs_input_grad[0] else None
@@ -74,7 +82,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             for start in range(0, len(labels), tile):
                 rows = slice(start, start + tile)
                 part = None if grad_hidden is None else grad_hidden[rows]
-                nll[rows] = _tile(hidden[rows].to(operand), head, labels[rows], part, grad_weight)
+                nll[rows] = _tile(hidden[rows].to(operand), head, labels[rows], part, grad_weight, pointwise)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         # a float64 sum: the loss of a row must not depend on how it was cut into shards and tiles
@@ -82,13 +90,13 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = _scaled(grad_hidden, grad_loss, grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = _scaled(grad_weight, grad_loss, ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -107,7 +115,12 @@ def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _tile(
-    hidden: Tensor, head: Tensor, labels: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    pointwise: Pointwise,
 ) -> Tensor:
     """One tile: its negative log-likelihoods [n] (0 where ignored); writes grad_hidden [n, E], adds to grad_weight.
 
@@ -116,6 +129,10 @@ def _tile(
     valid = labels != IGNORED_LABEL
     columns = labels.masked_fill(~valid, 0)[:, None]
     logits = _product(hidden, head.T)
+    if pointwise.compiled and (grad_hidden is not None or grad_weight is not None):
+        nll, gradient = pointwise.softmax(logits, columns[:, 0], valid, hidden)
+        _give(gradient, head, hidden, grad_hidden, grad_weight)
+        return nll
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     picked = logits.gather(1, columns)  # [n, 1]
     total = logits.exp_().sum(dim=-1, keepdim=True)
@@ -127,11 +144,17 @@ def _tile(
     gradient = logits if hidden.dtype == logits.dtype else torch.empty_like(logits, dtype=hidden.dtype)
     torch.mul(logits, scale, out=gradient)
     gradient.scatter_(1, columns, (picked.exp() * scale - valid[:, None].to(scale.dtype)).to(gradient.dtype))
+    _give(gradient, head, hidden, grad_hidden, grad_weight)
+    return nll
+
+
+def _give(
+    gradient: Tensor, head: Tensor, hidden: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
+) -> None:
     if grad_hidden is not None:
         grad_hidden.copy_(_product(gradient, head))
     if grad_weight is not None:
         _add_product_(grad_weight, gradient.T, hidden)
-    return nll
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

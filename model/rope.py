@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.kinds import attention_shape
+from model.pointwise import turn
 
 _YARN_BETA_FAST = 32.0  # rotations over the original length above which a frequency is kept
 _YARN_BETA_SLOW = 1.0  # rotations below which a frequency is divided by the whole factor
@@ -46,10 +47,7 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """Turn the heads of x [B, S, heads, D]; computed in cos's dtype (fp32) or wider, returned in x's."""
-        cos, sin = self.cos[:, None, :], self.sin[:, None, :]  # [S, 1, D/2]: the same for all heads
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.to(x.dtype)
+        return turn(x, self.cos, self.sin)
 
 
 def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype = torch.float32) -> Rotation:

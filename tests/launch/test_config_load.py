@@ -144,7 +144,7 @@ metrics:
         "c.yaml:15: optim.betas: expected a list of 2 items, each a number >= 0 and < 1, got the list [0.9, 1.5]",
         "c.yaml:16: optim.rows_per_step: must be a multiple of dp=2, since every ring takes as many rows as the others,"
         " got 3; set it to 2 or 4",
-        "c.yaml:18: engine: expected a section with keys name, zero_stage, precision, got text 'fsdp'",
+        "c.yaml:18: engine: expected a section with keys name, zero_stage, precision, compile, got text 'fsdp'",
         "c.yaml:20: metrics.every_steps: expected an integer >= 1, got the integer 0",
         "override 1: expected section.key=value, got 'lr=3'; did you mean optim.lr=3?",
         "override 2: optm.lr: optm: no such section; did you mean optim?",

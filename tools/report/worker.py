@@ -20,13 +20,13 @@ from torch import Tensor
 
 import ringattn
 from launch.config import Config
+from launch.decoder import build_decoder
 from launch.engine import build_engine
 from launch.engine.base import Engine
-from launch.memory_choice import layer_memory
 from launch.meters import host_memory_bytes, known_peak_tflops, peak_memory_bytes, reset_peak_memory
 from launch.orphans import die_with_parent
 from launch.topology import Topology
-from model import Decoder, ModelConfig
+from model import ModelConfig
 from model.config import preset
 from model.flops import flops_per_token
 from ringattn.transport import Transport
@@ -202,7 +202,7 @@ class _Trainer:
 
     def __init__(self, config: Config, shape: ModelConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
-        module = Decoder(shape, layer_memory(config))
+        module = build_decoder(config, shape, topology.device)
         module.init_weights(config.run.seed)
         self.engine: Engine = build_engine(config.engine.name, module, topology=topology, config=config)
         parallel, seq_len = config.parallel, config.data.seq_len

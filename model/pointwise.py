@@ -1,0 +1,90 @@
+"""The parts of a decoder that are no matrix product: norms, RoPE, the gate and the softmax of the loss.
+
+Run operation by operation, as PyTorch does, they read and write every tensor several times, in fp32 in part; on an H100
+they took as long as all products together. `torch.compile` makes one or two kernels of each, forward and backward. They
+are functions of tensors, so that one compilation serves all layers, whatever an engine does to the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Pointwise:
+    """The functions as they are, or compiled; both give the same to rounding.
+
+    Args:
+        backend: Of `torch.compile`; None runs them operation by operation.
+
+    Attributes:
+        norm, turn, norm_and_turn, gate, softmax: See the functions of the file.
+    """
+
+    def __init__(self, backend: str | None = None) -> None:
+        # Sizes as symbols: tiles, the last tile and heads of q and k would otherwise be compiled one by one.
+        wrap: Callable[..., Any] = _same if backend is None else partial(torch.compile, dynamic=True, backend=backend)
+        self.compiled = backend is not None
+        self.norm: Callable[..., Tensor] = wrap(norm)
+        self.turn: Callable[..., Tensor] = wrap(turn)
+        self.norm_and_turn: Callable[..., Tensor] = wrap(norm_and_turn)
+        self.gate: Callable[..., Tensor] = wrap(gate)
+        self.softmax: Callable[..., tuple[Tensor, Tensor]] = wrap(softmax)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension; see `model.layers.RMSNorm`."""
+    # F.rms_norm sums in fp32 and keeps only x for its backward. Under autocast x may be bf16 beside an fp32 weight:
+    # go by the wider of the two instead of rounding the weight.
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of x [B, S, heads, D] by cos and sin [S, D/2], computed in their dtype or wider; see `model.rope`."""
+    cos, sin = cos[:, None, :], sin[:, None, :]  # [S, 1, D/2]: the same for all heads
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def norm_and_turn(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """`norm`, then `turn`: queries and keys [B, S, heads, D] with q/k norm."""
+    return turn(norm(x, weight, eps), cos, sin)
+
+
+def gate(x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) * y: the middle of SwiGLU."""
+    return F.silu(x) * y
+
+
+def softmax(logits: Tensor, columns: Tensor, valid: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of a tile of logits.
+
+    Args:
+        logits: [n, V] fp32 (fp64).
+        columns: [n] long, the label of each row.
+        valid: [n] bool, whether the row counts.
+        like: A tensor of the gradient's dtype.
+
+    Returns:
+        -log softmax(logits)[label] [n], and softmax - one_hot [n, V]; both 0 where a row does not count.
+    """
+    total = torch.logsumexp(logits, dim=-1, keepdim=True)  # [n, 1]
+    picked = logits.gather(1, columns[:, None])
+    loss = (total - picked).squeeze(1).masked_fill(~valid, 0.0)
+    hit = torch.arange(logits.shape[1], device=logits.device)[None, :] == columns[:, None]
+    # the label's own entry is p - 1 in fp32: of a bf16 p near 1 it would be 0
+    gradient = (torch.exp(logits - total) - hit.to(logits.dtype)) * valid[:, None].to(logits.dtype)
+    return loss, gradient.to(like.dtype)
+
+
+def _same(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+PLAIN = Pointwise()
