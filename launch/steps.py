@@ -24,6 +24,7 @@ from launch.config import Config
 from launch.data import IGNORED, Corpus, Row
 from launch.engine import Engine
 from launch.errors import DataError
+from launch.leash import Leash
 from launch.pulse import Pass, Pulse
 from launch.ranks import Ranks
 from launch.topology import Topology
@@ -123,6 +124,9 @@ class StepRunner:
         )
         if carrier is not None:
             carrier.stats.on_hop = self.pulse.hop
+        # blocking: a thread that waits for seconds must not spin
+        blocking = functools.partial(torch.cuda.Event, blocking=True)
+        self._leash = Leash(blocking if topology.device.type == "cuda" else None)
         self._doing = "starting"
 
     @property
@@ -263,6 +267,7 @@ class StepRunner:
     def _enter_layer(self, which: Pass, layer: int) -> None:
         if self._carrier is not None:
             self._carrier.stats.layer = layer
+        self._leash.layer()
         self.pulse.layer(which, layer)
 
     def _forward(self, row: Row, labels: Tensor, attention: RowAttention) -> Tensor:
