@@ -9,12 +9,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _GRAIN = 2**21  # regions are multiples of this
 
 
@@ -173,8 +175,16 @@ class CudaLane:
 def hosts_of(group: dist.ProcessGroup) -> list[str]:
     """The host of every rank. Collective."""
     names = [""] * dist.get_world_size(group)
-    dist.all_gather_object(names, socket.gethostname(), group=group)
+    dist.all_gather_object(names, _host(), group=group)
     return names
+
+
+def _host() -> str:
+    """This host's name, and what no other host of that name shares: the number of its last start."""
+    try:
+        return f"{socket.gethostname()} (boot {_BOOT.read_text().strip()})"
+    except OSError:
+        return socket.gethostname()
 
 
 def peer_memory_problem(group: dist.ProcessGroup) -> str | None:
@@ -182,7 +192,7 @@ def peer_memory_problem(group: dist.ProcessGroup) -> str | None:
     if dist.get_backend(group) != "nccl":
         return f"its ranks talk over {dist.get_backend(group)}, not over NCCL"
     device = torch.cuda.current_device()
-    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    mine = (_host(), str(torch.cuda.get_device_properties(device).uuid))
     everyone: list[tuple[str, str]] = [mine] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     reason = _unreachable(device, everyone)
