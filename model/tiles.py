@@ -98,7 +98,10 @@ class _InTiles(torch.autograd.Function):
                     piece = next(own)
                     whole[:, rows] = 0 if piece is None else piece
             sums = [_plus(total, piece) for total, piece in zip(sums, _spread(own, parameters), strict=True)]
-        totals = [None if x is None else x.to(p.dtype) for x, p in zip(sums, parameters, strict=True)]
+        totals: list[Tensor | None] = []
+        for number, parameter in enumerate(parameters):
+            total, sums[number] = sums[number], None  # or all would be there in both dtypes
+            totals.append(None if total is None else total.to(parameter.dtype))
         return None, *found, *totals
 
 
