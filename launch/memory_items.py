@@ -49,6 +49,7 @@ class MemoryCase:
         element_bytes: Of activations: 2 (bf16) or 4 (fp32).
         ulysses: Degree of the exchange of heads; 1 is none.
         rows: Of a step, per ring.
+        compiled: Norms, RoPE and gates are, see `engine.compile`.
         on_gpu: Whether `device` is a GPU; else its items are host memory too.
     """
 
@@ -63,6 +64,7 @@ class MemoryCase:
     loss_tile: int
     rows: int
     asynchronous_saves: bool
+    compiled: bool
     on_gpu: bool
 
     @property
@@ -99,7 +101,7 @@ def kept_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[
     # selection keeps its output unrounded
     result = tokens * attention_result_bytes_per_token(model, _FP32 if model.selection else size)
     if not memory.recompute:
-        inside: float = layer_bytes_per_token(model, size)
+        inside: float = _layer_bytes_per_token(case)
         if memory.tile is not None:  # what lies between the tiles: a layer's input, and the attention's tensors
             inside = model.dim * size + _attention_bytes_per_token(case)
         whole = tokens * (inside + unrounded_bytes_per_token(model, size))
@@ -139,7 +141,7 @@ def loss_items(case: MemoryCase) -> Iterator[Item]:
 def feed_forward_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
     model, size, tokens = case.model, case.element_bytes, case.tokens
     yield from _gradient_items(case)
-    layer, flight = layer_bytes_per_token(model, size), flight_bytes_per_token(model, size)
+    layer, flight = _layer_bytes_per_token(case), flight_bytes_per_token(model, size)
     inputs = model.dim * size
     if memory.tile is not None:
         if memory.recompute:
@@ -167,6 +169,12 @@ def attention_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
     gradients = shape.heads * (shape.score_dim + shape.value_dim) + shape.payload
     yield Item(name="gradients inside a layer", device=tokens * (gradients * size + inputs))
     yield from _ring_items(case, memory)
+
+
+def _layer_bytes_per_token(case: MemoryCase) -> float:
+    """What a layer keeps if nothing is recomputed or in tiles; a compiled gate keeps its inputs, not silu's result."""
+    fused = case.model.ffn_dim * case.element_bytes if case.compiled else 0
+    return layer_bytes_per_token(case.model, case.element_bytes) - fused
 
 
 def _attention_bytes_per_token(case: MemoryCase) -> float:

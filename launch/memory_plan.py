@@ -36,11 +36,11 @@ from model.config import ModelConfig
 from model.flops import count_parameters
 
 GIB = 2**30
-# Beside torch's allocator on a GPU: CUDA context, kernels, NCCL's buffers. Assumed.
-LIBRARIES_DEVICE_BYTES = 1.8 * GIB
-# What the allocator reserves over what it has handed out at the peak. Assumed.
+# Beside torch's allocator on a GPU: CUDA context, kernels, NCCL's buffers. And what the allocator reserves over what it
+# has handed out at the peak. Both fitted to four steps on H100s (docs/benchmarks-steps.md).
+LIBRARIES_DEVICE_BYTES = 2.5 * GIB
 FRAGMENTATION = 1.05
-# Resident memory of a process before it holds any model: seen on CPUs; with CUDA loaded, assumed.
+# Resident memory of a process before it holds any model; with CUDA loaded, as in those steps.
 LIBRARIES_HOST_BYTES = 0.4 * GIB
 LIBRARIES_HOST_BYTES_CUDA = 2.0 * GIB
 _FP32 = 4
@@ -159,6 +159,7 @@ def case_of(
         loss_tile=config.optim.loss_tile,
         rows=config.optim.rows_per_step // dp,
         asynchronous_saves=config.checkpoint.asynchronous,
+        compiled=on_gpu if config.engine.compile == "auto" else config.engine.compile,
         on_gpu=on_gpu,
     )
 

@@ -53,10 +53,31 @@ def items_of(case: MemoryCase, **settings: Any) -> dict[str, tuple[float, float]
 
 
 @pytest.mark.parametrize(("processes", "measured"), [(1, 53.4), (2, 28.1)])
-def test_measured_on_gpus(processes: int, measured: float) -> None:
+def test_measured_on_two_gpus(processes: int, measured: float) -> None:
     """docs/benchmarks.md: 32,768 tokens of Qwen3-0.6B, bf16, fsdp, nothing recomputed (max_memory_allocated)."""
-    found = estimate_memory(gpu_case(32_768, processes=processes), MemoryConfig())
+    engine = {"name": "fsdp", "precision": "bf16", "compile": False}
+    found = estimate_memory(gpu_case(32_768, processes=processes, engine=engine), MemoryConfig())
     assert found.allocated / GIB == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "settings", "allocated", "device", "seconds"),
+    [
+        (32_768, {}, 14.3, 17.8, 0.340),
+        (131_072, {}, 43.2, 48.7, 3.53),
+        (131_072, {"recompute": "keep_attention", "tile": 8192}, 9.9, 13.5, 3.65),
+        (1_048_576, {"recompute": "keep_attention", "tile": 8192, "offload": "inputs"}, 39.6, 44.0, 207.8),
+    ],
+)
+def test_measured_on_four_gpus(
+    seq_len: int, settings: dict[str, Any], allocated: float, device: float, seconds: float
+) -> None:
+    """docs/benchmarks-steps.md: whole steps; allocator, whole device, time."""
+    case, memory = gpu_case(seq_len), MemoryConfig(**settings)
+    found = estimate_memory(case, memory)
+    assert found.allocated / GIB == pytest.approx(allocated, rel=0.03)
+    assert found.device_bytes / GIB == pytest.approx(device, rel=0.04)
+    assert step_time(case, memory, RATES).seconds == pytest.approx(seconds, rel=0.07)
 
 
 def test_the_ring_needs_what_was_measured() -> None:
@@ -270,8 +291,7 @@ def test_what_is_asked_for_is_refused_only_if_it_is_hopeless() -> None:
         plan_memory(many, 4, machine(), preset("qwen3-0.6b"))
     text = str(refused.value)
     assert "data.seq_len=1,048,576 over 4 ranks is predicted not to fit with the memory settings" in text
-    assert "a GPU needs 378 GiB and has 80.0 GiB" in text
-    assert "largest: activations of all layers 350 GiB" in text
+    assert "and has 80.0 GiB (largest: activations of all layers 308 GiB" in text
     assert "Next: memory settings predicted to fit: recompute=keep_attention" in text
     close = plan_memory(config(204_800), 4, machine(76), preset("qwen3-0.6b"))
     assert close.warning is not None
