@@ -20,7 +20,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu te
 SIZES = dict.fromkeys(("rows", "keys", "back_rows", "back_keys", "query_rows", "query_keys"), 16)
 SIZES |= {"vote_rows": 16, "vote_keys": 16, "span": 16, "span_all": 64, "descriptors": False, "hold": False}
 CASE = {"n": 50, "heads": 1, "width": 8}  # four spans
-SHARED = {"buffers": 2, "lanes": 2, "side": -1}
+SHARED = {"buffers": 2, "lanes": 2, "side": -1, "spread": True}
 
 
 class Shuffled(Lanes):

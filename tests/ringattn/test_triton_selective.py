@@ -1,5 +1,6 @@
 """The Triton kernels of selective attention in Triton's interpreter, against the definition in float64."""
 
+import dataclasses
 import os
 
 import pytest
@@ -10,12 +11,13 @@ if not torch.cuda.is_available():  # with CUDA, tests/gpu runs the compiled kern
 pytest.importorskip("triton")
 
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from ringattn.kernels.selective.geometry import Ballot, Geometry
 from ringattn.kernels.selective.triton_kernel import TritonSelective, pick_tiles
 from ringattn.kernels.selective.triton_tools import Tiles
-from ringattn.kernels.selective.triton_values import fp16_values
+from ringattn.kernels.selective.triton_values import fp16_memory, fp16_values
 from tests.ringattn.selective_oracle import dense, errors, problem, run_pieces
 
 
@@ -83,6 +85,32 @@ def test_a_piece_inside_a_lag():
     check(problem(n=48, lag=32, heads=1), cuts=((0, 10), (10, 32), (32, None)), limit=1e-5)
 
 
+ENGINE = dataclasses.replace(SMALL, descriptors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"direct": True}, {"spread": True}, {"direct": True, "spread": True}], ids=str)
+@pytest.mark.parametrize("name", ["exact", "documents", "lag of several tiles", "cost, first keys open"])
+def test_what_goes_through_the_copy_engine(name, fields, monkeypatch):
+    """The interpreter (Triton 3.9) cannot add through descriptors: here it adds through their pointers."""
+
+    def add(self, kind, descriptor, value, indices):
+        at, mask = descriptor.materialize_pointers(indices)
+        return self.create_atomic_rmw(ir.ATOMIC_OP.FADD, at, value, mask, ir.MEM_SEMANTIC.RELAXED, None)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_descriptor_reduce", add, raising=False)
+    kernel = TritonSelective(dataclasses.replace(ENGINE, **fields), interpreted=True)
+    check(problem(**CASES[name]), kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    "cuts", [pytest.param(None, marks=pytest.mark.slow), (((0, 32), (32, None)), ((0, 23), (23, None)))], ids=str
+)
+def test_gradients_of_the_ballot_by_a_product_of_their_own(cuts):
+    kernel = TritonSelective(dataclasses.replace(SMALL, spread=True), interpreted=True)
+    check(problem(n=41, documents=(0, 25), heads=1), *(cuts or ()), kernel=kernel)
+
+
 def test_fp16_is_as_exact_as_its_roundings():
     """fp16 stands for both: the interpreter of Triton 3.9 multiplies bf16 matrices wrongly."""
     check(problem(n=37, dtype=torch.float16, heads=1), limit=2e-3)
@@ -121,7 +149,8 @@ def test_values_of_any_size_keep_their_bits():
     """bf16 values become fp16 divided by a power of two per head; 1e30 and 1e-30 are fine."""
     case = problem(n=33, heads=2, dtype=torch.bfloat16)
     case["v"] = case["v"] * torch.tensor([1e30, 1e-30], dtype=torch.float32)[:, None].to(torch.bfloat16)
-    narrow, most = fp16_values(case["v"])
+    narrow, most = fp16_memory(case["v"])
+    fp16_values(case["v"], narrow, most)
     powers = 2.0 ** (most.log2().floor() - 14)
     assert torch.equal(narrow.float() * powers[:, None, :, None], case["v"].float())
     assert narrow.abs().max() < 2**15
@@ -180,6 +209,6 @@ def test_chosen_tiles_fit_each_other(dtype, lag):
         assert lag % tiles.rows == lag % tiles.back_rows == lag % tiles.query_rows == 0
 
 
-def check(case, cuts=((0, None),), key_cuts=((0, None),), limit=1e-5):
-    found = errors(run_pieces(KERNEL, case, cuts, key_cuts), dense(case), case)
+def check(case, cuts=((0, None),), key_cuts=((0, None),), limit=1e-5, kernel=KERNEL):
+    found = errors(run_pieces(kernel, case, cuts, key_cuts), dense(case), case)
     assert {name: error for name, error in found.items() if not error < limit} == {}

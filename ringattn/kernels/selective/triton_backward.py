@@ -6,6 +6,7 @@ ballot. Spans take turns at a few slots of memory, so that one may be filled whi
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ringattn.kernels.selective import triton_backward_keys, triton_backward_queries
 from ringattn.kernels.selective.lanes import Lanes, Mark
-from ringattn.kernels.selective.triton_backward_keys import shifted
+from ringattn.kernels.selective.triton_backward_keys import prepare, row_sums, shifted
 from ringattn.kernels.selective.triton_forward import bias_buffer, key_range, round_up, span_of
 from ringattn.kernels.selective.triton_scan import offsets, scan
 from ringattn.kernels.selective.triton_votes import Votes
@@ -52,7 +53,13 @@ class Backward:
     suffix: Tensor
     dcost: Tensor | None
     tau: float
-    rows: tuple[Tensor, Tensor]  # what `prepare` returns
+    out: Tensor
+    lse: Tensor
+
+    @functools.cached_property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """What `prepare` writes."""
+        return row_sums(self.out)
 
     def run(self) -> None:
         """Add all gradients of the block."""
@@ -64,16 +71,30 @@ class Backward:
         step = key_range(votes, tiles)
         for key_low in range(0, end, step):
             keys = (key_low, min(key_low + step, end))
-            table = votes.table(*keys)
-            total = scan(table, self.carry[:, keys[0] : keys[1]], keys[1] - keys[0])
-            sums = zeros_table(votes, keys[1] - keys[0])
+            dot, base = self.rows
+            with Lanes(self.q.device, side=tiles.side) as lanes:
+                if key_low == 0:
+                    lanes.small(0, "rows", prepare, self.dout, self.out, self.lse, dot, base)
+                table = votes.table(*keys)
+                total = scan(table, self.carry[:, keys[0] : keys[1]], keys[1] - keys[0])
+                sums = zeros_table(votes, keys[1] - keys[0])
             if fits and not votes.inner:
-                self.own_keys(table, None, self.rows[1], (0, n), keys, sums)
-                self.own_queries(table, None, self.rows[1], (0, n), keys, None)
-                self.turn(sums, keys)
-                add_ballot_gradients(votes, sums, None, (0, n), keys, *self.ballot)
-                continue
-            _Spans(call=self, table=table, total=total, keys=keys, sums=sums, summed=fits).run()
+                self._from_table(table, keys, sums)
+            else:
+                _Spans(call=self, table=table, total=total, keys=keys, sums=sums, summed=fits).run()
+
+    def _from_table(self, table: Tensor, keys: tuple[int, int], sums: Tensor) -> None:
+        """A range of keys whose biases are lines of the table: gradients of votes need no kernel of queries."""
+
+        def cast() -> None:
+            self.turn(sums, keys)
+            add_ballot_gradients(self.votes, sums, None, rows, keys, *self.ballot)
+
+        rows, base = (0, self.votes.n), self.rows[1]
+        with Lanes(self.q.device, side=self.votes.tiles.side) as lanes:
+            summed = lanes.large(0, self.own_keys, table, None, base, rows, keys, sums)
+            lanes.small(0, "ballot", cast, after=[summed])
+            lanes.large(0, self.own_queries, table, None, base, rows, keys, None)
 
     def turn(self, sums: Tensor, keys: tuple[int, int]) -> None:
         """Sums of groups become what later rows owe to their votes; `suffix` goes on with these groups."""
@@ -168,7 +189,7 @@ class _Spans:
             )
             arguments = (biases, self.least, self.base, rows, keys, pairs)
             used = self.lanes.large(self.number, self.call.own_queries, *arguments, after=[filled])
-            slot.free = self.lanes.small(self.number, "ballot", self._cast, pairs, rows, keys, after=[used, turned])
+            slot.free = self.lanes.small(self.number, "ballot", self._cast, slot, rows, keys, after=[used, turned])
 
     def _fill_rows(self, biases: Tensor, pairs: Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> None:
         if not self.summed:
@@ -176,9 +197,14 @@ class _Spans:
         cleared = pairs if self.summed else None
         self.votes.fill(self.table, self.keys[0], self.least, biases, rows, keys, pairs=cleared)
 
-    def _cast(self, pairs: Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> None:
+    def _cast(self, slot: _Slot, rows: tuple[int, int], keys: tuple[int, int]) -> None:
         votes = self.votes
         if not self.summed:  # one lane then: groups after these are summed already
-            add_column_sums(votes, pairs, self.sums, rows)
+            add_column_sums(votes, slot.pairs, self.sums, rows)
             self.call.turn(self.sums[:, rows[0] // votes.group : (rows[1] - 1) // votes.group + 1], keys)
-        add_ballot_gradients(votes, self.sums, pairs if votes.inner else None, rows, keys, *self.call.ballot)
+        pairs = slot.pairs if votes.inner else None
+        spread = None
+        if votes.tiles.spread and votes.inner and votes.terms == 1 and votes.group == votes.tiles.vote_rows:
+            # The biases of these pairs have been used.
+            spread = slot.shaped(*reversed(self.row_shape)).view(votes.q.dtype)
+        add_ballot_gradients(votes, self.sums, pairs, rows, keys, *self.call.ballot, spread=spread)

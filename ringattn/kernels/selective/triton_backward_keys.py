@@ -185,18 +185,23 @@ def _backward_keys_kernel(
         tl.atomic_add(at_dv, dv, mask=inside_v, sem="relaxed")
 
 
-def prepare(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """rowsum(out * dout) and log2(e) lse, both fp32 [B, H, rows rounded up]."""
-    out, dout = dense_rows(out), dense_rows(dout)
-    batch, n, heads, width = out.shape
+def row_sums(out: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for what `prepare` writes: two fp32 tensors [B, H, rows rounded up]."""
+    batch, n, heads, _ = out.shape
     padded = -(-n // 128) * 128 + 128  # row tiles may begin anywhere
     dot = torch.empty(batch, heads, padded, dtype=torch.float32, device=out.device)
-    base = torch.empty_like(dot)
+    return dot, torch.empty_like(dot)
+
+
+def prepare(dout: Tensor, out: Tensor, lse: Tensor, dot: Tensor, base: Tensor) -> None:
+    """rowsum(out * dout) to `dot` and log2(e) lse to `base`, both [B, H, rows rounded up]."""
+    out, dout = dense_rows(out), dense_rows(dout)
+    batch, n, heads, width = out.shape
+    padded = dot.shape[-1]
     _prepare_kernel[(padded // 64, batch * heads)](
         out, dout, lse, dot, base, n, padded, heads, *out.stride()[:3], *dout.stride()[:3], *lse.stride(),
         V_WIDTH=width, V_PADDED=max(16, triton.next_power_of_2(width)), ROWS=64, LOG2=LOG2E, num_warps=4,
     )  # fmt: skip
-    return dot, base
 
 
 def shifted(base: Tensor, least: Tensor) -> Tensor:

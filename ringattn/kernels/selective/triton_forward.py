@@ -30,7 +30,7 @@ from ringattn.kernels.selective.triton_tools import (
     processors,
     rows_of,
 )  # fmt: skip
-from ringattn.kernels.selective.triton_values import fp16_values, power_of
+from ringattn.kernels.selective.triton_values import fp16_memory, fp16_values, power_of
 from ringattn.kernels.selective.triton_votes import Votes
 
 TABLE, BUFFER = 1, 2
@@ -176,15 +176,18 @@ def forward(
     in_table = not votes.inner and (votes.groups == 1 or votes.group % tiles.rows == 0)
     step = key_range(votes, tiles)
     span = span_of(q, tiles)
-    values, most = fp16_values(v)
+    values, most = fp16_memory(v)
     buffers: list[Tensor] = []
     for key_low in range(0, m, step):
         # Keys after the last row's are never seen.
         keys = (key_low, min(key_low + step, m, n + votes.delta))
         if keys[1] <= key_low:
             break
-        table = votes.table(*keys)
-        total = scan(table, carry[:, keys[0] : keys[1]], keys[1] - keys[0])
+        with Lanes(q.device, side=tiles.side) as lanes:
+            if key_low == 0:
+                lanes.small(0, "values", fp16_values, v, values, most)
+            table = votes.table(*keys)
+            total = scan(table, carry[:, keys[0] : keys[1]], keys[1] - keys[0])
         if in_table:
             if cost is not None:
                 votes.fill(table, key_low, lse.new_zeros(votes.batch, n), None, (0, n), keys, cost=cost, tau=tau)

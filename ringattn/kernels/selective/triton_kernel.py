@@ -16,7 +16,6 @@ from torch import Tensor
 from ringattn.kernels.selective import triton_forward
 from ringattn.kernels.selective.geometry import Ballot, Geometry
 from ringattn.kernels.selective.triton_backward import Backward
-from ringattn.kernels.selective.triton_backward_keys import prepare
 from ringattn.kernels.selective.triton_tools import Tiles, workspace
 from ringattn.kernels.selective.triton_votes import Votes
 from ringattn.kernels.selective.triton_votes_backward import add_ballot_gradients
@@ -90,8 +89,7 @@ class TritonSelective:
         with torch.cuda.device_of(q):
             call = Backward(
                 dout=dout, q=q, k=k, v=v, votes=votes, carry=carry, scale=scale, dq=dq, dk=dk, dv=dv,
-                ballot=(dballot_q, dballot_k, dweights), suffix=suffix, dcost=dcost, tau=tau,
-                rows=prepare(dout, out, lse),
+                ballot=(dballot_q, dballot_k, dweights), suffix=suffix, dcost=dcost, tau=tau, out=out, lse=lse,
             )  # fmt: skip
             _described(q, call.run)
         return suffix

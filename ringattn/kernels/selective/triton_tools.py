@@ -26,7 +26,9 @@ class Tiles:
     Attributes:
         vote_rows, vote_keys, vote_warps, vote_stages: Tile of the kernels that count votes.
         vote_span: Key tiles of one of their programs.
+        direct: Biases are filled with lines of tables that do not come through the copy engine.
         ballot_warps, ballot_stages: The same of the kernel of their gradients, which has the same tile.
+        spread: Gradients of the ballot's keys are products of their own; see `add_ballot_gradients`.
         rows, keys, warps, stages: Tile of the forward kernel.
         back_rows, back_keys, back_warps, back_stages: Tile of the backward kernel that owns keys.
         query_rows, query_keys, query_warps, query_stages: Tile of the backward kernel that owns queries.
@@ -43,8 +45,10 @@ class Tiles:
     vote_warps: int = 4
     vote_stages: int = 2
     vote_span: int = 8
+    direct: bool = False
     ballot_warps: int = 4
     ballot_stages: int = 2
+    spread: bool = False
     rows: int = 64
     keys: int = 64
     warps: int = 4

@@ -38,19 +38,26 @@ def _narrow_kernel(
     tl.store(OUT + batch * o_batch + group * o_head + j[:, None] * o_row + d[None, :], v.to(tl.float16), mask=inside)
 
 
-def fp16_values(v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """bf16 values [B, m, G, D] as fp16 below 2^15, and the largest of each head [B, G]; others as they are, and None.
+def fp16_memory(v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Memory for what `fp16_values` writes for bf16 values [B, m, G, D]; others as they are, and None."""
+    if v.dtype != torch.bfloat16:
+        return v, None
+    return torch.empty_like(v, dtype=torch.float16, memory_format=torch.contiguous_format), v.new_empty(
+        v.shape[0], v.shape[2], dtype=torch.float32
+    )
+
+
+def fp16_values(v: Tensor, narrow: Tensor, most: Tensor | None) -> None:
+    """bf16 values [B, m, G, D] as fp16 below 2^15 to `narrow`, the largest of each head to `most` [B, G].
 
     Divided by a power of two per head, every value keeps its 8 bits down to 2^-30 of the largest.
     """
-    if v.dtype != torch.bfloat16:
-        return v, None
+    if most is None:
+        return
     v = dense_rows(v)
     batch, m, groups, width = v.shape
-    most = torch.linalg.vector_norm(v, float("inf"), dim=(1, 3), dtype=torch.float32)
-    result = torch.empty(v.shape, dtype=torch.float16, device=v.device)
+    torch.linalg.vector_norm(v, float("inf"), dim=(1, 3), dtype=torch.float32, out=most)
     _narrow_kernel[(-(-m // 64), batch * groups)](
-        v, most, result, m, groups, *v.stride()[:3], *result.stride()[:3],
+        v, most, narrow, m, groups, *v.stride()[:3], *narrow.stride()[:3],
         WIDTH=width, PADDED=triton.next_power_of_2(width), ROWS=64, num_warps=4,
     )  # fmt: skip
-    return result, most

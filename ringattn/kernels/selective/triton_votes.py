@@ -116,7 +116,8 @@ class Votes:
             **self._constants(), PRECISION=self.precision, INNER=self.inner, STORE=bias is not None,
             HAS_COST=cost is not None, WHOLE=whole, TRANSPOSED=transposed, CLEAR=clear,
             LIMIT=MAX_BIAS if bias is not None and bias.dtype == torch.float16 else 3.0e38, LOG2=LOG2E,
-            num_warps=tiles.vote_warps, num_stages=tiles.vote_stages,
+            DIRECT=tiles.direct, num_warps=tiles.vote_warps, num_stages=tiles.vote_stages,
+            maxnreg=128 if tiles.direct and tiles.vote_warps == 4 else None,
         )  # fmt: skip
 
     def _documents(self) -> tuple[Tensor, Tensor]:

@@ -44,18 +44,18 @@ def _column_sums_kernel(
 
 @triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "lag", "row_high", "key_low", "key_high"])
 def _ballot_kernel(
-    QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, TABLE, PAIRS, DQ, DK, DWEIGHTS,
+    QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, TABLE, PAIRS, SPREAD, DQ, DK, DWEIGHTS,
     n, m, delta, k_start, lag, group, row_low, row_high, key_low, key_high, span,
     q_batch, q_row, q_term, k_batch, k_row, k_term, t_batch, t_rows, t_row, p_batch, p_rows, p_row,
-    dq_batch, dq_row, dq_term, dk_batch, dk_row, dk_term,
+    s_batch, s_rows, s_row, dq_batch, dq_row, dq_term, dk_batch, dk_row, dk_term,
     R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PROTECT: tl.constexpr, INNER: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr, LINES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr, LINES: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the ballot for one part of the rows and `span` keys.
 
     dS[m, j] = TABLE[b, group of m, j - key_low] - sum over rows i of the group with lag * (i // lag) > m of
-    PAIRS[b, i - row_low, j - key_low].
+    PAIRS[b, i - row_low, j - key_low]. KEPT: gradients of the scores go to SPREAD [keys, rows], and not yet into DK.
     """
     key_low = tl.multiple_of(key_low, 16)
     batch = tl.program_id(2).to(tl.int64)
@@ -75,6 +75,7 @@ def _ballot_kernel(
         first_key += tl.maximum(tl.min(low, axis=0) - first_key, 0) // KEYS * KEYS
     pairs = describe_tiles(PAIRS + batch * p_batch, p_rows, p_row, p_row, ROWS, KEYS, WHOLE)
     lines = describe_tiles(TABLE + batch * t_batch, t_rows, t_row, t_row, 1, KEYS, LINES == 2)
+    spread = describe_tiles(SPREAD + batch * s_batch, s_rows, s_row, s_row, KEYS, ROWS, KEPT and WHOLE)
     d = tl.arange(0, PADDED)
     # counts[i, m]: row i counts the vote of row m of its group. Rows past the group belong to the next one.
     counts = (i[None, :] < (i // lag * lag)[:, None]) & (row + i < stop)[:, None]
@@ -83,7 +84,7 @@ def _ballot_kernel(
         q = rows_of(QB + batch * q_batch + r * q_term, row, stop, q_row, ROWS, WIDTH, PADDED)
         k_source = describe(KB + batch * k_batch + r * k_term, m, k_row, KEYS, WIDTH, PADDED, DESCRIPTORS)
         dk_first = DK + batch * dk_batch + r * dk_term
-        dk_source = describe(dk_first, m, dk_row, KEYS, WIDTH, PADDED, REDUCE)
+        dk_source = describe(dk_first, m, dk_row, KEYS, WIDTH, PADDED, REDUCE and not KEPT)
         scale = tl.load(SCALES + r)
         weight = tl.load(WEIGHTS + r)
         dq = tl.zeros([ROWS, PADDED], tl.float32)
@@ -92,7 +93,8 @@ def _ballot_kernel(
             key = tl.multiple_of(tl.cast(position, tl.int32), 16)
             j = key + tl.arange(0, KEYS)
             k = load_rows(k_source, key, m, k_row, KEYS, WIDTH, PADDED, DESCRIPTORS)
-            z = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            if not KEPT:
+                z = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             if LINES == 2:
                 line = load_line(lines, row // group, key - key_low, t_row, KEYS, True)
             elif LINES == 1:
@@ -114,22 +116,70 @@ def _ballot_kernel(
                     rest = (tile - high.to(tl.float32)).to(tl.bfloat16)
                     inner = tl.dot(high, counts.to(tl.bfloat16))
                     dvotes -= tl.dot(rest, counts.to(tl.bfloat16), inner)
+            if KEPT:  # only now, where fewer registers are in use
+                z = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             may = (j[:, None] < (row + i + delta)[None, :]) & (j[:, None] >= low[None, :])
             open_to_votes = firsts_of(K_DOCUMENTS, key, m, k_start, KEYS, HAS_DOCUMENTS, PROTECT) & (j < key_high)
             dvotes = tl.where(may & open_to_votes[:, None] & (z > 0.0), dvotes, 0.0)
             dweight += tl.sum(dvotes * z, axis=1)
             dz = (dvotes * weight).to(q.dtype)
             dq = tl.dot(tl.trans(dz), k, dq, input_precision=PRECISION)
-            dk = tl.dot(dz, q, input_precision=PRECISION) * scale
-            if REDUCE:
-                dk_source.atomic_add([key, 0], dk)
+            if KEPT and WHOLE:
+                spread.store([key - key_low, row - row_low], dz)
+            elif KEPT:
+                tl.store(spread + (j - key_low)[:, None] * s_row + (row - row_low + i)[None, :], dz)
+            elif REDUCE:
+                dk_source.atomic_add([key, 0], tl.dot(dz, q, input_precision=PRECISION) * scale)
             else:
+                dk = tl.dot(dz, q, input_precision=PRECISION) * scale
                 at_dk = dk_first + j.to(tl.int64)[:, None] * dk_row + d[None, :]
                 tl.atomic_add(at_dk, dk, mask=(j < m)[:, None] & (d < WIDTH)[None, :], sem="relaxed")
         if stop_key > first_key:
             at_dq = DQ + batch * dq_batch + r * dq_term + (row + i).to(tl.int64)[:, None] * dq_row + d[None, :]
             tl.atomic_add(at_dq, dq * scale, mask=(row + i < stop)[:, None] & (d < WIDTH)[None, :], sem="relaxed")
             tl.atomic_add(DWEIGHTS + r, tl.sum(dweight, axis=0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "row_high", "key_low", "key_high", "span"])
+def _ballot_keys_kernel(
+    QB, SCALES, Q_DOCUMENTS, SPREAD, DK,
+    n, m, delta, k_start, row_low, row_high, key_low, key_high, span,
+    q_batch, q_row, s_batch, s_rows, s_row, dk_batch, dk_row,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, WHOLE: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """DK += SPREAD [keys, rows] times the queries: one program a tile of keys and `span` rows.
+
+    Of SPREAD it reads the tiles that `_ballot_kernel` wrote: where the last row comes after the first key and the last
+    key is not before the document of the first row.
+    """
+    key_low = tl.multiple_of(key_low, 16)
+    key = key_low + tl.program_id(0) * KEYS
+    batch = tl.program_id(2).to(tl.int64)
+    start = row_low + tl.program_id(1) * span
+    stop = tl.minimum(start + span, row_high)
+    start += tl.cdiv(tl.maximum(key - delta - ROWS + 2 - start, 0), ROWS) * ROWS
+    if key >= row_high - 1 + delta:
+        start = stop
+    if start < stop:
+        q_source = describe(QB + batch * q_batch, row_high, q_row, ROWS, WIDTH, PADDED, DESCRIPTORS)
+        spread = describe_tiles(SPREAD + batch * s_batch, s_rows, s_row, s_row, KEYS, ROWS, WHOLE)
+        dk = tl.zeros([KEYS, PADDED], tl.float32)
+        for position in tl.range(start, stop, ROWS):
+            row = tl.cast(position, tl.int32)
+            dz = load_tile(spread, key - key_low, row - row_low, s_row, KEYS, ROWS, WHOLE)
+            q = load_rows(q_source, row, row_high, q_row, ROWS, WIDTH, PADDED, DESCRIPTORS)
+            if HAS_DOCUMENTS:
+                dz = tl.where(key + KEYS + k_start > tl.load(Q_DOCUMENTS + row), dz, 0.0)
+            dk = tl.dot(dz, q, dk, input_precision=PRECISION)
+        dk *= tl.load(SCALES)
+        if REDUCE:
+            describe(DK + batch * dk_batch, m, dk_row, KEYS, WIDTH, PADDED, REDUCE).atomic_add([key, 0], dk)
+        else:
+            j = key + tl.arange(0, KEYS)
+            d = tl.arange(0, PADDED)
+            at_dk = DK + batch * dk_batch + j.to(tl.int64)[:, None] * dk_row + d[None, :]
+            tl.atomic_add(at_dk, dk, mask=(j < m)[:, None] & (d < WIDTH)[None, :], sem="relaxed")
 
 
 def add_column_sums(votes: Votes, pairs: Tensor, sums: Tensor, rows: tuple[int, int]) -> None:
@@ -147,12 +197,14 @@ def add_column_sums(votes: Votes, pairs: Tensor, sums: Tensor, rows: tuple[int, 
 
 def add_ballot_gradients(
     votes: Votes, table: Tensor, pairs: Tensor | None, rows: tuple[int, int], keys: tuple[int, int],
-    dballot_q: Tensor, dballot_k: Tensor, dweights: Tensor, group: int | None = None,
+    dballot_q: Tensor, dballot_k: Tensor, dweights: Tensor, group: int | None = None, spread: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Gradients of the ballot for rows x keys, given the suffix sums of dF in `table` [B, groups, keys].
 
     `pairs` [B, rows, keys] is the buffer of E = -dF where F has sums inside groups. `group` overrides the size of a
-    group: with all rows in one, the table is one row that holds for all.
+    group: with all rows in one, the table is one row that holds for all. `spread` [B, keys, rows], if given, is memory
+    for gradients of the scores in the dtype of the ballot: then `dballot_k` comes from a product of its own, and not
+    from one addition to memory for every tile.
     """
     tiles = votes.tiles
     inner = pairs is not None
@@ -166,15 +218,30 @@ def add_ballot_gradients(
     if inner or group >= votes.n or not group % tiles.vote_rows:
         lines = 2 if tiles.descriptors and describable(table) else 1
     shape = (0, 0, 0) if pairs is None else (pairs.stride(0), *pairs.shape[1:])
+    s_shape = (0, 0, 0) if spread is None else (spread.stride(0), *spread.shape[1:])
+    reduce = tiles.descriptors and describable(dballot_k)
     _ballot_kernel[(-(-(keys[1] - keys[0]) // span), parts, votes.batch)](
         votes.q, votes.k, votes.weights, votes.scales, *votes._documents(), table, table if pairs is None else pairs,
-        dballot_q, dballot_k, dweights,
+        table if spread is None else spread, dballot_q, dballot_k, dweights,
         votes.n, votes.m, votes.delta, votes.geometry.k_start, votes.geometry.lag, group, *rows, *keys,
         span, *votes.q.stride()[:3], *votes.k.stride()[:3], table.stride(0), *table.shape[1:], *shape,
-        *dballot_q.stride()[:3], *dballot_k.stride()[:3],
+        *s_shape, *dballot_q.stride()[:3], *dballot_k.stride()[:3],
         **votes._constants(), PRECISION=votes.precision, INNER=inner,
-        WHOLE=tiles.descriptors and inner, LINES=lines, REDUCE=tiles.descriptors and describable(dballot_k),
-        num_warps=tiles.ballot_warps, num_stages=tiles.ballot_stages,
+        WHOLE=tiles.descriptors and inner, LINES=lines, REDUCE=reduce,
+        KEPT=spread is not None, num_warps=tiles.ballot_warps, num_stages=tiles.ballot_stages,
+    )  # fmt: skip
+    if spread is None:
+        return
+    span = 16 * tiles.vote_rows
+    grid = (-(-(keys[1] - keys[0]) // tiles.vote_keys), -(-(rows[1] - rows[0]) // span), votes.batch)
+    constants = votes._constants()
+    del constants["R"], constants["PROTECT"], constants["DESCRIPTORS"]
+    _ballot_keys_kernel[grid](
+        votes.q, votes.scales, votes._documents()[0], spread, dballot_k,
+        votes.n, votes.m, votes.delta, votes.geometry.k_start, *rows, *keys, span,
+        *votes.q.stride()[:2], *s_shape, dballot_k.stride(0), dballot_k.stride(1),
+        **constants, PRECISION=votes.precision, WHOLE=tiles.descriptors,
+        DESCRIPTORS=tiles.descriptors and describable(votes.q), REDUCE=reduce, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 

@@ -22,22 +22,29 @@ from ringattn.kernels.selective.triton_tools import (
 
 @triton.jit
 def votes_tile(
-    q0, k0_source, QB, KB, WEIGHTS, SCALES, row, key, n, m, delta, k_start, low, K_DOCUMENTS,
+    q0, k0_source, scale0, weight0, QB, KB, WEIGHTS, SCALES, row, key, n, m, delta, k_start, low, K_DOCUMENTS,
     q_row, q_term, k_row, k_term,
     R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PROTECT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[KEYS, ROWS] votes on the keys, in fp32; 0 where a row has no vote. q0, k0_source: those of the first term."""
+    """[KEYS, ROWS] votes on the keys, in fp32; 0 where a row has no vote.
+
+    q0, k0_source, scale0, weight0: those of the first term, loaded outside the loop over keys.
+    """
     votes = tl.zeros([KEYS, ROWS], tl.float32)
     for r in tl.static_range(R):
         if r == 0:
             q = q0
             k = load_rows(k0_source, key, m, k_row, KEYS, WIDTH, PADDED, DESCRIPTORS)
+            scale = scale0
+            weight = weight0
         else:
+            scale = tl.load(SCALES + r)
+            weight = tl.load(WEIGHTS + r)
             q = rows_of(QB + r * q_term, row, n, q_row, ROWS, WIDTH, PADDED)
             k = rows_of(KB + r * k_term, key, m, k_row, KEYS, WIDTH, PADDED)
         z = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        votes += tl.maximum(z * tl.load(SCALES + r), 0.0) * tl.load(WEIGHTS + r)
+        votes += tl.maximum(z * scale, 0.0) * weight
     # Rows past the end have zero queries, keys past the end zero keys: neither votes.
     if HAS_DOCUMENTS or (key + KEYS > row + delta) or (key + k_start <= 0):
         i = row + tl.arange(0, ROWS)
@@ -75,12 +82,13 @@ def sums_kernel(
     if first < last:
         q0 = rows_of(QB + batch * q_batch, row, stop, q_row, ROWS, WIDTH, PADDED)
         k0_source = describe(KB + batch * k_batch, m, k_row, KEYS, WIDTH, PADDED, DESCRIPTORS)
+        scale0, weight0 = tl.load(SCALES), tl.load(WEIGHTS)
         for position in tl.range(first, last, KEYS):
             key = tl.multiple_of(tl.cast(position, tl.int32), 16)
             votes = votes_tile(
-                q0, k0_source, QB + batch * q_batch, KB + batch * k_batch, WEIGHTS, SCALES, row, key, stop, m, delta,
-                k_start, low, K_DOCUMENTS, q_row, q_term, k_row, k_term, R, WIDTH, PADDED, ROWS, KEYS, PRECISION,
-                HAS_DOCUMENTS, PROTECT, DESCRIPTORS,
+                q0, k0_source, scale0, weight0, QB + batch * q_batch, KB + batch * k_batch, WEIGHTS, SCALES, row, key,
+                stop, m, delta, k_start, low, K_DOCUMENTS, q_row, q_term, k_row, k_term, R, WIDTH, PADDED, ROWS, KEYS,
+                PRECISION, HAS_DOCUMENTS, PROTECT, DESCRIPTORS,
             )  # fmt: skip
             sums = tl.sum(votes, axis=1)
             j = key - key_low + tl.arange(0, KEYS)
@@ -105,7 +113,7 @@ def fill_kernel(
     R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PROTECT: tl.constexpr, INNER: tl.constexpr,
     STORE: tl.constexpr, HAS_COST: tl.constexpr, WHOLE: tl.constexpr, TRANSPOSED: tl.constexpr, CLEAR: tl.constexpr,
-    LIMIT: tl.constexpr, LOG2: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    LIMIT: tl.constexpr, LOG2: tl.constexpr, DESCRIPTORS: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """BIAS[b, i - row_low, j - key_low] = log2(e) (F[i, j] - OFFSETS[b, i]); COST as in `SelectiveKernel.forward_`.
 
@@ -130,7 +138,10 @@ def fill_kernel(
     if first < last:
         q0 = rows_of(QB + batch * q_batch, row, stop, q_row, ROWS, WIDTH, PADDED)
         k0_source = describe(KB + batch * k_batch, m, k_row, KEYS, WIDTH, PADDED, DESCRIPTORS)
-        lines = describe_tiles(TABLE + batch * t_batch, t_rows, t_row, t_row, 1, KEYS, WHOLE)
+        scale0, weight0 = tl.load(SCALES), tl.load(WEIGHTS)
+        # Through pointers a line is a number or two per thread, on its way while votes are scored; what the copy engine
+        # brings is waited for at once, before the next step.
+        lines = describe_tiles(TABLE + batch * t_batch, t_rows, t_row, t_row, 1, KEYS, WHOLE and not DIRECT)
         held = (row + i >= row_low) & (row + i < row_high) & (row + i < stop)
         offset = tl.load(OFFSETS + batch * o_batch + row + i, mask=row + i < stop, other=0.0)
         if WHOLE:
@@ -146,12 +157,15 @@ def fill_kernel(
             key = tl.multiple_of(tl.cast(position, tl.int32), 16)
             j = key + tl.arange(0, KEYS)
             if INNER:
-                line = load_line(lines, row // group, key - table_low, t_row, KEYS, WHOLE)  # padded to whole tiles
+                # Tables are padded to whole tiles.
+                line = load_line(lines, row // group, key - table_low, t_row, KEYS, WHOLE and not DIRECT)
                 votes = votes_tile(
-                    q0, k0_source, QB + batch * q_batch, KB + batch * k_batch, WEIGHTS, SCALES, row, key, stop, m,
-                    delta, k_start, low, K_DOCUMENTS, q_row, q_term, k_row, k_term, R, WIDTH, PADDED, ROWS, KEYS,
-                    PRECISION, HAS_DOCUMENTS, PROTECT, DESCRIPTORS,
+                    q0, k0_source, scale0, weight0, QB + batch * q_batch, KB + batch * k_batch, WEIGHTS, SCALES, row,
+                    key, stop, m, delta, k_start, low, K_DOCUMENTS, q_row, q_term, k_row, k_term, R, WIDTH, PADDED,
+                    ROWS, KEYS, PRECISION, HAS_DOCUMENTS, PROTECT, DESCRIPTORS,
                 )  # fmt: skip
+                if CLEAR and DIRECT:  # here the copy engine has read the last biases, and gets time to read the zeros
+                    pairs.store([row - row_low, key - key_low], tl.zeros([ROWS, KEYS], tl.float32))
                 if STORE and BIAS.dtype.element_ty == tl.float16:
                     # Stored with 11 bits anyway; products of 0 or 1 with fp16 votes are summed in fp32.
                     votes = tl.minimum(tl.maximum(votes, -LIMIT), LIMIT).to(tl.float16)
@@ -178,7 +192,7 @@ def fill_kernel(
                     at_bias = BIAS + batch * b_batch + (row + i - row_low)[None, :] * b_row
                     at_bias += (j - key_low)[:, None] * b_key
                     tl.store(at_bias, bias, mask=held[None, :] & (j < key_high)[:, None])
-            if CLEAR:
+            if CLEAR and not DIRECT:
                 pairs.store([row - row_low, key - key_low], tl.zeros([ROWS, KEYS], tl.float32))
         if HAS_COST:
             tl.atomic_add(COST + batch * c_batch + row + i, cost / tau, mask=held, sem="relaxed")
