@@ -160,7 +160,7 @@ def _forward_kernel(
     d = tl.arange(0, V_PADDED)
     at_out = OUT + batch * o_batch + head * o_head + i.to(tl.int64)[:, None] * o_row + d[None, :]
     inside = kept[:, None] & (d < V_WIDTH)[None, :]
-    past = tl.load(at_out, mask=inside, other=0.0)
+    past = tl.load(at_out, mask=inside & (old > 0.0)[:, None], other=0.0)  # nothing to read in a first block
     weight = new / (both * tl.where(seen, total, 1.0))
     if SCALED:
         weight *= power_of(tl.load(MOST + batch * (heads // SHARE) + head // SHARE))
