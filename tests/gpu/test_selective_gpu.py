@@ -83,7 +83,7 @@ def test_long_rows_are_taken_in_ranges():
         assert error < 5e-3, f"{name}: {error:.2e}"
 
 
-LANES = {"span": 512, "buffers": 2, "lanes": 2, "side": -1, "direct": True, "spread": True}
+LANES = {"span": 512, "buffers": 2, "lanes": 2, "side": -1, "spread": True}
 SAME = ("out", "lse", "dq", "dk", "dv")  # the others are sums by atomic operations, in any order
 
 

@@ -249,10 +249,10 @@ def key_range(votes: Votes, tiles: Tiles) -> int:
 
 
 def span_of(q: Tensor, tiles: Tiles) -> int:
-    """Rows (or keys) whose biases are kept at once: enough to give every processor four programs of all heads."""
+    """Rows (or keys) whose biases are kept at once: in all lanes enough to give every processor four programs."""
     if tiles.span is not None:
         return tiles.span
-    return 256 * max(2, 2 * processors(q.device) // (q.shape[0] * q.shape[2]))
+    return 256 * max(2, 2 * processors(q.device) // (q.shape[0] * q.shape[2] * tiles.lanes))
 
 
 def round_up(count: int, unit: int) -> int:

@@ -119,7 +119,7 @@ def pick_tiles(dtype: torch.dtype, lag: int) -> Tiles:
         )  # fmt: skip
     if lag % 128 == 0:
         return Tiles(vote_span=16, ballot_stages=3, query_keys=64, query_stages=3)
-    return Tiles()
+    return Tiles(vote_span=16, spread=True, buffers=2, lanes=2, side=-1)
 
 
 def _described(like: Tensor, function: Callable[..., _Result], *arguments: object) -> _Result:

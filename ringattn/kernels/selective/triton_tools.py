@@ -26,13 +26,13 @@ class Tiles:
     Attributes:
         vote_rows, vote_keys, vote_warps, vote_stages: Tile of the kernels that count votes.
         vote_span: Key tiles of one of their programs.
-        direct: Biases are filled with lines of tables that do not come through the copy engine.
         ballot_warps, ballot_stages: The same of the kernel of their gradients, which has the same tile.
         spread: Gradients of the ballot's keys are products of their own; see `add_ballot_gradients`.
         rows, keys, warps, stages: Tile of the forward kernel.
         back_rows, back_keys, back_warps, back_stages: Tile of the backward kernel that owns keys.
         query_rows, query_keys, query_warps, query_stages: Tile of the backward kernel that owns queries.
-        span: Rows (or keys) whose biases are kept at once, at least; None: four tiles for each processor.
+        span: Rows (or keys) whose biases are kept at once, at least; None: four tiles for each processor, over
+            all lanes.
         span_all: The other side of those, at most.
         buffers: Spans whose biases exist at the same time, so that one is filled while another is used.
         lanes, side: Streams of the launches; see `lanes.Lanes`.
@@ -45,7 +45,6 @@ class Tiles:
     vote_warps: int = 4
     vote_stages: int = 2
     vote_span: int = 8
-    direct: bool = False
     ballot_warps: int = 4
     ballot_stages: int = 2
     spread: bool = False

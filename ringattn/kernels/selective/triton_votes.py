@@ -110,14 +110,14 @@ class Votes:
             *(table if x is None else x for x in (bias, pairs, cost)),
             self.n, self.m, self.delta, self.geometry.k_start, self.geometry.lag, self.group, first,
             *rows, *keys, table_low, span, tau,
-            *self.q.stride()[:3], *self.k.stride()[:3], table.stride(0), *table.shape[1:], offsets.stride(0),
+            *self.q.stride()[:3], *self.k.stride()[:3], *table.stride()[:2], offsets.stride(0),
             b_batch, b_row, b_key, *((0, 0, 0) if pairs is None else (pairs.stride(0), *pairs.shape[1:])),
             0 if cost is None else cost.stride(0), 1 if bias is None else bias.shape[1],
             **self._constants(), PRECISION=self.precision, INNER=self.inner, STORE=bias is not None,
             HAS_COST=cost is not None, WHOLE=whole, TRANSPOSED=transposed, CLEAR=clear,
             LIMIT=MAX_BIAS if bias is not None and bias.dtype == torch.float16 else 3.0e38, LOG2=LOG2E,
-            DIRECT=tiles.direct, num_warps=tiles.vote_warps, num_stages=tiles.vote_stages,
-            maxnreg=128 if tiles.direct and tiles.vote_warps == 4 else None,
+            num_warps=tiles.vote_warps, num_stages=tiles.vote_stages,
+            maxnreg=128 if tiles.descriptors and tiles.vote_warps == 4 else None,
         )  # fmt: skip
 
     def _documents(self) -> tuple[Tensor, Tensor]:

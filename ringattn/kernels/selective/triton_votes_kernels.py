@@ -108,12 +108,12 @@ def sums_kernel(
 def fill_kernel(
     QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, TABLE, OFFSETS, BIAS, PAIRS, COST,
     n, m, delta, k_start, lag, group, first_part, row_low, row_high, key_low, key_high, table_low, span, tau,
-    q_batch, q_row, q_term, k_batch, k_row, k_term, t_batch, t_rows, t_row, o_batch, b_batch, b_row, b_key,
+    q_batch, q_row, q_term, k_batch, k_row, k_term, t_batch, t_row, o_batch, b_batch, b_row, b_key,
     p_batch, p_rows, p_row, c_batch, rows_held,
     R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PROTECT: tl.constexpr, INNER: tl.constexpr,
     STORE: tl.constexpr, HAS_COST: tl.constexpr, WHOLE: tl.constexpr, TRANSPOSED: tl.constexpr, CLEAR: tl.constexpr,
-    LIMIT: tl.constexpr, LOG2: tl.constexpr, DESCRIPTORS: tl.constexpr, DIRECT: tl.constexpr,
+    LIMIT: tl.constexpr, LOG2: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """BIAS[b, i - row_low, j - key_low] = log2(e) (F[i, j] - OFFSETS[b, i]); COST as in `SelectiveKernel.forward_`.
 
@@ -141,7 +141,7 @@ def fill_kernel(
         scale0, weight0 = tl.load(SCALES), tl.load(WEIGHTS)
         # Through pointers a line is a number or two per thread, on its way while votes are scored; what the copy engine
         # brings is waited for at once, before the next step.
-        lines = describe_tiles(TABLE + batch * t_batch, t_rows, t_row, t_row, 1, KEYS, WHOLE and not DIRECT)
+        lines = TABLE + batch * t_batch
         held = (row + i >= row_low) & (row + i < row_high) & (row + i < stop)
         offset = tl.load(OFFSETS + batch * o_batch + row + i, mask=row + i < stop, other=0.0)
         if WHOLE:
@@ -158,13 +158,13 @@ def fill_kernel(
             j = key + tl.arange(0, KEYS)
             if INNER:
                 # Tables are padded to whole tiles.
-                line = load_line(lines, row // group, key - table_low, t_row, KEYS, WHOLE and not DIRECT)
+                line = load_line(lines, row // group, key - table_low, t_row, KEYS, False)
                 votes = votes_tile(
                     q0, k0_source, scale0, weight0, QB + batch * q_batch, KB + batch * k_batch, WEIGHTS, SCALES, row,
                     key, stop, m, delta, k_start, low, K_DOCUMENTS, q_row, q_term, k_row, k_term, R, WIDTH, PADDED,
                     ROWS, KEYS, PRECISION, HAS_DOCUMENTS, PROTECT, DESCRIPTORS,
                 )  # fmt: skip
-                if CLEAR and DIRECT:  # here the copy engine has read the last biases, and gets time to read the zeros
+                if CLEAR:  # here the copy engine has read the last biases, and gets time to read the zeros
                     pairs.store([row - row_low, key - key_low], tl.zeros([ROWS, KEYS], tl.float32))
                 if STORE and BIAS.dtype.element_ty == tl.float16:
                     # Stored with 11 bits anyway; products of 0 or 1 with fp16 votes are summed in fp32.
@@ -192,7 +192,5 @@ def fill_kernel(
                     at_bias = BIAS + batch * b_batch + (row + i - row_low)[None, :] * b_row
                     at_bias += (j - key_low)[:, None] * b_key
                     tl.store(at_bias, bias, mask=held[None, :] & (j < key_high)[:, None])
-            if CLEAR and not DIRECT:
-                pairs.store([row - row_low, key - key_low], tl.zeros([ROWS, KEYS], tl.float32))
         if HAS_COST:
             tl.atomic_add(COST + batch * c_batch + row + i, cost / tau, mask=held, sem="relaxed")
