@@ -128,7 +128,8 @@ def test_peak_of_a_layer_in_tiles() -> None:
     hidden, attention = 2 * config.dim, 2 * attention_elements(config) + 4 * config.heads
     tables = 2 * 4 * config.head_dim // 2
     per_token = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
-    bound = layers * hidden + tables + 2 * attention + 4 * config.heads * config.head_dim + 4 * hidden
+    # hidden states: the layer's input, what it and the half after it are given back, and the two halves' results
+    bound = layers * hidden + tables + 2 * attention + 4 * config.heads * config.head_dim + 5 * hidden
     print(f"peak per token in tiles: {per_token:.0f} bytes, bound {bound}")
     assert per_token <= bound
 
