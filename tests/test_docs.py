@@ -93,9 +93,12 @@ def check(command, run_dir, tmp_path, monkeypatch):
         committed = (ROOT / words[-1]).read_text()
         assert committed.count("<path") == target.read_text().count("<path"), "docs/ring.svg is not what this draws"
     elif words[:3] == ["python", "-m", "tools.scaling_report"]:
-        from tools.scaling_report import _parser
+        from tools.scaling_report import main, parse
 
-        _parser().parse_args(words[3:])  # measured for real in tests/tools/test_scaling_report.py
+        options = parse(words[3:])
+        if options.records and all(path.is_file() for path in options.records):
+            assert main([*words[3:], "--out", str(tmp_path / "report")]) == 0
+        # measured for real in tests/tools/test_scaling_report.py
     elif words[:3] == ["python", "-m", "tools.bench_selection"]:
         from tools.bench_selection import _parser as selection_parser
 

@@ -11,31 +11,24 @@ precision's holds for both variants. "rival" is described in `tools.bench.rival_
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shlex
 import sys
-import tempfile
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 
-from launch.config import Config
-from launch.config_load import load_config
 from launch.errors import LaunchError
 from model.presets import PRESETS
-from tools.bench.step_rows import StepRow, append_row, load_rows, show, write_files
+from tools.bench.step_cases import Case, Cases, Choices
+from tools.bench.step_rows import load_rows, show, write_files
 
 VARIANTS = ("ours", "rival")
 ROTATIONS = ("alltoall", "allgather")
 LOSSES = ("fused", "checkpointed")
-_LONG = 262_144  # rows above this are warmed up on a short one
-_SHORT = 32_768
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -74,139 +67,60 @@ def main(
     # Multicast belongs to the whole NVLink switch, so nobody gets it here.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    bench = _Bench(
-        out=out,
-        size=size,
-        device=place,
-        choices={
-            "steps": steps,
-            "seconds": case_seconds,
-            "rotation": rotate,
-            "loss": rival_loss,
-            "recompute": rival_recompute,
-            "compiled": rival_compile,
-            "profile": profile,
-            "timeout_seconds": timeout,
-        },
+    choices = Choices(
+        steps=steps,
+        seconds=case_seconds,
+        rotation=rotate,
+        loss=rival_loss,
+        recompute=rival_recompute,
+        compiled=rival_compile,
+        profile=profile,
+        timeout_seconds=timeout,
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        configs = [bench.config(model, length, keep_documents, tuple(overrides or ())) for length in lengths]
-        for config in configs:
-            for variant in chosen:
-                bench.case(config, variant, warmup_tokens, tuple(overrides or ()))
-        bench.finish()
+        cases = Cases(out=out, device=place, choices=choices, command=_command())
+        wanted = [
+            Case(
+                variant=variant,
+                model=model,
+                size=size,
+                tokens=length,
+                overrides=tuple(overrides or ()),
+                keep_documents=keep_documents,
+                warmup_tokens=warmup_tokens,
+            )
+            for length in lengths
+            for variant in chosen
+        ]
+        for case in wanted:
+            cases.config(case)  # what is wrong is told before anything is measured
+        for case in wanted:
+            _run(cases, case, out)
+        _finish(cases, out)
     except LaunchError as error:
         print(f"bench_step: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_status) from error
 
 
-class _Bench:
-    """The cases of one command, one after the other."""
-
-    def __init__(self, *, out: Path, size: int, device: str, choices: dict[str, Any]) -> None:
-        from tools.report.machine import describe_machine, usable_cores
-
-        self._out, self._size, self._device, self._choices = out, size, device, choices
-        self._machine = describe_machine()
-        self._threads = max(1, usable_cores() // size)
-        self._command = _command()
-
-    def config(self, model: str, length: int, keep_documents: bool, overrides: tuple[str, ...]) -> Config:
-        """The trainer's configuration of a length.
-
-        Raises:
-            ConfigError: The overrides are wrong, with all that is.
-        """
-        base = {
-            "run": {"dir": str(self._out / "run"), "device": self._device},
-            "model": {"preset": model, "vocab_size": PRESETS[model]["vocab_size"]},
-            "data": {"seq_len": length, "cross_document_attention": not keep_documents},
-            "parallel": {"cp": self._size, "dp": 1, "setup_timeout_s": self._choices["timeout_seconds"]},
-            "engine": {"name": "fsdp", "precision": "bf16"},
-            "optim": {"steps": 1, "lr": 1e-4, "schedule": "constant"},
-        }
-        with tempfile.TemporaryDirectory(prefix="ringattn-bench-") as folder:
-            path = Path(folder) / "bench_step.yaml"
-            path.write_text(yaml.safe_dump(base))
-            return load_config(str(path), overrides).config
-
-    def case(self, config: Config, variant: str, warmup_tokens: int | None, overrides: tuple[str, ...]) -> None:
-        """Measure a case, unless the folder has it."""
-        length = config.data.seq_len
-        warmup = min(length, warmup_tokens or (_SHORT if length > _LONG else length))
-        extra: tuple[str, ...] = ()
-        if variant == "rival":
-            layers = "recomputed" if self._choices["recompute"] else "kept"
-            extra = (self._choices["rotation"], f"loss={self._choices['loss']}", f"layers={layers}")
-            extra = (*extra, "compiled") if self._choices["compiled"] else extra
-        known = StepRow(
-            variant=variant,
-            settings=" ".join((*overrides, *extra)),
-            model=config.model.preset,
-            num_ranks=self._size,
-            tokens=length,
-            documents="one" if config.data.cross_document_attention else "kept",
-            status="failed",
-            warmup=f"{warmup} tokens",
-            commit=self._machine.commit,
-            gpu=self._machine.gpus[0] if self._device == "cuda" else "cpu",
-            versions=self._versions(),
-            command=self._command,
-            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        name = f"{variant}, {length:,} tokens{f', {known.settings}' if known.settings else ''}"
-        if self._has(known):
-            print(f"{name}: already in {self._out}", flush=True)
-            return
-        print(name, flush=True)
-        reason = self._run(config, known, warmup)
-        if reason is not None and not self._has(known):  # a failure while profiling leaves the times as they are
-            append_row(self._out, replace(known, status=_status(reason), note=reason))
-        print(f"  {'ok' if reason is None else f'{_status(reason)}: {reason}'}", flush=True)
-
-    def _has(self, known: StepRow) -> bool:
-        return any(row.case == known.case and row.is_final for row in load_rows(self._out))
-
-    def finish(self) -> None:
-        """Files and table of all rows in the folder."""
-        rows = load_rows(self._out)
-        write_files(rows, asdict(self._machine), self._command, self._out)
-        console = Console(highlight=False)
-        console.width = max(console.width, 170)  # a pipe counts as 80 columns, which would cut the table
-        show(rows, console)
-
-    def _run(self, config: Config, known: StepRow, warmup: int) -> str | None:
-        """The case's row is in the folder then; or why it is not."""
-        if known.variant == "rival" and known.documents == "kept":
-            return "UnsupportedError: context_parallel sees one causal row, no documents; drop --keep-documents"
-        # Late: a case that is there already needs none of it.
-        from tools.bench.step_worker import Task, worker_main
-        from tools.report.measure import run_ring
-
-        with tempfile.TemporaryDirectory(prefix="ringattn-bench-") as folder:
-            task = Task(
-                config=config,
-                known=known,
-                out=str(self._out),
-                warmup_tokens=warmup,
-                size=self._size,
-                device=self._device,
-                threads=self._threads,
-                store=str(Path(folder) / "store"),
-                **self._choices,
-            )
-            return run_ring(worker_main, task, self._size, timeout=task.timeout_seconds)[1]
-
-    def _versions(self) -> str:
-        found = {**self._machine.versions, "transformers": importlib.metadata.version("transformers")}
-        return ", ".join(f"{name} {version}" for name, version in found.items())
+def _run(cases: Cases, case: Case, out: Path) -> None:
+    known = cases.known(case)
+    name = f"{case.variant}, {case.tokens:,} tokens{f', {known.settings}' if known.settings else ''}"
+    if cases.find(known) is not None:
+        print(f"{name}: already in {out}", flush=True)
+        return
+    print(name, flush=True)
+    row = cases.run(case)
+    print(f"  {row.status}{f': {row.note}' if row.note else ''}", flush=True)
 
 
-def _status(reason: str) -> str:
-    if "out of memory" in reason:
-        return "out of memory"
-    return "unsupported" if "UnsupportedError" in reason else "failed"
+def _finish(cases: Cases, out: Path) -> None:
+    """Files and table of all rows in the folder."""
+    rows = load_rows(out)
+    write_files(rows, asdict(cases.machine), _command(), out)
+    console = Console(highlight=False)
+    console.width = max(console.width, 170)  # a pipe counts as 80 columns, which would cut the table
+    show(rows, console)
 
 
 def _among(option: str, text: str, allowed: tuple[str, ...]) -> list[str]:

@@ -1,27 +1,33 @@
-"""Measure how training steps scale with context length and ring size, and write a report.
+"""Measure how training steps scale with context length, ring size and kind of attention, and write a report.
 
     python -m tools.scaling_report --cp 1,2,4 --seq-len 1024,4096,16384 --out runs/scaling
 
-Each point starts its own processes: gloo on CPU, NCCL on GPUs. Points are kept in `points.json` as they come; after an
-interruption the same command with `--resume` measures only what is missing.
+Each point starts its own processes: gloo on CPU, NCCL on GPUs. Points are lines of `steps.jsonl` as they come; after an
+interruption the same command measures only what is missing. One that runs out of memory, or that the planner refuses,
+is a row like others. `--from FILE` renders records that are there, from whatever machine, and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, NoReturn
 
 from launch.errors import EXIT_CONFIG, ConfigError, LaunchError, WriteError
 from model.presets import PRESETS
-from tools.report.rows import POINTS_FILE, Machine, Point, Report, Settings, load_points, save_points
+from tools.bench.step_rows import NAME, StepRow, load_rows, read_rows
+from tools.report.kinds import KINDS, kind_of, kind_settings
+
+if TYPE_CHECKING:
+    from tools.bench.step_cases import Case, Cases
+
+_MIN_TIMING_SECONDS = 0.5  # on CPUs, where short steps are many
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,38 +40,44 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status (0, or that of the error: see `launch.errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
-    console = Console(highlight=False)
+    options = parse(arguments)
     command = shlex.join(["python", "-m", "tools.scaling_report", *arguments])
     try:
-        return _run(options, command, console)
+        return _run(options, command)
     except LaunchError as error:
         print(f"scaling_report: {error}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print(f"scaling_report: stopped; the points so far are in {options.out / POINTS_FILE}", file=sys.stderr)
-        return 130
+    except OSError as error:
+        print(f"scaling_report: {WriteError(f'--out {options.out}: cannot write: {error}')}", file=sys.stderr)
+        return WriteError.exit_status
 
 
-def _parser() -> _Parser:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The checked command line; ends the process with status 64 if it is wrong."""
     parser = _Parser(prog="python -m tools.scaling_report", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--cp", type=_counts, required=True, help="ring sizes, such as 1,2,4 (1 is the yardstick)")
-    parser.add_argument("--seq-len", type=_counts, required=True, help="context lengths in tokens, such as 1024,4096")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report; made if missing")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="test", help="model (default: %(default)s)")
-    parser.add_argument("--layout", choices=("contiguous", "zigzag", "striped"), default="zigzag")
-    parser.add_argument("--kernel", choices=("auto", "reference", "cpu", "cudnn", "flash"), default="auto")
-    parser.add_argument("--engine", choices=("ddp", "fsdp", "zero"), default="fsdp")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where there are any"
-    )
-    parser.add_argument("--repeats", type=_count, default=3, help="timed repeats per point (default: %(default)s)")
-    parser.add_argument("--timeout", type=_count, default=900, help="seconds for one point (default: %(default)s)")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep points measured before; failed ones are tried again"
-    )
-    return parser
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="section.key=value", help="settings of the trainer, such as memory.tile=8192")
+    add("--out", type=Path, required=True, help="folder of the report; made if missing, gone on with if not")
+    add("--cp", type=_counts, help="ring sizes, such as 1,2,4 (1 is the yardstick)")
+    add("--seq-len", type=_counts, help="context lengths in tokens, such as 1024,4096")
+    add("--kinds", type=_kinds, default=("softmax",), help=f"some of {','.join(KINDS)} (default: softmax)")
+    add("--preset", choices=sorted(PRESETS), help="model (default: test; with --from: that of the records)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where there are any")
+    add("--nproc", type=_count, help="processes at most; points with more are left out (default: the GPUs)")
+    add("--repeats", type=_count, default=3, help="timings per point (default: %(default)s)")
+    add("--point-seconds", type=_count, default=240, help="no further timing beyond this (default: %(default)s)")
+    add("--max-step-seconds", type=_count, help="leave out points whose step is predicted to take longer")
+    add("--timeout", type=_count, default=1800, help="seconds for one point (default: %(default)s)")
+    add("--from", type=Path, action="append", dest="records", help="render a steps.jsonl, measure nothing; repeatable")
+    add("--gpu-gb", type=_size, help="memory of a GPU in GiB, where records do not say")
+    add("--host-gb", type=_size, help="host memory of the machine in GiB, where records do not say")
+    options = parser.parse_intermixed_args(arguments)
+    if options.records and (options.cp or options.seq_len or options.overrides):
+        parser.error("--from renders what was measured: drop --cp, --seq-len and settings")
+    if not options.records and not (options.cp and options.seq_len):
+        parser.error("--cp and --seq-len say what to measure; or give records with --from")
+    return options
 
 
 def _count(text: str) -> int:
@@ -78,92 +90,154 @@ def _count(text: str) -> int:
     return value
 
 
+def _size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a size in GiB, got {text!r}")
+    return value
+
+
 def _counts(text: str) -> list[int]:
     return sorted({_count(part.strip()) for part in text.split(",")})
 
 
-def _run(options: argparse.Namespace, command: str, console: Console) -> int:
-    points_file = options.out / POINTS_FILE
-    if points_file.exists() and not options.resume:
-        raise ConfigError(f"{points_file} is there already: pass --resume to keep its points, or choose another --out")
+def _kinds(text: str) -> tuple[str, ...]:
+    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for part in parts:
+        if part not in KINDS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(KINDS)}, got {part!r}")
+    return parts
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    stopped = False
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError(f"--out {options.out}: cannot make the folder: {error.strerror}") from error
-
-    # Torch is loaded here, after everything that a wrong command line could be refused for.
-    from tools.report.machine import describe_machine
-
-    machine = describe_machine()
-    settings = _settings(options, machine)
-    wanted = [(cp, seq_len) for seq_len in options.seq_len for cp in options.cp]
-    points = {(p.cp, p.seq_len): p for p in load_points(options.out, settings, machine) if p.ok}
-    missing = [key for key in wanted if key not in points]
-    if len(missing) < len(wanted):
-        console.print(f"{len(wanted) - len(missing)} of {len(wanted)} points are in {points_file}", soft_wrap=True)
-    try:
-        _measure(missing, points, settings, machine, options.out, console)
-        # Points of an earlier command stay in the report: the file holds one series, however often it was extended.
-        report = Report(
-            settings=settings,
-            machine=machine,
-            points=tuple(points.values()),
-            command=command,
-            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        )
-        from tools.report.render import write_report
-
-        written = write_report(report, options.out)
-    except OSError as error:
-        raise WriteError(f"--out {options.out}: cannot write: {error}") from error
-    console.print(f"report: {written[0]}", soft_wrap=True)
-    return 0
+    if options.records:
+        rows = [row for path in options.records for row in read_rows(path)]
+        model = options.preset or _only_model(rows)
+    else:
+        model = options.preset or "test"
+        left_out: list[StepRow] = []
+        try:
+            _measure(options, model, command, left_out)
+        except KeyboardInterrupt:
+            stopped = True
+            print(f"scaling_report: stopped; the points so far are in {options.out / NAME}.jsonl", file=sys.stderr)
+        rows = [*load_rows(options.out), *left_out]
+    rows = [row for row in rows if row.model == model]
+    if rows:
+        _write(options, rows, command)
+    elif not stopped:
+        raise ConfigError(f"--preset {model}: no record of this model; nothing to render")
+    return 130 if stopped else 0
 
 
-def _settings(options: argparse.Namespace, machine: Machine) -> Settings:
-    if options.device == "cuda" and not machine.gpus:
-        raise ConfigError("--device cuda: no CUDA device is visible; use --device cpu or auto")
-    device = "cuda" if machine.gpus and options.device != "cpu" else "cpu"
-    return Settings(
-        preset=options.preset,
-        layout=options.layout,
-        kernel=options.kernel,
-        engine=options.engine,
-        precision=options.precision,
-        device=device,
-        repeats=options.repeats,
-        timeout_seconds=float(options.timeout),
+def _only_model(rows: Sequence[StepRow]) -> str:
+    models = sorted({row.model for row in rows})
+    if len(models) != 1:
+        found = ", ".join(models) or "none"
+        raise ConfigError(f"--from: expected records of one model, got {found}; choose one with --preset")
+    return models[0]
+
+
+def _write(options: argparse.Namespace, rows: Sequence[StepRow], command: str) -> None:
+    from tools.report.longest import Limits
+    from tools.report.model import make_report
+    from tools.report.render import write_report
+
+    report = make_report(
+        tuple(rows),
+        command=command,
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        limits=Limits(gpu=options.gpu_gb, host=options.host_gb),
     )
+    if any(one.planned is None for one in report.longest):
+        print("the planner's longest contexts need the machine's memory: --gpu-gb and --host-gb", flush=True)
+    print(f"report: {write_report(report, options.out)[0]}", flush=True)
 
 
-def _measure(
-    missing: Sequence[tuple[int, int]],
-    points: dict[tuple[int, int], Point],
-    settings: Settings,
-    machine: Machine,
-    folder: Path,
-    console: Console,
-) -> None:
-    from tools.report.measure import measure_point
+def _measure(options: argparse.Namespace, model: str, command: str, left_out: list[StepRow]) -> None:
+    """Every point is a line of the folder's `steps.jsonl` then; but those in `left_out`, which were not tried."""
+    # Torch is loaded here, after everything that a wrong command line could be refused for.
+    import torch
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=len(missing))
-        for cp, seq_len in missing:
-            progress.update(task, description=f"cp {cp}, {seq_len:,} tokens")
-            point = measure_point(cp, seq_len, settings, num_gpus=len(machine.gpus))
-            points[(cp, seq_len)] = point
-            save_points(folder, settings, machine, points.values())
-            console.print(_line(point), markup=False, soft_wrap=True)
-            progress.advance(task)
+    from tools.bench.step_cases import Cases, Choices
+
+    gpus = torch.cuda.device_count()
+    if options.device == "cuda" and not gpus:
+        raise ConfigError("--device cuda: no CUDA device is visible; use --device cpu or auto")
+    device = "cuda" if gpus and options.device != "cpu" else "cpu"
+    # Multicast belongs to the whole NVLink switch, so nobody gets it here.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    choices = Choices(
+        steps=options.repeats,
+        seconds=float(options.point_seconds),
+        timeout_seconds=float(options.timeout),
+        repeat_seconds=0.0 if device == "cuda" else _MIN_TIMING_SECONDS,
+    )
+    cases = Cases(out=options.out, device=device, choices=choices, command=command)
+    most = min(options.nproc or sys.maxsize, gpus if device == "cuda" else sys.maxsize)
+    wanted = wanted_cases(options, model)
+    cases.config(replace(wanted[-1], size=1))  # a wrong setting is an error, not a table of refusals
+    for number, case in enumerate(wanted, start=1):
+        kind = kind_of(case.overrides, model)
+        print(f"[{number}/{len(wanted)}] {kind}, cp {case.size}, {case.tokens:,} tokens", flush=True)
+        row = _point(cases, case, most, options.max_step_seconds)
+        if row.status == "left out":
+            left_out.append(row)
+        print(f"  {_line(row)}", flush=True)
 
 
-def _line(point: Point) -> str:
-    where = f"cp {point.cp}, {point.seq_len:,} tokens"
-    if not point.ok:
-        return f"{where}: failed: {point.reason}"
-    seconds = point.median_step_seconds
-    return f"{where}: {point.seq_len / seconds:,.0f} tokens/s, {seconds:.3g} s per step (spread {point.spread:.0%})"
+def wanted_cases(options: argparse.Namespace, model: str) -> list[Case]:
+    """Short rows first, so that an interrupted report has something of everything."""
+    from tools.bench.step_cases import Case
+
+    memory = () if any(one.startswith("memory") for one in options.overrides) else ("memory=auto",)
+    precision = () if options.precision == "bf16" else (f"engine.precision={options.precision}",)
+    return [
+        Case(
+            variant="ours",
+            model=model,
+            size=cp,
+            tokens=tokens,
+            overrides=(*kind_settings(kind, model), *precision, *memory, *options.overrides),
+        )
+        for tokens in options.seq_len
+        for cp in options.cp
+        for kind in options.kinds
+    ]
+
+
+def _point(cases: Cases, case: Case, most: int, max_step_seconds: int | None) -> StepRow:
+    """Measured, there already, or left out."""
+    known = cases.known(case)
+    there = cases.find(known)
+    if there is not None:
+        print(f"  already in the folder, measured at {there.measured_at}", flush=True)
+        return there
+    if case.size > most:
+        return replace(known, status="left out", note=f"needs {case.size} processes, there are {most}")
+    if max_step_seconds is not None:
+        _, foreseen = cases.foresee(case, known)
+        if foreseen.predicted_seconds is not None and foreseen.predicted_seconds > max_step_seconds:
+            note = f"a step is predicted to take more than --max-step-seconds {max_step_seconds}"
+            return replace(foreseen, status="left out", note=note)
+    return cases.run(case)
+
+
+def _line(row: StepRow) -> str:
+    if row.seconds is None:
+        return f"{row.status}: {row.note}"
+    used = "" if row.mfu_causal is None else f", MFU {row.mfu_causal:.1%}"
+    memory = "" if row.peak_allocated is None else f", {row.peak_allocated:.1f} GiB on a GPU"
+    return f"{row.tokens / row.seconds:,.0f} tokens/s, {row.seconds:.3g} s per step{used}{memory}; {row.memory}"
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def _task(out: Path, variant: str, size: int, tokens: int, model: dict[str, Any]
         "out": str(out),
         "steps": 2,
         "seconds": 60.0,
+        "repeat_seconds": 0.0,
         "warmup_tokens": tokens,
         "rotation": "alltoall",
         "loss": "fused",
@@ -210,7 +211,7 @@ def test_a_case_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "KeyError: 'planted again'",
         ]
     )
-    monkeypatch.setattr("tools.report.measure.run_ring", lambda *_, **__: ({}, next(reasons)))
+    monkeypatch.setattr("tools.bench.processes.run_ring", lambda *_, **__: ({}, next(reasons)))
     output = _run(tmp_path, "--tokens", "32,48", "--variants", "ours,rival")
     assert "OUT OF MEMORY: rank 1: out of memory: CUDA" in " ".join(output.split())
     rows = load_rows(tmp_path)

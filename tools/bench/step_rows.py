@@ -28,10 +28,10 @@ class StepRow:
         settings: What else makes the case: overrides, and the rival's own choices.
         tokens: Of a row, over all ranks.
         documents: "one": a row counts as one document; "kept": documents do not see each other (ours only).
-        status: "ok", "out of memory", "unsupported" or "failed".
+        status: "ok", "out of memory", "refused" (by the planner or the configuration), "unsupported" or "failed".
         note: The reason, if not "ok".
         warmup: What ran before the timed steps.
-        step_seconds: Every timed step, slowest rank.
+        step_seconds: Every timing, slowest rank: a step, or where steps are short the mean of `steps_per_timing`.
         seconds: Their median.
         mfu_causal, mfu_full: See `launch.meters`; None where the device's peak is not known.
         peak_allocated, peak_reserved: Of torch's allocator during the timed steps, largest of all ranks; CUDA only.
@@ -40,10 +40,14 @@ class StepRow:
         host_machine: What the machine's available memory fell by since the case began, at most.
         exposed_seconds: Waiting for the ring's messages, mean over ranks and steps; None if it is not measured.
         untimed_hops: Hops of a step whose waiting is not in it (inside replayed CUDA graphs).
+        hops, bytes_sent: Messages of the ring that a rank sends in a step, and their bytes; of the one that sends most.
+        other_cores: CPU cores that other processes kept busy meanwhile, on average; None on GPUs.
+        threads, units: Threads of a process; GPUs in use, or on CPUs the cores that have a thread (0: not recorded).
+        device_total, host_total: Memory of a GPU, and of the machine.
         memory: Memory settings in force, chosen or given.
         predicted_allocated, predicted_device, predicted_host, predicted_seconds: What the planner foresaw.
         losses, gradient_norms: Before each step, the warm-up's first.
-        commit, versions, gpu, command, measured_at: Where the row comes from.
+        commit, versions, gpu, machine, command, measured_at: Where the row comes from.
         profile: Share of a step's time by kind of kernel, if it was asked for.
     """
 
@@ -69,6 +73,14 @@ class StepRow:
     host_machine: float | None = None
     exposed_seconds: float | None = None
     untimed_hops: int = 0
+    steps_per_timing: int = 1
+    hops: int | None = None
+    bytes_sent: int | None = None
+    other_cores: float | None = None
+    threads: int = 0
+    units: int = 0
+    device_total: float | None = None
+    host_total: float | None = None
     memory: str = ""
     predicted_allocated: float | None = None
     predicted_device: float | None = None
@@ -78,6 +90,7 @@ class StepRow:
     gradient_norms: tuple[float, ...] = ()
     commit: str | None = None
     gpu: str = ""
+    machine: str = ""
     versions: str = ""
     command: str = ""
     measured_at: str = ""
@@ -90,8 +103,8 @@ class StepRow:
 
     @property
     def is_final(self) -> bool:
-        """Whether measuring again would tell nothing new; other failures are tried again."""
-        return self.status != "failed"
+        """Whether measuring again would tell nothing new; failures are tried again, refusals judged again."""
+        return self.status not in ("failed", "refused")
 
 
 def append_row(folder: Path, row: StepRow) -> None:
@@ -102,22 +115,31 @@ def append_row(folder: Path, row: StepRow) -> None:
 
 
 def load_rows(folder: Path) -> list[StepRow]:
-    """The rows of `steps.jsonl`: the last of each case, in the order the cases first came; not a torn last line.
+    """The rows of the folder's `steps.jsonl`, see `read_rows`; none if there is no such file."""
+    path = folder / f"{NAME}.jsonl"
+    return read_rows(path) if path.exists() else []
+
+
+def read_rows(path: Path) -> list[StepRow]:
+    """The rows of a file: the last of each case, in the order the cases first came; not a torn last line.
 
     Raises:
-        ConfigError: The file holds something else.
+        ConfigError: The file cannot be read, or holds something else.
     """
-    path = folder / f"{NAME}.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); expected a steps.jsonl of bench_step") from error
     rows: dict[tuple[Any, ...], StepRow] = {}
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or number == len(lines):  # every whole line ends with a newline
+        if not line.strip():
             continue
         try:
-            row = StepRow(**{name: _restored(value) for name, value in json.loads(line).items()})
+            content = json.loads(line)
+            row = StepRow(**{name: _restored(value) for name, value in content.items()})
         except (ValueError, TypeError, AttributeError) as error:
+            if number == len(lines) and isinstance(error, ValueError):  # a whole line ends with a newline
+                continue
             raise ConfigError(
                 f"{path}:{number}: not a row of this version of bench_step ({error}); choose another --out, or move "
                 "the file away"

@@ -1,4 +1,4 @@
-"""Threads beside a step: the host memory that goes, and a line now and then about where a long step is."""
+"""Beside the steps: the host memory that goes, what else the CPU does, and a line now and then about a long step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 import psutil
+
+from launch.topology import Topology
 
 _SAMPLE_SECONDS = 0.1
 _LINE_SECONDS = 30.0
@@ -28,6 +30,33 @@ class HostWatch:
         while True:
             self._least = min(self._least, psutil.virtual_memory().available)
             time.sleep(_SAMPLE_SECONDS)
+
+
+class CpuClock:
+    """How many cores were busy with something else: the machine's busy time less that of the ring's own processes.
+
+    The spread of the repeats does not tell: steady other work slows all of them alike, and one process with several
+    threads, which wait for each other, far more than several processes with one.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        topology.barrier()
+        self._before = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        # steal: what a virtual machine's host gave to others
+        fields = ("user", "nice", "system", "irq", "softirq", "steal")
+        busy = sum(getattr(times, name, 0.0) for name in fields)
+        return busy, time.process_time(), time.perf_counter()
+
+    def other_cores(self) -> float:
+        """Mean since the start of the clock, the same on every rank. Collective."""
+        busy, own, elapsed = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        others = busy - self._topology.sum_of(own)
+        return self._topology.max_of(max(0.0, others) / elapsed)
 
 
 class Ticker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from rich.console import Console
 from launch.carrier import make_carrier
 from launch.config import Config
 from launch.data import Corpus, open_corpus
-from launch.memory_choice import describe
 from launch.meters import host_memory_bytes, known_peak_tflops, peak_memory_bytes, reset_peak_memory, utilisation
 from launch.ranks import Ranks
 from launch.selfcheck import check_attention
@@ -26,13 +26,16 @@ from launch.topology import Topology
 from launch.trainer import Trainer
 from model.config import ModelConfig, preset
 from model.flops import flops_per_token
+from ringattn.transport.stats import RingTotals
+from tools.bench.processes import Place, run_rank
 from tools.bench.rival_step import Rival, torch_context_parallel
+from tools.bench.step_cases import foreseen
 from tools.bench.step_profile import profile_step
 from tools.bench.step_rows import GIB, StepRow, append_row
-from tools.bench.step_watch import HostWatch, Ticker
-from tools.report.worker import Place, run_rank
+from tools.bench.step_watch import CpuClock, HostWatch, Ticker
 
 _CPU = torch.device("cpu")
+_MOST_STEPS = 50  # of a timing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,12 @@ class Task:
         known: The row as far as it is known before. It is completed and kept as soon as the steps are timed.
         out: The folder of the results; tokens are kept in its `data`.
         steps: Timed ones, at most.
+        repeat_seconds: A timing is the mean of as many steps as fill this, 50 at most; 0: one step each.
         seconds: No further step is begun if it would probably end later than this after the first (but one is timed).
         warmup_tokens: Length of the row that the warm-up runs on; `data.seq_len`, or less where steps are long.
         rotation, loss, recompute, compiled: The rival's choices.
         profile: Profile one more step.
-        size, device, threads, store, timeout_seconds: See `tools.report.worker.Place`.
+        size, device, threads, store, timeout_seconds: See `tools.bench.processes.Place`.
     """
 
     config: Config
@@ -56,6 +60,7 @@ class Task:
     out: str
     steps: int
     seconds: float
+    repeat_seconds: float
     warmup_tokens: int
     rotation: str
     loss: str
@@ -89,9 +94,8 @@ class Steps(Protocol):
     def foreseen(self) -> dict[str, Any]:
         """Fields of the row: memory settings and what they were predicted to take."""
 
-    def take_exposed(self) -> tuple[float, int] | None:
-        """Seconds this rank has waited for messages of the ring since the last call, and hops of which that is not
-        known; None: not measured."""
+    def take(self) -> RingTotals | None:
+        """What this rank has sent to the ring and waited for since the last call; None: not measured."""
 
 
 def worker_main(pipe: Connection, task: Task, rank: int) -> None:
@@ -199,20 +203,10 @@ class _Ours:
 
     @property
     def foreseen(self) -> dict[str, Any]:
-        estimate = self._plan.estimate
-        on_gpu = {"predicted_allocated": estimate.allocated / GIB, "predicted_device": estimate.device_bytes / GIB}
-        return {
-            "memory": describe(self._plan.memory),
-            "predicted_host": estimate.host_bytes / GIB,
-            "predicted_seconds": self._plan.time.seconds if estimate.on_gpu else None,
-            **(on_gpu if estimate.on_gpu else {}),
-        }
+        return foreseen(self._plan)
 
-    def take_exposed(self) -> tuple[float, int] | None:
-        if self._carrier is None:
-            return None
-        totals = self._carrier.stats.take()
-        return totals.exposed_seconds, totals.untimed_hops
+    def take(self) -> RingTotals | None:
+        return None if self._carrier is None else self._carrier.stats.take()
 
 
 class _Theirs:
@@ -247,7 +241,7 @@ class _Theirs:
     def foreseen(self) -> dict[str, Any]:
         return {}
 
-    def take_exposed(self) -> tuple[float, int] | None:
+    def take(self) -> RingTotals | None:
         return None
 
 
@@ -261,6 +255,10 @@ class _Case:
     seconds: list[float] = field(default_factory=list)
     exposed: list[float] = field(default_factory=list)
     untimed_hops: int = 0
+    hops: int | None = None
+    bytes_sent: int | None = None
+    steps_per_timing: int = 1
+    other_cores: float | None = None
     device_used: float = 0.0
     host_build: float = 0.0
     _next_row: int = 0
@@ -282,19 +280,32 @@ class _Case:
         reset_peak_memory(_CPU)
 
     def time(self) -> None:
-        """The timed steps, each with its line."""
+        """The timings, each with its line."""
         step = self.steps.at(self.task.config.data.seq_len)
+        if self.task.repeat_seconds:
+            once, _ = self._step(step)  # one more to warm up; all ranks have the same time, so they count alike
+            self.steps_per_timing = max(1, min(_MOST_STEPS, math.ceil(self.task.repeat_seconds / once)))
+        clock = None if self._on_cuda else CpuClock(self.topology)
         for number in range(1, self.task.steps + 1):
-            seconds, exposed = self._step(step)
+            seconds, exposed = self._timing(step)
             self.seconds.append(seconds)
             if exposed is not None:
                 self.exposed.append(exposed)
             gpu = f", {torch.cuda.max_memory_allocated() / GIB:.2f} GiB" if self._on_cuda else ""
             host = f", host {host_memory_bytes() / GIB:.2f} GiB"
-            _say(self.topology, f"step {number}: {seconds:.3f} s, loss {self.losses[-1]:.4f}{gpu}{host}")
+            what = "step" if self.steps_per_timing == 1 else f"{self.steps_per_timing} steps, timing"
+            _say(self.topology, f"{what} {number}: {seconds:.3f} s, loss {self.losses[-1]:.4f}{gpu}{host}")
             # All ranks have the same times, so they stop alike.
-            if sum(self.seconds) + seconds > self.task.seconds:
+            if (sum(self.seconds) + seconds) * self.steps_per_timing > self.task.seconds:
                 break
+        self.other_cores = None if clock is None else clock.other_cores()
+
+    def _timing(self, step: Step) -> tuple[float, float | None]:
+        """(seconds of the slowest rank, mean exposed seconds or None) per step."""
+        found = [self._step(step) for _ in range(self.steps_per_timing)]
+        exposed = [waited for _, waited in found if waited is not None]
+        seconds = statistics.mean(seconds for seconds, _ in found)
+        return seconds, statistics.mean(exposed) if exposed else None
 
     def profile(self) -> str:
         """One more step under the profiler; what rank 0 saw, in words."""
@@ -331,6 +342,10 @@ class _Case:
             "host_steps": topology.max_of(peak_memory_bytes(_CPU)) / GIB,
             "exposed_seconds": statistics.mean(self.exposed) if self.exposed else None,
             "untimed_hops": self.untimed_hops,
+            "steps_per_timing": self.steps_per_timing,
+            "hops": self.hops,
+            "bytes_sent": self.bytes_sent,
+            "other_cores": self.other_cores,
             **self.steps.foreseen,
         }
         if self._on_cuda:
@@ -343,7 +358,7 @@ class _Case:
 
     def _step(self, step: Step) -> tuple[float, float | None]:
         """(seconds of the slowest rank, mean exposed seconds or None). Reading the row is part of a step."""
-        self.steps.take_exposed()
+        self.steps.take()
         self._synchronize()
         self.topology.barrier()
         began = time.perf_counter()
@@ -363,14 +378,15 @@ class _Case:
         self._next_row += 1
         self.losses.append(loss)
         self.norms.append(norm)
-        taken = self.steps.take_exposed()
+        taken = self.steps.take()
         if self._on_cuda:
             free, total = torch.cuda.mem_get_info()
             self.device_used = max(self.device_used, (total - free) / GIB)
         if taken is None:  # on all ranks alike
             return seconds, None
-        exposed, self.untimed_hops = taken
-        return seconds, self.topology.sum_of(exposed) / self.topology.world_size
+        self.untimed_hops = taken.untimed_hops
+        self.hops, self.bytes_sent = (int(self.topology.max_of(n)) for n in (taken.hops, taken.bytes_sent))
+        return seconds, self.topology.sum_of(taken.exposed_seconds) / self.topology.world_size
 
     def _synchronize(self) -> None:
         if self._on_cuda:

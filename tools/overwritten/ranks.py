@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import PeerLost
+from tools.bench.processes import root_cause
 from tools.overwritten.training import Evaluation, Settings, train
-from tools.report.measure import root_cause
 
 _SILENCE_SECONDS = 600.0  # without a word from any rank
 _GRACE_SECONDS = 5.0  # after a first failure, for the words of the others

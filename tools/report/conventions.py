@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
-from tools.report.rows import Machine, Report, Settings
+from tools.report.model import Report
 
 
 def conventions(report: Report) -> list[tuple[str, str]]:
     """(term, meaning) of every number of the report."""
-    settings, machine = report.settings, report.machine
-    cuda = settings.device == "cuda"
+    cuda = report.on_gpu
+    unit = "GPU" if cuda else "core in use"
     return [
         (
+            "Attention",
+            "softmax; selective: selective attention in its exact form; lagged 128: votes count at multiples of 128; "
+            "SAS r=2: simulated scores of twice the heads. Rival: transformers + FSDP2 + torch's context_parallel.",
+        ),
+        (
             "Step",
-            "forward, backward, gradient norm, clipping and AdamW update of one row of T tokens, by the trainer's own "
-            f"engine ({settings.engine}, {settings.precision}); the row is drawn at random, the same for every cp.",
+            "reading the row, forward, backward, gradient norm, clipping and AdamW update of one row, by the trainer's "
+            "own code, from random weights on the standard library's sources; one process per rank, no other "
+            "parallelism, so that cp 1 is one process alone.",
         ),
         (
             "Step time",
-            f"{settings.warmup_steps} warm-up steps, then {settings.repeats} repeats of as many steps as fill "
-            f"{settings.min_repeat_seconds:g} s (50 at most); per step, of the slowest process. Shown is the median; "
-            "the spread is (slowest - fastest repeat) / median.",
+            "of the slowest process; median of the timings. A timing is a step, on CPUs the mean of as many as fill "
+            "half a second; the spread is (slowest - fastest timing) / median. A warm-up step goes before, on a row "
+            "of the same length, above 262,144 tokens on one of 32,768.",
         ),
         (
             "Other work",
-            "CPU cores that other processes kept busy during the repeats, on average. A point is marked as disturbed "
+            "CPU cores that other processes kept busy during the timings, on average. A point is marked as disturbed "
             f"(*) where that is over {RESTLESS_CORES:.0%} of the cores it uses, or its spread over "
             f"{RESTLESS_SPREAD:.0%}.",
         ),
-        ("Tokens/s", "T / step time, all processes together."),
-        (
-            "Time against work",
-            "step time per model FLOP, relative to the shortest measured T of the same cp. 1: a longer context costs "
-            "what its FLOPs say. Below 1: short rows have fixed costs that long ones spread.",
-        ),
-        ("Efficiency", _efficiency_convention(settings, machine)),
-        (
-            "Peak memory",
-            "largest process; CUDA allocator's peak (weights, gradients, optimizer, activations)."
-            if cuda
-            else "largest process; peak resident set minus the resident set before the model is built, so libraries "
-            "are left out and weights, gradients, optimizer and activations are in.",
-        ),
-        (
-            "Bytes per hop",
-            "bytes that a process sends per ring message, mean over the messages of a step, forward and backward "
-            "(which also carries gradients); of the process that sends most.",
-        ),
-        (
-            "Exposed communication",
-            "time in which attention stood waiting for a ring message, mean over processes; a slower neighbour's "
-            "lateness is part of it.",
-        ),
+        (f"Tokens/s per {'GPU' if cuda else 'core'}", f"length / step time / number of {unit}s."),
         (
             "FLOPs and MFU",
             "multiply and add counted as two; matrix products only; backward twice the forward; nothing for "
@@ -59,19 +42,50 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "divides by the device's dense peak and is left out where that is not known.",
         ),
         (
+            "Cost of cp, same tokens per rank",
+            f"1 - FLOP/s per {unit} / those of cp 1 on a row that is cp times shorter, each process with as many "
+            "tokens as here: what cutting the row costs each of them. Counted in causal FLOPs, as a longer row has "
+            "more of them per token.",
+        ),
+        (
+            "Cost of cp, same length",
+            f"1 - tokens/s per {unit} / those of cp 1 on a row of the same length: what is lost of a perfect "
+            f"{'speed-up by more GPUs' if cuda else 'division of the cores'}. Below 0: faster than that. Both compare "
+            "the fastest measured settings of memory, which may differ: a shorter row can keep more.",
+        ),
+        ("Against softmax", "step time / that of softmax at the same length and cp; FLOPs may differ."),
+        (
+            "Peak memory",
+            "GPU, torch: peak of torch's allocator in the timed steps. GPU, all: everything in use on the GPU after a "
+            "step, with what NCCL, peer buffers and the context take. "
+            if cuda
+            else "of the largest process, libraries and the time while the model is built included."
+            " Predicted stands beside it.",
+        ),
+        *(
+            [("Host memory", "peak resident memory of the largest process, while the model is built or in a step.")]
+            if cuda
+            else []
+        ),
+        (
+            "Exposed communication",
+            "time in which attention stood waiting for a message of the ring, mean over processes; a slower "
+            "neighbour's lateness is part of it. Empty where hops run inside CUDA graphs, which nobody can time.",
+        ),
+        (
+            "Predicted",
+            "by the planner before the step, in brackets in the table (on a CPU no times). Memory settings are the "
+            "planner's choice (memory: auto) unless the settings say otherwise.",
+        ),
+        (
+            "Longest context",
+            "measured: the longest row of this report that trained a step. Planned: the longest row that the planner "
+            "says fits this machine's memory with any settings, each process with its share of the host's memory; "
+            "computed, not run.",
+        ),
+        (
             "Loss difference",
-            "relative difference of the first step's loss from that of one process at the same T: a check that the "
-            "ring computes the same thing.",
+            "relative difference of the first loss from that of cp 1 at the same length: a check that the ring "
+            "computes the same thing.",
         ),
     ]
-
-
-def _efficiency_convention(settings: Settings, machine: Machine) -> str:
-    text = "tokens/s per unit, divided by the same of one process (cp 1) at the same T. "
-    if settings.device == "cuda":
-        return text + "A unit is a GPU: this is strong scaling, 100% means cp times the speed."
-    return (
-        f"{text}A unit is a CPU core in use: the processes share {machine.cores} cores, each has max(1, cores // cp) "
-        "threads, and one process has all the cores to itself. So 100% means the same speed from the same cores, cut "
-        "into cp processes: it prices the ring, not added hardware. Where cp exceeds the cores, processes take turns."
-    )

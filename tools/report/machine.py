@@ -6,9 +6,29 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
-from tools.report.rows import Machine
+from launch.meters import host_memory_limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where something was measured. Names of hosts and people are left out on purpose.
+
+    Attributes:
+        memory_bytes: Of the machine.
+        host_bytes: What of it may be used here, in a container perhaps less.
+    """
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    host_bytes: int
+    gpus: tuple[str, ...]
+    system: str
+    versions: dict[str, str]
+    commit: str | None
 
 
 def usable_cores() -> int:
@@ -39,6 +59,7 @@ def describe_machine() -> Machine:
         cpu=_cpu_name(),
         cores=usable_cores(),
         memory_bytes=psutil.virtual_memory().total,
+        host_bytes=host_memory_limit(),
         gpus=gpus,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         versions=versions,
@@ -46,12 +67,13 @@ def describe_machine() -> Machine:
     )
 
 
-def load_average() -> float | None:
-    """One-minute load average, None where the system has none."""
-    try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
+def device_bytes() -> tuple[int, ...]:
+    """Memory of each GPU; none where there are none. Loads torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
 
 
 def _cpu_name() -> str:

@@ -1,38 +1,23 @@
-"""The plots: one small picture per question, one line per ring size, log2 axis of context length."""
+"""The pictures: one question each, over context length; colour is the kind of attention, the marker is cp."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tools.report.axes import MARKERS, Looks, bars, dress, legend
 from tools.report.derive import Row
+from tools.report.model import Report
+from tools.report.style import STYLE, darkened
+from tools.report.summary import three_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; markers say the same a second time.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_INK = "#22272e"
-_STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": "#9aa3ad",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e9ec",
-    "xtick.color": "#4b5563",
-    "ytick.color": "#4b5563",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "ringattn",
-}
+_SIZE = (5.6, 3.7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +29,7 @@ class Plot:
         title: What it shows.
         text: The same for those who cannot see it.
         png: For the Markdown report.
-        svg: For the HTML page.
+        svg, dark: For the HTML page, on light and dark paper.
     """
 
     name: str
@@ -52,168 +37,205 @@ class Plot:
     text: str
     png: bytes
     svg: bytes
+    dark: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sketch:
+class Sketch:
+    """A picture to be drawn.
+
+    Attributes:
+        value: What a row contributes; None: nothing.
+        predicted: A second, dashed line.
+        only: The cp it is about; None: all of them.
+        reference: (height, name) of a horizontal line; None: none.
+    """
+
     name: str
     title: str
-    value: Callable[[Row], float | None]
     unit: str
+    value: Callable[[Row], float | None]
+    predicted: Callable[[Row], float | None] | None = None
     log: bool = False
     percent: bool = False
-    reference: float | None = None
-    reference_label: str = ""
-    only_rings: bool = False
+    reference: tuple[float, str] | None = None
+    only: int | None = None
 
 
-_SKETCHES = (
-    _Sketch(name="step_time", title="Step time", value=lambda row: row.step_seconds, unit="s", log=True),
-    _Sketch(name="throughput", title="Throughput", value=lambda row: row.tokens_per_second, unit="tokens/s", log=True),
-    _Sketch(
-        name="cost_against_work",
-        title="Time against work",
-        value=lambda row: row.cost_against_work,
-        unit="step time per FLOP",
-        reference=1.0,
-        reference_label="costs what its FLOPs say",
-    ),
-    _Sketch(
-        name="efficiency",
-        title="Efficiency against one process",
-        value=lambda row: row.efficiency,
-        unit="tokens/s per unit",
+def sketches(report: Report, looks: Looks) -> list[Sketch]:
+    """The questions, for this kind of machine."""
+    limit = report.gpu_limit
+    # Two lines for each kind and ring would be a thicket.
+    only = looks.rings[-1] if len(looks.kinds) > 2 and len(looks.rings) > 1 else None
+    at = "" if only is None else f", cp {only}"
+    speed = Sketch(
+        name="mfu",
+        title="MFU, causal count",
+        unit="of the GPU's dense peak",
+        value=lambda row: row.mfu_causal,
         percent=True,
-        reference=1.0,
-        reference_label="one process",
-        only_rings=True,
-    ),
-    _Sketch(
-        name="peak_memory",
-        title="Peak memory of the largest process",
-        value=lambda row: None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20,
-        unit="MiB",
-        log=True,
-    ),
-    _Sketch(
-        name="exposed_communication",
-        title="Exposed communication",
-        value=lambda row: row.exposed_communication_fraction,
-        unit="part of the step time",
-        percent=True,
-        only_rings=True,
-    ),
-)
+    )
+    memory = Sketch(
+        name="gpu_memory",
+        title=f"Memory in use on a GPU{at}",
+        only=only,
+        unit="GiB; dashed: predicted",
+        value=lambda row: row.gpu_used_gib,
+        predicted=lambda row: row.predicted_used_gib,
+        reference=None if limit is None else (limit, f"a GPU has {limit:.0f}"),
+    )
+    if not report.on_gpu:
+        speed = Sketch(
+            name="speed",
+            title="Speed, causal count",
+            unit="GFLOP/s per core in use",
+            value=lambda row: None if row.tflops_per_unit_causal is None else 1000 * row.tflops_per_unit_causal,
+        )
+        memory = Sketch(
+            name="host_memory",
+            title=f"Peak memory of the largest process{at}",
+            only=only,
+            unit="GiB; dashed: predicted",
+            value=lambda row: row.host_peak_gib,
+            predicted=lambda row: row.predicted_host_gib,
+        )
+    return [
+        Sketch(name="step_time", title="Step time", unit="s", value=lambda row: row.step_seconds, log=True),
+        speed,
+        memory,
+        Sketch(
+            name="cost_same_tokens",
+            title="Cost of cp, same tokens per rank",
+            unit="FLOP/s lost against cp 1",
+            value=lambda row: row.cost_same_tokens,
+            percent=True,
+            reference=(0.0, "as cp 1"),
+        ),
+        Sketch(
+            name="cost_same_length",
+            title="Cost of cp, same length",
+            unit="tokens/s lost against cp 1",
+            value=lambda row: row.cost_same_length,
+            percent=True,
+            reference=(0.0, "as cp 1"),
+        ),
+        Sketch(
+            name="exposed",
+            title="Exposed communication",
+            unit="of the step time",
+            value=lambda row: row.exposed_fraction,
+            percent=True,
+        ),
+        Sketch(
+            name="against_softmax",
+            title="Step time against softmax",
+            unit="times",
+            value=lambda row: row.against_softmax,
+            reference=(1.0, "softmax"),
+        ),
+    ]
 
 
-def draw_plots(rows: Sequence[Row]) -> list[Plot]:
-    """Draw every picture that has at least one point. Uses no display."""
+def draw_plots(report: Report) -> tuple[list[Plot], bytes]:
+    """(every picture that has at least one point, all of them in one PNG). Uses no display."""
     import matplotlib
 
-    plots = []
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        for sketch in _SKETCHES:
-            lines = _lines(sketch, rows)
-            if lines:
-                plots.append(_draw(sketch, lines, rows))
-    return plots
+    looks = Looks.of(report.rows)
+    drawn: list[tuple[str, str, str, Callable[[Axes], None]]] = []
+    for sketch in sketches(report, looks):
+        lines = _lines(sketch.value, report.rows, sketch.only)
+        if lines:
+            drawn.append((sketch.name, sketch.title, _said(sketch, lines), _drawer(sketch, report, looks)))
+    if any(one.planned or one.measured for one in report.longest):
+        text = "Longest rows in tokens. " + "; ".join(
+            f"{one.kind}, cp {one.cp}: {one.measured or 0:,} measured, "
+            f"{'unknown' if one.planned is None else format(one.planned, ',')} planned to fit"
+            for one in report.longest
+        )
+        drawn.append(("longest", "Longest context", f"{text}.", lambda axes: bars(axes, report.longest, looks)))
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        plots = []
+        for name, title, text, draw in drawn:
+            figure = _figure(1, 1, [draw])
+            svg = _save(figure, "svg")
+            plots.append(Plot(name=name, title=title, text=text, png=_save(figure, "png"), svg=svg, dark=darkened(svg)))
+        height = -(-len(drawn) // 2)
+        overview = _save(_figure(height, 2, [draw for *_, draw in drawn]), "png", dpi=100) if drawn else b""
+    return plots, overview
 
 
-def _lines(sketch: _Sketch, rows: Sequence[Row]) -> dict[int, list[tuple[int, float]]]:
-    lines: dict[int, list[tuple[int, float]]] = {}
+def _drawer(sketch: Sketch, report: Report, looks: Looks) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        lines = _lines(sketch.value, report.rows, sketch.only)
+        predicted = _lines(sketch.predicted, report.rows, sketch.only) if sketch.predicted is not None else {}
+        if sketch.reference is not None:
+            height, _ = sketch.reference
+            axes.axhline(height, color="#6b7280", linewidth=1.2, linestyle=(0, (1, 2)))
+        for (kind, cp), line in predicted.items():
+            axes.plot(
+                *zip(*line, strict=True),
+                color=looks.colour(kind, cp),
+                alpha=looks.alpha(cp),
+                linewidth=1.4,
+                linestyle=(0, (4, 3)),
+            )
+        for (kind, cp), line in lines.items():
+            axes.plot(
+                *zip(*line, strict=True),
+                color=looks.colour(kind, cp),
+                alpha=looks.alpha(cp),
+                marker=MARKERS.get(cp, "v"),
+                markersize=6.5,
+                markeredgecolor="white",
+                linewidth=2,
+            )
+        points = [point for line in (*lines.values(), *predicted.values()) for point in line]
+        dress(axes, points, log=sketch.log, percent=sketch.percent, reference=sketch.reference)
+        axes.set_xlabel("context length (tokens)")
+        rows = legend(axes, looks, list(lines), sketch.reference)
+        axes.set_title(
+            f"{sketch.title} ({sketch.unit})", loc="left", fontsize=10.5, fontweight="bold", pad=9 + 14 * rows
+        )
+
+    return draw
+
+
+def _lines(
+    value: Callable[[Row], float | None], rows: Sequence[Row], only: int | None
+) -> dict[tuple[str, int], list[tuple[int, float]]]:
+    lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for row in rows:
-        value = sketch.value(row) if row.ok else None
-        if value is not None and not (sketch.only_rings and row.cp == 1):
-            lines.setdefault(row.cp, []).append((row.seq_len, value))
+        found = value(row) if row.best and only in (None, row.cp) else None
+        if found is not None:
+            lines.setdefault((row.kind, row.cp), []).append((row.tokens, found))
     return lines
 
 
-def _draw(sketch: _Sketch, lines: dict[int, list[tuple[int, float]]], rows: Sequence[Row]) -> Plot:
+def _said(sketch: Sketch, lines: dict[tuple[str, int], list[tuple[int, float]]]) -> str:
+    said = "; ".join(
+        f"{kind}, cp {cp}: "
+        + ", ".join(f"{f'{y:.1%}' if sketch.percent else three_digits(y)} at {x:,}" for x, y in line)
+        for (kind, cp), line in lines.items()
+    )
+    return f"{sketch.title} ({sketch.unit}) by context length in tokens. {said}."
+
+
+def _figure(height: int, width: int, drawers: Sequence[Callable[[Axes], None]]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Not pyplot: it keeps figures and picks a backend for the whole process.
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(_SIZE[0] * width, _SIZE[1] * height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    styles = {cp: index for index, cp in enumerate(sorted({row.cp for row in rows}))}
-    if sketch.reference is not None:
-        axes.axhline(
-            sketch.reference, color="#6b7280", linewidth=1.2, linestyle=(0, (4, 3)), label=sketch.reference_label
-        )
-    for cp, line in sorted(lines.items()):
-        index = styles[cp]
-        axes.plot(
-            [seq_len for seq_len, _ in line],
-            [value for _, value in line],
-            color=_COLOURS[index % len(_COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
-            markersize=6,
-            markeredgecolor="white",
-            linewidth=2,
-            label=f"cp {cp}",
-        )
-    _dress(axes, sketch, lines)
-    said = "; ".join(
-        f"cp {cp}: " + ", ".join(f"{_said(sketch, value)} at {seq_len:,}" for seq_len, value in line)
-        for cp, line in sorted(lines.items())
-    )
-    text = f"{sketch.title} ({sketch.unit}) by context length in tokens. {said}."
-    return Plot(name=sketch.name, title=sketch.title, text=text, png=_save(figure, "png"), svg=_save(figure, "svg"))
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
+    for place, draw in enumerate(drawers, start=1):
+        draw(figure.add_subplot(height, width, place))
+    return figure
 
 
-def _dress(axes: Axes, sketch: _Sketch, lines: dict[int, list[tuple[int, float]]]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
-
-    lengths = sorted({seq_len for line in lines.values() for seq_len, _ in line})
-    values = [value for line in lines.values() for _, value in line]
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tokens(x)))
-    axes.set_xlabel("context length (tokens)")
-    # Two lines above the axes: the title, then the legend, which so never lies over a line.
-    axes.set_title(f"{sketch.title} ({sketch.unit})", loc="left", fontsize=10.5, fontweight="bold", pad=24)
-    # A range of a few doublings would leave a log axis one or two ticks.
-    if sketch.log and max(values) >= 8 * min(values):
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.2g}"))
-    else:
-        top = max([*values, sketch.reference or 0.0])
-        axes.set_ylim(0, 1.15 * top if top > 0 else 1)
-        if not sketch.percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if top >= 10 else f"{y:.3g}"))
-        else:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(
-        frameon=False,
-        fontsize=9,
-        ncols=len(lines) + 1 if len(lines) < 6 else 4,
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        borderaxespad=0.2,
-        borderpad=0.0,
-        handlelength=1.6,
-        columnspacing=1.4,
-    )
-
-
-def _tokens(count: float) -> str:
-    """`16384` as "16k" where k is 1,024; other numbers as they are."""
-    whole = round(count)
-    if whole >= 1024 and whole % 1024 == 0:
-        return f"{whole // 1024:,}k"
-    return f"{whole:,}"
-
-
-def _said(sketch: _Sketch, value: float) -> str:
-    return f"{value:.1%}" if sketch.percent else f"{value:.3g}"
-
-
-def _save(figure: Figure, kind: str) -> bytes:
+def _save(figure: Figure, kind: str, dpi: int = 160) -> bytes:
     out = io.BytesIO()
     figure.savefig(
-        out, format=kind, dpi=160, transparent=kind == "svg", metadata={"Date": None} if kind == "svg" else None
+        out, format=kind, dpi=dpi, transparent=kind == "svg", metadata={"Date": None} if kind == "svg" else None
     )
     return out.getvalue()

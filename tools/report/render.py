@@ -1,4 +1,4 @@
-"""Turn a `Report` into files: report.md, report.csv, the plots as PNG, and report.html, which needs no other file."""
+"""Turn a `Report` into files: report.md, report.csv, PNGs, and report.html, which needs no other file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from importlib.resources import files
 from pathlib import Path
 
 from launch.progress import format_bytes
+from tools.bench.step_rows import StepRow
 from tools.report.conventions import conventions
-from tools.report.derive import Row, derive_rows, is_disturbed, key_figures, rows_csv, summary_sentences
+from tools.report.derive import Row, common_settings, is_disturbed, rows_csv
+from tools.report.longest import Longest
+from tools.report.model import Report
 from tools.report.plots import Plot, draw_plots
-from tools.report.rows import Report
+from tools.report.summary import key_figures, seconds, summary_sentences, three_digits
 
 TITLE = "How far does a longer context cost what it should?"
 _NONE = "-"
+_Cell = Callable[[Row], str]
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
@@ -25,12 +29,12 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     Raises:
         OSError: If a file cannot be written.
     """
-    rows = derive_rows(report.points)
-    plots = draw_plots(rows)
+    plots, overview = draw_plots(report)
     contents: dict[str, bytes] = {
-        "report.html": render_page(report, rows, plots).encode("utf-8"),
-        "report.md": render_markdown(report, rows, plots).encode("utf-8"),
-        "report.csv": rows_csv(rows).encode("ascii", errors="backslashreplace"),
+        "report.html": render_page(report, plots).encode("utf-8"),
+        "report.md": render_markdown(report, plots).encode("utf-8"),
+        "report.csv": rows_csv(report.rows).encode("ascii", errors="backslashreplace"),
+        **({"report.png": overview} if overview else {}),
         **{f"{plot.name}.png": plot.png for plot in plots},
     }
     for name, content in contents.items():
@@ -40,117 +44,169 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def render_page(report: Report, rows: Sequence[Row], plots: Sequence[Plot]) -> str:
-    """The HTML page; pictures are inside it."""
-    images = [
-        {"title": plot.title, "text": plot.text, "data": base64.b64encode(plot.svg).decode("ascii")} for plot in plots
-    ]
-    return _render("report.html.j2", report, rows, plots=images)
+def render_page(report: Report, plots: Sequence[Plot]) -> str:
+    """The HTML page; pictures are inside it, for light and for dark paper."""
+
+    def encoded(svg: bytes) -> str:
+        return base64.b64encode(svg).decode("ascii")
+
+    images = [{"text": plot.text, "light": encoded(plot.svg), "dark": encoded(plot.dark)} for plot in plots]
+    return _render("report.html.j2", report, plots=images)
 
 
-def render_markdown(report: Report, rows: Sequence[Row], plots: Sequence[Plot]) -> str:
+def render_markdown(report: Report, plots: Sequence[Plot]) -> str:
     """The Markdown report; pictures are the PNG files beside it."""
-    return _render("report.md.j2", report, rows, plots=[{"title": plot.title, "name": plot.name} for plot in plots])
+    return _render("report.md.j2", report, plots=[{"title": plot.title, "name": plot.name} for plot in plots])
 
 
-def table_columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
-    """(heading, cell) of each column of the table; those without any number on this machine are left out."""
-    columns: list[tuple[str, Callable[[Row], object], Callable[..., str]]] = [
-        ("Step time", lambda row: row.step_seconds, _seconds),
-        ("Spread", lambda row: row.step_spread, lambda value: f"{value:.1%}"),
-        ("Other work", lambda row: row.other_cores, lambda value: f"{value:.2f}"),
-        ("Tokens/s", lambda row: row.tokens_per_second, lambda value: f"{value:,.0f}"),
-        ("Time against work", lambda row: row.cost_against_work, lambda value: f"{value:.2f}x"),
-        ("Efficiency", lambda row: row.efficiency, lambda value: f"{value:.0%}"),
-        ("Peak memory", lambda row: row.peak_memory_bytes, format_bytes),
-        ("Bytes per hop", lambda row: row.bytes_per_hop, format_bytes),
-        ("Hops", lambda row: row.hops_per_step or None, lambda value: f"{value:,}"),
-        ("Exposed", lambda row: row.exposed_communication_fraction, lambda value: f"{value:.1%}"),
-        _speed_column(rows),
-        ("MFU causal", lambda row: row.mfu_causal, lambda value: f"{value:.1%}"),
-        ("MFU full", lambda row: row.mfu_full, lambda value: f"{value:.1%}"),
-        ("Loss difference", lambda row: row.loss_difference, lambda value: "0" if value == 0 else f"{value:.1e}"),
+def table_columns(report: Report) -> list[tuple[str, _Cell]]:
+    """(heading, cell) of each column of the table; those without any number in this report are left out."""
+    unit = "GPU" if report.on_gpu else "core"
+    fast = max((row.tflops_per_unit_causal or 0.0 for row in report.rows), default=0.0) >= 1
+    flops, scale = ("TFLOP/s", 1.0) if fast else ("GFLOP/s", 1e3)
+    columns: list[tuple[str, str, Callable[..., str], str | None]] = [
+        ("Step time", "step_seconds", seconds, "predicted_seconds"),
+        ("Spread", "step_spread", _percent, None),
+        ("Other work", "other_cores", lambda value: f"{value:.2f}", None),
+        (f"Tokens/s per {unit}", "tokens_per_second_per_unit", lambda value: f"{value:,.0f}", None),
+        (f"{flops} per {unit}", "tflops_per_unit_causal", lambda value: three_digits(value * scale), None),
+        ("MFU causal", "mfu_causal", _percent, None),
+        ("MFU full", "mfu_full", _percent, None),
+        ("GPU, torch, GiB", "gpu_allocated_gib", _gib, "predicted_allocated_gib"),
+        ("GPU, all, GiB", "gpu_used_gib", _gib, "predicted_used_gib"),
+        ("Host, GiB" if report.on_gpu else "Peak memory, GiB", "host_peak_gib", _gib, "predicted_host_gib"),
+        ("Exposed", "exposed_fraction", _percent, None),
+        ("Bytes per hop", "bytes_per_hop", format_bytes, None),
+        ("Cost, same tokens per rank", "cost_same_tokens", _percent, None),
+        ("Cost, same length", "cost_same_length", _percent, None),
+        ("Against softmax", "against_softmax", lambda value: f"{value:.2f}x", None),
+        ("Loss difference", "loss_difference", lambda value: "0" if value == 0 else f"{value:.1e}", None),
     ]
 
-    def cell(value: Callable[[Row], object], show: Callable[..., str]) -> Callable[[Row], str]:
-        return lambda row: _NONE if value(row) is None else show(value(row))
+    def cell(name: str, show: Callable[..., str], predicted: str | None) -> _Cell:
+        def shown(row: Row) -> str:
+            value = getattr(row, name)
+            foreseen = None if predicted is None else getattr(row, predicted)
+            return (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
 
-    return [(name, cell(value, show)) for name, value, show in columns if any(value(row) is not None for row in rows)]
+        return shown
 
-
-def _speed_column(rows: Sequence[Row]) -> tuple[str, Callable[[Row], object], Callable[..., str]]:
-    fast = max((row.achieved_tflops_causal or 0.0 for row in rows), default=0.0) >= 1
-    unit, scale = ("TFLOP/s", 1.0) if fast else ("GFLOP/s", 1e3)
-    return f"{unit} causal", lambda row: row.achieved_tflops_causal, lambda value: _three_digits(value * scale)
-
-
-def _seconds(value: float) -> str:
-    return f"{_three_digits(value * 1000)} ms" if value < 1 else f"{_three_digits(value)} s"
-
-
-def _three_digits(value: float) -> str:
-    """Three digits, trailing zeros kept: in a column 2.10 and 19.0 say how exact they are."""
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    found = [
+        (heading, cell(name, show, predicted))
+        for heading, name, show, predicted in columns
+        if any(getattr(row, name) is not None for row in report.rows)
+    ]
+    return [*found, ("Memory settings", lambda row: row.memory or _NONE)]
 
 
-def _render(template: str, report: Report, rows: Sequence[Row], **more: object) -> str:
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _gib(value: float) -> str:
+    return three_digits(value)
+
+
+def _render(template: str, report: Report, **more: object) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         autoescape=template.endswith(".html.j2"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    columns = table_columns(rows)
+    columns = table_columns(report)
     lines = [
         {
+            "kind": row.kind,
             "cp": row.cp,
-            "tokens": f"{row.seq_len:,}{' *' if is_disturbed(row) else ''}",
+            "tokens": f"{row.tokens:,}{' *' if is_disturbed(row) else ''}",
             "ok": row.ok,
-            "status": row.status,
+            "status": _failure(row),
             "cells": [c(row) for _, c in columns],
         }
-        for row in rows
+        for row in report.rows
     ]
     text = files("tools.report").joinpath(template).read_text(encoding="utf-8")
     return environment.from_string(text).render(
         title=TITLE,
         report=report,
-        machine=_machine_lines(report),
         headings=[name for name, _ in columns],
         lines=lines,
-        figures=[asdict(figure) for figure in key_figures(rows)],
-        sentences=summary_sentences(rows),
+        longest=[_longest_line(one) for one in report.longest],
+        figures=[asdict(figure) for figure in key_figures(report)],
+        sentences=summary_sentences(report),
         conventions=conventions(report),
+        sources=_sources(report),
         **more,
     )
 
 
-def _machine_lines(report: Report) -> list[tuple[str, str]]:
-    machine, settings = report.machine, report.settings
-    loads = [point.load_average for point in report.points if point.load_average is not None]
-    threads = sorted({(point.cp, point.threads) for point in report.points})
-    lines = [
-        ("CPU", f"{machine.cpu}, {machine.cores} cores usable"),
-        ("Memory", format_bytes(machine.memory_bytes)),
-        ("GPUs", _counted(machine.gpus) or "none"),
-        ("Measured on", "GPUs, NCCL" if settings.device == "cuda" else "CPU, gloo"),
-        ("Threads per process", ", ".join(f"{count} at cp {cp}" for cp, count in threads)),
-        ("System", machine.system),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())),
-        ("Commit", machine.commit or "not a git checkout"),
-        (
-            "Model",
-            f"preset {settings.preset}, {settings.precision}, engine {settings.engine}, layout {settings.layout}, "
-            f"kernel {settings.kernel}, seed {settings.seed}",
-        ),
-        ("Repeats", f"{settings.repeats} after {settings.warmup_steps} warm-up steps"),
-        ("Date", report.date),
-        ("Command", report.command),
+def _failure(row: Row) -> str:
+    foreseen = []
+    if row.memory:
+        foreseen.append(row.memory)
+    if row.predicted_used_gib is not None:
+        foreseen.append(f"predicted {_gib(row.predicted_used_gib)} GiB of a GPU")
+    if row.predicted_seconds is not None:
+        foreseen.append(f"{seconds(row.predicted_seconds)} per step")
+    told = f" [{'; '.join(foreseen)}]" if foreseen else ""
+    return f"{row.status}: {row.note}{told}"
+
+
+def _longest_line(one: Longest) -> list[str]:
+    return [
+        one.kind,
+        str(one.cp),
+        _NONE if one.measured is None else f"{one.measured:,}",
+        _NONE if one.too_long is None else f"{one.too_long:,}",
+        "machine not known" if one.planned is None else f"{one.planned:,}",
+        one.memory or _NONE,
+        seconds(one.seconds),
     ]
-    if loads:
-        # A point's own ring counts for the next one, so a busy machine shows itself only by more than the ring's share.
-        lines.insert(5, ("Load before a point", f"{min(loads):.1f} to {max(loads):.1f} (one-minute average)"))
-    return lines
 
 
-def _counted(names: Sequence[str]) -> str:
-    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+def _sources(report: Report) -> list[tuple[str, str]]:
+    """Where the rows come from; several values of a thing are all listed."""
+    steps = report.steps
+
+    def all_of(name: str) -> str:
+        return "; ".join(dict.fromkeys(str(getattr(step, name)) for step in steps if getattr(step, name)))
+
+    gpu = all_of("gpu")
+    dates = sorted(step.measured_at for step in steps if step.measured_at)
+    known = [
+        ("Model", f"preset {all_of('model')}{_shared(steps)}"),
+        ("Measured on", "CPU, gloo" if gpu == "cpu" else f"{gpu} (one process each, NCCL)"),
+        ("Machine", all_of("machine")),
+        ("Memory", _memory(report)),
+        ("Threads per process", _threads(steps)),
+        ("Versions", all_of("versions")),
+        ("Commit", all_of("commit")),
+        ("Timings", f"{min(len(s.step_seconds) for s in ok)} to {max(len(s.step_seconds) for s in ok)} per point")
+        if (ok := [step for step in steps if step.seconds])
+        else ("Timings", ""),
+        ("Measured", f"{dates[0]} to {dates[-1]}" if dates else ""),
+        ("Rendered", report.date),
+        ("Command", report.command),
+        *(("Commands of the rows", command) for command in _commands(report)),
+    ]
+    return [(name, value) for name, value in known if value]
+
+
+def _shared(steps: Sequence[StepRow]) -> str:
+    shared = common_settings(steps)
+    return f", {' '.join(shared)}" if shared else ", bf16, fsdp, zigzag" if steps else ""
+
+
+def _memory(report: Report) -> str:
+    host = report.limits.host or max((step.host_total or 0.0 for step in report.steps), default=0.0)
+    parts = [f"{report.gpu_limit:.1f} GiB per GPU"] if report.gpu_limit else []
+    return ", ".join([*parts, *([f"{host:.0f} GiB of host memory"] if host else [])])
+
+
+def _threads(steps: Sequence[StepRow]) -> str:
+    found = sorted({(step.num_ranks, step.threads) for step in steps if step.threads})
+    return ", ".join(f"{number} at cp {cp}" for cp, number in found)
+
+
+def _commands(report: Report) -> list[str]:
+    return [one for one in dict.fromkeys(step.command for step in report.steps) if one and one != report.command]

@@ -1,106 +1,32 @@
-"""Measure one point: start the processes of a ring, wait for them, and turn whatever happens into a `Point`."""
+"""Processes of a ring on this machine: start them, wait for what they send, and say why one of them failed."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import signal
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import ValidationError
+import torch
+import torch.distributed as dist
 
-from launch.config import Config
-from launch.errors import ConfigError
-from tools.report.machine import load_average, usable_cores
-from tools.report.rows import Point, Settings
-
-if TYPE_CHECKING:
-    from tools.report.worker import Task
+from launch.orphans import die_with_parent
 
 _GRACE_SECONDS = 5.0  # after a first failure the other ranks notice by themselves; then they are ended
 _ECHOES = ("PeerError", "PeerLost", "DistBackendError", "RuntimeError")
 
 
-def measure_point(cp: int, seq_len: int, settings: Settings, *, num_gpus: int = 0) -> Point:
-    """Measure training steps of a ring of `cp` processes over rows of `seq_len` tokens.
-
-    Never raises for a point that cannot be measured: its `reason` says why.
-
-    Args:
-        cp: Processes in the ring.
-        seq_len: Tokens of a row, over the whole ring.
-        settings: What all points share.
-        num_gpus: GPUs of this machine.
-    """
-    cores = usable_cores()
-    threads = max(1, cores // cp)
-    known: dict[str, Any] = {
-        "cp": cp,
-        "seq_len": seq_len,
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "threads": threads,
-        "units": cp if settings.device == "cuda" else min(cores, cp * threads),
-        "load_average": load_average(),
-    }
-    if settings.device == "cuda" and cp > num_gpus:
-        return Point(**known, reason=f"needs {cp} GPUs, this machine has {num_gpus}")
-    try:
-        config = point_config(cp, seq_len, settings)
-    except ConfigError as error:
-        return Point(**known, reason=str(error))
-    from tools.report.worker import Task
-
-    with tempfile.TemporaryDirectory(prefix="ringattn-report-") as folder:
-        task = Task(settings=settings, config=config, cp=cp, threads=threads, store=str(Path(folder) / "store"))
-        values, reason = _run(task)
-    return Point(**known, reason=reason) if reason is not None else Point(**known, **values)
-
-
-def point_config(cp: int, seq_len: int, settings: Settings) -> Config:
-    """The trainer's configuration for one point.
-
-    Raises:
-        ConfigError: If the trainer refuses the combination, such as a row shorter than the ring.
-    """
-    try:
-        return Config.model_validate(
-            {
-                "run": {"dir": "unused", "seed": settings.seed, "device": settings.device, "deterministic": False},
-                "model": {"preset": settings.preset},
-                "data": {"seq_len": seq_len},
-                "parallel": {
-                    "cp": cp,
-                    "dp": 1,
-                    "layout": settings.layout,
-                    "kernel": settings.kernel,
-                    "setup_timeout_s": settings.timeout_seconds,
-                    "hop_timeout_s": settings.timeout_seconds,
-                },
-                "engine": {"name": settings.engine, "precision": settings.precision},
-                "optim": {"steps": 1, "lr": 1e-5},
-            }
-        )
-    except ValidationError as error:
-        raise ConfigError("; ".join(item["msg"] for item in error.errors())) from error
-
-
-def _run(task: Task) -> tuple[dict[str, Any], str | None]:
-    """(measured values, None) or ({}, reason)."""
-    from tools.report.worker import worker_main
-
-    return run_ring(worker_main, task, task.cp, timeout=task.settings.timeout_seconds)
-
-
 def run_ring(
     worker: Callable[[Connection, Any, int], None], task: Any, size: int, *, timeout: float
 ) -> tuple[dict[str, Any], str | None]:
-    """Run `worker(pipe, task, rank)` in `size` processes and wait for what they send: see `tools.report.worker`.
+    """Run `worker(pipe, task, rank)` in `size` processes and wait for what they send: see `run_rank`.
 
     Args:
         worker: Sends `("ok", values)` or `("failed", reason)` through its pipe.
@@ -176,3 +102,60 @@ def _death(exitcode: int | None) -> str:
         name = signal.Signals(-exitcode).name
         return f"killed by {name}" + (", probably out of memory" if name == "SIGKILL" else "")
     return f"ended without a result (exit status {exitcode})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process stands among those of its ring. `store` is the path of a file that all of them see."""
+
+    rank: int
+    size: int
+    device: str
+    threads: int
+    store: str
+    timeout_seconds: float
+
+
+def run_rank(pipe: Connection, place: Place, measure: Callable[[], dict[str, Any]]) -> None:
+    """Join the ring, measure, and send `("ok", values)`, or `("failed", reason)`; in a process of its own."""
+    die_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    with contextlib.suppress(OSError):
+        # If memory runs out, the kernel is to take this process and not someone else's.
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        torch.set_num_threads(place.threads)
+        _join(place)
+        pipe.send(("ok", measure()))
+    except BaseException as error:
+        pipe.send(("failed", describe_failure(error)))
+    finally:
+        pipe.close()
+
+
+def describe_failure(error: BaseException) -> str:
+    """The reason of a failed point, in one line."""
+    text = str(error).strip().splitlines() or [""]
+    words = str(error).lower()
+    if (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "allocate memory" in words
+        or "out of memory" in words
+    ):
+        return f"out of memory: {text[0]}"
+    return f"{type(error).__name__}: {text[0]}"
+
+
+def _join(place: Place) -> None:
+    cuda = place.device == "cuda"
+    device = torch.device("cuda", place.rank) if cuda else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=dist.FileStore(place.store, place.size),
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timedelta(seconds=place.timeout_seconds),
+        device_id=device,
+    )

@@ -1,0 +1,247 @@
+"""What the report says of made-up records: derived numbers, sentences, the page, the files."""
+
+import base64
+import csv
+import io
+import re
+import xml.dom.minidom
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.memory_search import case_at, choose, fits
+from launch.rates import RatesFile
+from model.flops import flops_per_token
+from model.presets import PRESETS
+from tests.tools.report_records import CPU, CPU_ROWS, FAILED, GPU_ROWS, cpu_row, gpu_row, report
+from tools.bench.step_rows import StepRow
+from tools.report.axes import Looks, spread_ticks
+from tools.report.derive import Row, config_of, derive_rows, model_at, rows_csv
+from tools.report.kinds import KINDS, kind_of, kind_settings, other_settings, settings_of
+from tools.report.longest import Limits, longest_contexts, machine_facts
+from tools.report.plots import draw_plots, sketches
+from tools.report.render import render_markdown, write_report
+from tools.report.summary import count, key_figures, seconds, summary_sentences
+
+
+def _rows(steps: tuple[StepRow, ...]) -> dict[tuple[str, int, int], Row]:
+    return {(row.kind, row.cp, row.tokens): row for row in reversed(derive_rows(steps))}  # the best one stays
+
+
+def test_derived_numbers_can_be_checked_by_hand() -> None:
+    rows = _rows(CPU_ROWS)
+    alone, ring = rows["softmax", 1, 1024], rows["softmax", 2, 1024]
+    assert alone.tokens_per_second_per_unit == pytest.approx(2048 / 2)
+    assert alone.step_spread == pytest.approx(0.2)
+    assert (alone.cost_same_length, alone.exposed_fraction, alone.loss_difference) == (None, None, None)
+    assert ring.cost_same_length == pytest.approx(0.2), "same cores, 0.5 s against 0.625 s"
+    assert ring.bytes_per_hop == pytest.approx(1024 << 8)
+    assert ring.exposed_fraction == pytest.approx(0.1)
+    assert ring.loss_difference == pytest.approx(1e-7)
+    assert ring.cost_same_tokens is None, "cp 1 was not measured at 512"
+    assert alone.host_peak_gib == 0.5
+    # four ranks of 1,024 tokens against one of 1,024: FLOPs of a row of 4,096 and of 1,024, each per second
+    far = _rows((*CPU_ROWS[:5], cpu_row(4, 4096, 4.0)))["softmax", 4, 4096]
+    model = model_at(CPU)
+    assert model is not None
+    long, short = (flops_per_token(model, tokens).causal * tokens for tokens in (4096, 1024))
+    assert far.cost_same_tokens == pytest.approx(1 - (long / 4.0) / (short / 0.5))
+    assert far.tflops_per_unit_causal == pytest.approx(long / 4.0 / 2 / 1e12)
+
+
+def test_rows_of_gpus() -> None:
+    rows = _rows(GPU_ROWS)
+    fast = rows["softmax", 4, 32768]
+    assert (fast.step_seconds, fast.best) == (0.4, True), "the fastest memory settings stand for a length"
+    assert fast.cost_same_tokens is not None
+    one, four = rows["softmax", 1, 8192], fast
+    assert one.tflops_per_unit_causal is not None
+    assert four.tflops_per_unit_causal is not None
+    assert fast.cost_same_tokens == pytest.approx(1 - four.tflops_per_unit_causal / one.tflops_per_unit_causal)
+    assert rows["softmax", 4, 8192].cost_same_length == pytest.approx(1 - (8192 / 0.1 / 4) / (8192 / 0.2))
+    assert rows["softmax", 4, 8192].exposed_fraction is None, "hops inside CUDA graphs are not timed"
+    assert rows["selective", 4, 32768].against_softmax == pytest.approx(0.9 / 0.4)
+    assert rows["rival", 4, 32768].against_softmax == pytest.approx(1.0 / 0.4)
+    assert [row.kind for row in derive_rows(GPU_ROWS)][-1] == "rival"
+    assert sum(row.best for row in derive_rows(GPU_ROWS)) == 7
+
+
+def test_the_kind_is_read_from_the_settings() -> None:
+    for kind, name in zip(KINDS, ("softmax", "selective", "lagged 128", "SAS r=2"), strict=True):
+        for preset in PRESETS:
+            settings = settings_of(" ".join((*kind_settings(kind, preset), "memory=auto", "model.layers=3")))
+            assert kind_of(settings, preset) == name
+            assert other_settings(settings) == ("model.layers=3",)
+        # and it is a configuration of the trainer, for the ring sizes of a report
+        step = gpu_row(kind, 4, 8192, 1.0)
+        assert model_at(step) is not None
+        assert config_of(step).memory.auto
+    assert settings_of("alltoall loss=fused layers=recomputed model.layers=2") == ("model.layers=2",)
+
+
+def test_settings_that_only_some_rows_have_are_said() -> None:
+    rows = derive_rows((cpu_row(1, 1024, 1.0), cpu_row(1, 1024, 2.0, settings="engine.precision=fp32 model.layers=1")))
+    assert [row.kind for row in rows] == ["softmax", "softmax, model.layers=1"]
+
+
+def test_the_longest_context_is_the_planners() -> None:
+    facts = machine_facts(GPU_ROWS, Limits(), 4)
+    assert facts is not None
+    assert facts.host_bytes == 125 << 30
+    found = {(one.kind, one.cp): one for one in longest_contexts(GPU_ROWS, Limits())}
+    assert "rival" not in {kind for kind, _ in found}
+    one, four = found["softmax", 1], found["softmax", 4]
+    assert (one.measured, one.too_long, four.measured, four.too_long) == (8192, 1 << 23, 32768, None)
+    assert four.planned is not None
+    assert four.planned > 1 << 20
+    assert four.memory
+    from launch.memory_plan import case_of
+    from launch.model_shape import model_of
+
+    config = config_of(GPU_ROWS[2])
+    case = case_of(config, model_of(config), 4, on_gpu=True)
+    best = choose(case_at(case, four.planned), facts, RatesFile())
+    assert best is not None
+    assert fits(best.estimate, facts)
+    assert choose(case_at(case, four.planned + 4096), facts, RatesFile()) is None
+    assert longest_contexts((replace(GPU_ROWS[2], host_total=None),), Limits())[0].planned is None
+    small = longest_contexts((replace(GPU_ROWS[2], host_total=None),), Limits(gpu=20, host=100))[0]
+    assert 0 < (small.planned or 0) < four.planned
+
+
+def test_the_summary_says_what_counts() -> None:
+    text = "\n".join(summary_sentences(report(CPU_ROWS)))
+    assert "Cost of cp 2, softmax: 0.0% against cp 1 as long a row (at 4,096 tokens)." in text
+    assert "agree with those of cp 1 to 1.0e-07 (relative)" in text
+    assert "1 of 6 points were not measured (1 out of memory): softmax cp 4 at 4,096." in text
+    assert "quiet machine" not in text
+    text = "\n".join(summary_sentences(report(GPU_ROWS)))
+    assert "selective 2.25 times (at 32,768 tokens, cp 4)" in text
+    assert "takes 2.50 times ours at 32,768 tokens on 4." in text
+    assert "torch's part of GPU memory +10% to +10%, a GPU's memory in use -4% to -4%" in text
+    assert "step time -10% to -10%" in text
+    figures = {figure.value: figure.label for figure in key_figures(report(GPU_ROWS))}
+    assert figures["32k"].startswith("tokens: longest row trained (softmax, cp 4, 20 GiB allocated on a GPU)")
+    assert figures["400 ms"] == "a step over 32,768 tokens (softmax, cp 4)"
+    assert figures["40.0%"].startswith("best MFU, causal count")
+
+
+@pytest.mark.parametrize(
+    "change", [{"step_seconds": (0.5, 0.5, 1.0)}, {"other_cores": 1.5, "step_seconds": (0.5, 0.5, 0.5)}]
+)
+def test_a_disturbed_point_comes_first_in_the_summary(change: dict[str, Any]) -> None:
+    """Steady other work slows all timings alike, so agreement between them proves nothing."""
+    steps = (replace(CPU_ROWS[0], **change), *CPU_ROWS[1:])
+    first, *others = summary_sentences(report(steps))
+    assert first.startswith("Not reliable: other work disturbed 1 of 5 measured points (softmax cp 1 at 1,024)")
+    assert not any("Cost of cp" in sentence and "1,024" in sentence for sentence in others), "its yardstick is gone"
+    assert any("at 4,096 tokens" in sentence for sentence in others)
+    assert re.findall(r"\| \d \| ([\d,]+ \*) \|", render_markdown(report(steps), [])) == ["1,024 *"]
+
+
+def test_the_csv_has_every_point_and_full_precision() -> None:
+    rows = derive_rows(CPU_ROWS)
+    lines = list(csv.DictReader(io.StringIO(rows_csv(rows))))
+    wanted = [("1", "1024"), ("1", "4096"), ("2", "1024"), ("2", "4096"), ("4", "1024"), ("4", "4096")]
+    assert [(line["cp"], line["tokens"]) for line in lines] == wanted
+    assert float(lines[2]["cost_same_length"]) == rows[2].cost_same_length
+    assert (lines[5]["status"], lines[5]["note"], lines[5]["step_seconds"]) == ("out of memory", FAILED, "")
+
+
+class _Page(HTMLParser):
+    """Collects what a page would load, its tags and its words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_report(report(CPU_ROWS), tmp_path_factory.mktemp("report"))
+
+
+def test_the_page_is_self_contained_and_complete(written: list[Path]) -> None:
+    page_file, *others = written
+    html = page_file.read_text()
+    page = _Page()
+    page.feed(html)
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert {"script", "link", "b"}.isdisjoint(page.tags), "nothing is loaded, and a reason is text, not markup"
+    assert len(page.sources) == 12, "step time, speed, memory, cost, exposed, longest; on light and on dark paper"
+    for source in page.sources:
+        xml.dom.minidom.parseString(base64.b64decode(source.split(",", 1)[1]))
+    words = " ".join(page.words)
+    for expected in (
+        "How far does a longer context cost what it should?",
+        "Made-up CPU <3 GHz>, 2 cores",
+        "torch 2.13.0",
+        "2026-01-02 03:04 UTC",
+        "python -m tools.scaling_report --cp 1,2,4",
+        f"out of memory: {FAILED}",
+        "2 at cp 1, 1 at cp 2, 1 at cp 4",
+        "preset test, engine.precision=fp32",
+    ):
+        assert expected in words, expected
+    order = ("longest row trained", "Cost of cp 2", "By context length", "Every point", "What the numbers mean")
+    assert sorted(order, key=words.index) == list(order)
+    assert "MFU causal" not in words, "no column for what is not known"
+    assert [path.name for path in others[:3]] == ["report.md", "report.csv", "report.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in others[2:])
+
+
+def test_the_markdown_table_is_whole(written: list[Path]) -> None:
+    text = written[1].read_text()
+    table = [line for line in text.split("## Longest")[0].splitlines() if re.match(r"\| (Attention|softmax)", line)]
+    assert len(table) == 7
+    assert {line.count("|") for line in table} == {table[0].count("|")}
+    assert "| softmax | 2 | 1,024 | 625 ms | 20.0% | 0.02 | 819 |" in text
+    assert "| 10.0% | 256 KiB | 20.0% | 1.0e-07 | nothing recomputed or moved |" in text
+    pictures = re.findall(r"\]\((\w+\.png)\)", text)
+    assert len(pictures) == 6
+    assert all((written[1].parent / name).exists() for name in pictures)
+    assert text.isascii()
+
+
+@pytest.mark.parametrize("steps", [(replace(CPU, status="failed", note="no"),), CPU_ROWS[2:3]])
+def test_few_points_make_a_report_too(steps: tuple[StepRow, ...]) -> None:
+    assert not re.search(r"\bnan\b|\binf\b|None", render_markdown(report(steps), []))
+    plots, overview = draw_plots(report(steps))
+    assert [plot.name for plot in plots][-1] == "longest", "the planner knows it without any measurement"
+    assert (len(plots) > 1) == (steps[0].seconds is not None)
+    assert overview.startswith(b"\x89PNG")
+
+
+def test_many_kinds_share_a_report() -> None:
+    made = report(GPU_ROWS)
+    text = render_markdown(made, [])
+    assert "| softmax | 1 | 8,388,608 | refused: memory: predicted not to fit |" in text
+    assert "| softmax | 4 | 32,768 | 400 ms (360 ms) |" in text
+    looks = Looks.of(made.rows)
+    assert len({looks.colour(kind, 4) for kind in looks.kinds}) == 5
+    assert looks.alpha(1) < looks.alpha(4) == 1.0
+    names = [sketch.name for sketch in sketches(made, looks)]
+    assert len(set(names)) == len(names) == 7
+    memory = sketches(made, looks)[2]
+    assert (memory.only, memory.reference) == (4, (79.0, "a GPU has 79"))
+
+
+def test_numbers_are_said_shortly() -> None:
+    assert [count(n) for n in (1 << 20, 8085504, 32768, 33000, 100)] == ["1M", "7.71M", "32k", "33,000", "100"]
+    assert [seconds(s) for s in (0.34, 3.5333, 207.79, None)] == ["340 ms", "3.53 s", "208 s", "-"]
+    assert spread_ticks([1024]) == [1024]
+    assert spread_ticks([2**n for n in range(10, 21)])[-1] == 1 << 20
+    assert len(spread_ticks([2**n for n in range(4, 24)])) <= 9

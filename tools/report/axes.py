@@ -1,0 +1,184 @@
+"""Axes, legends and bars of the pictures: readable ticks whatever was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tools.report.derive import Row
+from tools.report.kinds import RIVAL
+from tools.report.longest import Longest
+from tools.report.style import COLOURS, INK, RIVAL_COLOUR
+from tools.report.summary import count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = {1: "o", 2: "s", 3: "X", 4: "^", 8: "D", 16: "P"}
+_MOST_TICKS = 8
+_IN_A_ROW = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """Which colour a line has: by kind, or by cp where there is only one kind."""
+
+    kinds: tuple[str, ...]
+    rings: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Looks:
+        """The same for all pictures of a report."""
+        kinds = tuple(dict.fromkeys(row.kind for row in rows))
+        return cls(kinds=kinds, rings=tuple(sorted({row.cp for row in rows})))
+
+    @property
+    def by_ring(self) -> bool:
+        """Whether colours tell cp, not the kind."""
+        return len([kind for kind in self.kinds if kind != RIVAL]) == 1 and len(self.rings) > 1
+
+    def colour(self, kind: str, cp: int) -> str:
+        """Of a line."""
+        if kind.startswith(RIVAL):
+            return RIVAL_COLOUR
+        index = self.rings.index(cp) if self.by_ring else self.kinds.index(kind)
+        return COLOURS[index % len(COLOURS)]
+
+    def alpha(self, cp: int) -> float:
+        """Where colours tell the kind, lines of smaller rings are paler."""
+        if self.by_ring or len(self.rings) == 1:
+            return 1.0
+        return 0.35 + 0.65 * self.rings.index(cp) / (len(self.rings) - 1)
+
+
+def dress(
+    axes: Axes,
+    points: Sequence[tuple[int, float]],
+    *,
+    log: bool,
+    percent: bool,
+    reference: tuple[float, str] | None,
+) -> None:
+    """Scales and ticks."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+    lengths = sorted({length for length, _ in points})
+    values = [value for _, value in points]
+    axes.set_xscale("log", base=2)
+    if len(lengths) > 1:
+        axes.set_xlim(lengths[0] / 1.18, lengths[-1] * 1.18)
+    else:
+        axes.set_xlim(lengths[0] / 2, lengths[0] * 2)
+    axes.xaxis.set_major_locator(FixedLocator(spread_ticks(lengths)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(round(x))))
+    if log and min(values) > 0 and max(values) >= 8 * min(values):
+        axes.set_yscale("log")
+        decades = math.log10(max(values) / min(values))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if decades < 3.2 else (1.0,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
+        return
+    known = [*values, *([reference[0]] if reference is not None else [])]
+    top, low = max(known), min(0.0, *known)
+    axes.set_ylim(1.15 * low, low + 1.12 * (top - low) if top > low else 1)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top - low > 0.06 else 1))
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if top >= 10 else f"{y:.3g}"))
+
+
+def spread_ticks(lengths: Sequence[int]) -> list[int]:
+    """Those lengths that a log axis has room for: the longest, and others not too near to each other."""
+    apart = math.log2(lengths[-1] / lengths[0]) / _MOST_TICKS if len(lengths) > _MOST_TICKS else 0.35
+    kept = [lengths[-1]]
+    for length in reversed(lengths[:-1]):
+        if math.log2(kept[-1] / length) >= apart:
+            kept.append(length)
+    return kept[::-1]
+
+
+def legend(axes: Axes, looks: Looks, lines: Sequence[tuple[str, int]], reference: tuple[float, str] | None) -> int:
+    """Above the axes, so that it never lies over a line; returns how many rows it takes."""
+    from matplotlib.lines import Line2D
+
+    def handle(label: str, colour: str, marker: str, style: Literal["-", ""] = "-") -> Line2D:
+        return Line2D(
+            [], [], label=label, color=colour, marker=marker, linestyle=style, markeredgecolor="white", markersize=6.5
+        )
+
+    kinds, rings = list(dict.fromkeys(kind for kind, _ in lines)), sorted({cp for _, cp in lines})
+    if len(kinds) == 1 or len(rings) == 1:
+        handles = [
+            handle(
+                f"cp {cp}" if len(kinds) == 1 and len(rings) > 1 else f"{kind}, cp {cp}" if len(lines) == 1 else kind,
+                looks.colour(kind, cp),
+                MARKERS.get(cp, "v"),
+            )
+            for kind, cp in lines
+        ]
+    else:
+        handles = [handle(kind, looks.colour(kind, rings[0]), "") for kind in kinds]
+        handles += [handle(f"cp {cp}", INK, MARKERS.get(cp, "v"), "") for cp in rings]
+    if reference is not None:
+        handles.append(Line2D([], [], label=reference[1], color="#6b7280", linestyle=(0, (1, 2))))
+    columns = min(len(handles), _IN_A_ROW)
+    axes.legend(
+        handles=[one for column in range(columns) for one in handles[column::columns]],  # read row by row
+        frameon=False,
+        fontsize=9,
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        borderaxespad=0.2,
+        borderpad=0.0,
+        handlelength=1.6,
+        columnspacing=1.4,
+        labelspacing=0.25,
+    )
+    return -(-len(handles) // _IN_A_ROW)
+
+
+def bars(axes: Axes, longest: Sequence[Longest], looks: Looks) -> None:
+    """Measured lengths as bars, in front of what the planner says fits."""
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    ordered = list(reversed(longest))
+    names = [f"{one.kind}, cp {one.cp}" for one in ordered]
+    places = range(len(ordered))
+    known = [size for one in ordered for size in (one.measured, one.planned) if size]
+    left = min(known) / 4
+    for place, one in zip(places, ordered, strict=True):
+        colour = looks.colour(one.kind, one.cp)
+        if one.planned:
+            axes.barh(place, one.planned - left, left=left, height=0.66, color=colour, alpha=0.25)
+        if one.measured:
+            axes.barh(place, one.measured - left, left=left, height=0.66, color=colour)
+        furthest = max(one.measured or 0, one.planned or 0)
+        told = " / ".join(count(size) if size else "-" for size in (one.measured, one.planned))
+        axes.annotate(told, (furthest or left, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(left, max(known) * 2 ** (0.2 * math.log2(max(known) / left)))
+    doublings = [2**power for power in range(math.ceil(math.log2(left)), math.floor(math.log2(max(known))) + 1)]
+    axes.xaxis.set_major_locator(FixedLocator(spread_ticks(doublings) if doublings else [max(known)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(round(x))))
+    axes.set_yticks(places, names, fontsize=9 if len(names) <= 8 else 7.5)
+    axes.set_ylim(-0.6, max(len(names), 4) - 0.4)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("context length (tokens)")
+    axes.set_title("Longest context (measured / planned to fit)", loc="left", fontsize=10.5, fontweight="bold", pad=23)
+    axes.legend(
+        handles=[Patch(color=INK, label="trained a step"), Patch(color=INK, alpha=0.25, label="planner: fits")],
+        frameon=False,
+        fontsize=9,
+        ncols=2,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        borderaxespad=0.2,
+        borderpad=0.0,
+    )

@@ -1,0 +1,93 @@
+"""The longest context of each configuration: what the planner says fits, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.errors import ConfigError
+from launch.memory_choice import describe
+from launch.memory_plan import GIB, case_of
+from launch.memory_search import DeviceFacts, case_at, choose, longest_row
+from launch.model_shape import model_of
+from launch.rates import RatesFile
+from tools.bench.step_rows import StepRow
+from tools.report.derive import common_settings, config_of, kind_name
+from tools.report.kinds import RIVAL
+
+_TOO_LONG = ("out of memory", "refused")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Longest:
+    """One kind at one cp.
+
+    Attributes:
+        measured: Longest row in tokens that trained a step; None if none did.
+        too_long: Shortest row that ran out of memory or was refused; None if none was.
+        planned: Longest row predicted to fit, with whatever memory settings; None where the machine is not known.
+        memory: Those settings.
+        seconds: Predicted time of its step; None on CPUs.
+    """
+
+    kind: str
+    cp: int
+    measured: int | None
+    too_long: int | None
+    planned: int | None
+    memory: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Memory of the machine in GiB, where the records do not say; None is not known."""
+
+    gpu: float | None = None
+    host: float | None = None
+
+
+def longest_contexts(steps: Sequence[StepRow], limits: Limits) -> list[Longest]:
+    """Of our own rows, in the order of the rows."""
+    common = common_settings(steps)
+    groups: dict[tuple[str, int], list[StepRow]] = {}
+    for step in steps:
+        if step.variant != RIVAL:
+            groups.setdefault((kind_name(step, common), step.num_ranks), []).append(step)
+    return [_longest(kind, cp, group, limits) for (kind, cp), group in groups.items()]
+
+
+def machine_facts(steps: Sequence[StepRow], limits: Limits, cp: int) -> DeviceFacts | None:
+    """What a process of a ring of `cp` has to live in; None where neither records nor `limits` say."""
+    on_gpu = any(step.gpu != "cpu" for step in steps)
+    host = limits.host or min((step.host_total for step in steps if step.host_total), default=None)
+    gpu = limits.gpu or min((step.device_total for step in steps if step.device_total), default=None)
+    if host is None or (on_gpu and gpu is None):
+        return None
+    return DeviceFacts(
+        device_bytes=int(gpu * GIB) if on_gpu and gpu is not None else None, host_bytes=int(host * GIB / cp)
+    )
+
+
+def _longest(kind: str, cp: int, steps: Sequence[StepRow], limits: Limits) -> Longest:
+    measured = max((step.tokens for step in steps if step.seconds), default=None)
+    too_long = min((step.tokens for step in steps if step.status in _TOO_LONG), default=None)
+    known = {"kind": kind, "cp": cp, "measured": measured, "too_long": too_long}
+    facts = machine_facts(steps, limits, cp)
+    if facts is None:
+        return Longest(**known, planned=None)  # type: ignore[arg-type]
+    for step in sorted(
+        steps, key=lambda step: -step.tokens
+    ):  # a row that is too short for its ring has no configuration
+        try:
+            config = config_of(step)
+            case = case_of(config, model_of(config), cp, on_gpu=facts.device_bytes is not None)
+        except ConfigError:
+            continue
+        planned = longest_row(case, facts, None, 1024 * cp)
+        picked = choose(case_at(case, planned), facts, RatesFile()) if planned else None
+        if picked is None:
+            return Longest(**known, planned=planned)  # type: ignore[arg-type]
+        seconds = picked.time.seconds if facts.device_bytes is not None else None
+        return Longest(**known, planned=planned, memory=describe(picked.memory), seconds=seconds)  # type: ignore[arg-type]
+    return Longest(**known, planned=None)  # type: ignore[arg-type]

@@ -1,0 +1,190 @@
+"""The report in a few numbers and sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.progress import format_duration
+from tools.report.derive import Row, is_disturbed
+from tools.report.kinds import RIVAL
+from tools.report.model import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One number that sums something up."""
+
+    value: str
+    label: str
+
+
+def key_figures(report: Report) -> list[Figure]:
+    """At most five, of undisturbed rows: longest context, its time, best MFU, cost of cp, what is planned to fit."""
+    sound = [row for row in report.rows if row.ok and row.is_ours and row.best and not is_disturbed(row)]
+    if not sound:
+        return []
+    last = max(sound, key=lambda row: (row.tokens, -(row.step_seconds or 0.0)))
+    memory = ""
+    if last.gpu_allocated_gib is not None:
+        memory = f", {last.gpu_allocated_gib:.3g} GiB allocated on a GPU"
+    elif last.host_peak_gib is not None:
+        memory = f", {last.host_peak_gib:.2g} GiB in the largest process"
+    figures = [
+        Figure(value=count(last.tokens), label=f"tokens: longest row trained ({last.kind}, cp {last.cp}{memory})"),
+        Figure(
+            value=seconds(last.step_seconds), label=f"a step over {last.tokens:,} tokens ({last.kind}, cp {last.cp})"
+        ),
+    ]
+    used = max(sound, key=lambda row: row.mfu_causal or 0.0)
+    if used.mfu_causal is not None:
+        where = f"{used.tokens:,} tokens, {used.kind}, cp {used.cp}"
+        full = f"; {used.mfu_full:.0%} by full attention's count" if used.mfu_full is not None else ""
+        figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
+    for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
+        priced = [row for row in sound if getattr(row, name) is not None]
+        if priced:
+            row = max(priced, key=lambda row: (row.kind == "softmax", row.cp, row.tokens))
+            label = f"cost of cp {row.cp} against cp 1 at the same {words}: {row.tokens:,} tokens, {row.kind}"
+            figures.append(Figure(value=f"{getattr(row, name):.1%}", label=label))
+            break
+    planned = [one for one in report.longest if one.planned]
+    if planned:
+        most = max(planned, key=lambda one: one.planned or 0)
+        label = f"tokens: longest row planned to fit ({most.kind}, cp {most.cp}); computed, not run"
+        figures.append(Figure(value=count(most.planned or 0), label=label))
+    return figures
+
+
+def summary_sentences(report: Report) -> list[str]:
+    """The answer in words."""
+    rows = report.rows
+    measured = [row for row in rows if row.ok]
+    if not measured:
+        return ["No point could be measured; the table gives the reason for each.", *_not_measured(rows)]
+    sound = [row for row in measured if row.best and not is_disturbed(row)]
+    sentences = [
+        *_disturbed(measured),
+        *_costs(sound),
+        *_kinds(sound),
+        *_rival(sound),
+        *_predictions(measured),
+    ]
+    differences = [row.loss_difference for row in measured if row.loss_difference is not None]
+    if differences:
+        sentences.append(f"First losses agree with those of cp 1 to {max(differences):.1e} (relative) or better.")
+    return [*sentences, *_not_measured(rows)]
+
+
+def _disturbed(measured: Sequence[Row]) -> list[str]:
+    restless = [row for row in measured if is_disturbed(row)]
+    if not restless:
+        return []
+    listed = ", ".join(_where(row) for row in restless)
+    return [
+        f"Not reliable: other work disturbed {len(restless)} of {len(measured)} measured points ({listed}); the "
+        "sentences below leave them out. Measure them again, in a new folder, on a quiet machine."
+    ]
+
+
+def _costs(sound: Sequence[Row]) -> list[str]:
+    """Of the first kind: the longest row of each ring that has its yardstick. The table has all."""
+    sentences = []
+    kind = sound[0].kind if sound else ""
+    for cp in sorted({row.cp for row in sound if row.cp > 1}):
+        own = [row for row in sound if (row.kind, row.cp) == (kind, cp) and _yardsticks_sound(row, sound)]
+        told = []
+        for name, words in (
+            ("cost_same_tokens", "with as many tokens per rank"),
+            ("cost_same_length", "as long a row"),
+        ):
+            priced = [row for row in own if getattr(row, name) is not None]
+            if priced:
+                row = max(priced, key=lambda row: row.tokens)
+                told.append(f"{getattr(row, name):.1%} against cp 1 {words} (at {row.tokens:,} tokens)")
+        if told:
+            sentences.append(f"Cost of cp {cp}, {kind}: {'; '.join(told)}.")
+    return sentences
+
+
+def _yardsticks_sound(row: Row, sound: Sequence[Row]) -> bool:
+    lengths = {other.tokens for other in sound if other.kind == row.kind and other.cp == 1}
+    return (row.cost_same_length is None or row.tokens in lengths) and (
+        row.cost_same_tokens is None or row.tokens // row.cp in lengths
+    )
+
+
+def _kinds(sound: Sequence[Row]) -> list[str]:
+    told = []
+    for kind in dict.fromkeys(row.kind for row in sound if row.is_ours and row.against_softmax is not None):
+        row = max((row for row in sound if row.kind == kind), key=lambda row: (row.tokens, row.cp))
+        if row.against_softmax is not None:
+            told.append(f"{kind} {row.against_softmax:.2f} times (at {row.tokens:,} tokens, cp {row.cp})")
+    return [f"Step time against softmax: {', '.join(told)}."] if told else []
+
+
+def _rival(sound: Sequence[Row]) -> list[str]:
+    told = [
+        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens on {row.cp}"
+        for row in sound
+        if row.kind == RIVAL and row.against_softmax is not None
+    ]
+    name = "transformers + FSDP2 + torch's context_parallel (rival)"
+    return [f"A step of {name} takes {', '.join(told)}."] if told else []
+
+
+def _predictions(measured: Sequence[Row]) -> list[str]:
+    told = []
+    for words, name, predicted in (
+        ("torch's part of GPU memory", "gpu_allocated_gib", "predicted_allocated_gib"),
+        ("a GPU's memory in use", "gpu_used_gib", "predicted_used_gib"),
+        ("host memory", "host_peak_gib", "predicted_host_gib"),
+        ("step time", "step_seconds", "predicted_seconds"),
+    ):
+        errors = [
+            getattr(row, predicted) / getattr(row, name) - 1
+            for row in measured
+            if getattr(row, predicted) and getattr(row, name)
+        ]
+        if errors:
+            told.append(f"{words} {_signed(min(errors))} to {_signed(max(errors))}")
+    return [f"Predicted, against measured: {', '.join(told)}."] if told else []
+
+
+def _signed(error: float) -> str:
+    return f"{error:+.0%}" if round(100 * error) else "0%"
+
+
+def _not_measured(rows: Sequence[Row]) -> list[str]:
+    failed = Counter(row.status for row in rows if not row.ok)
+    if not failed:
+        return []
+    listed = ", ".join(f"{number} {status}" for status, number in failed.items())
+    where = ", ".join(_where(row) for row in rows if not row.ok)
+    return [f"{sum(failed.values())} of {len(rows)} points were not measured ({listed}): {where}."]
+
+
+def _where(row: Row) -> str:
+    return f"{row.kind} cp {row.cp} at {row.tokens:,}"
+
+
+def count(tokens: int) -> str:
+    """A length as people say it, in three digits: "1M" and "32k" are 2^20 and 32 x 2^10; others as they are."""
+    if tokens >= 1 << 20:
+        return f"{tokens / (1 << 20):.3g}M"
+    return f"{tokens >> 10}k" if tokens >= 1 << 10 and tokens % (1 << 10) == 0 else f"{tokens:,}"
+
+
+def seconds(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return "-"
+    if value < 1:
+        return f"{three_digits(value * 1000)} ms"
+    return f"{three_digits(value)} s" if value < 1000 else format_duration(value)
+
+
+def three_digits(value: float) -> str:
+    """Three digits, trailing zeros kept: in a column 2.10 and 19.0 say how exact they are."""
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
