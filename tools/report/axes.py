@@ -91,9 +91,9 @@ def dress(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if top >= 10 else f"{y:.3g}"))
 
 
-def spread_ticks(lengths: Sequence[int]) -> list[int]:
+def spread_ticks(lengths: Sequence[int], most: int = _MOST_TICKS) -> list[int]:
     """Those lengths that a log axis has room for: the longest, and others not too near to each other."""
-    apart = math.log2(lengths[-1] / lengths[0]) / _MOST_TICKS if len(lengths) > _MOST_TICKS else 0.35
+    apart = math.log2(lengths[-1] / lengths[0]) / most if len(lengths) > most else 0.35
     kept = [lengths[-1]]
     for length in reversed(lengths[:-1]):
         if math.log2(kept[-1] / length) >= apart:
@@ -164,11 +164,11 @@ def bars(axes: Axes, longest: Sequence[Longest], looks: Looks) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlim(left, max(known) * 2 ** (0.2 * math.log2(max(known) / left)))
     doublings = [2**power for power in range(math.ceil(math.log2(left)), math.floor(math.log2(max(known))) + 1)]
-    axes.xaxis.set_major_locator(FixedLocator(spread_ticks(doublings) if doublings else [max(known)]))
+    axes.xaxis.set_major_locator(FixedLocator(spread_ticks(doublings, 5) if doublings else [max(known)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(round(x))))
     axes.set_yticks(places, names, fontsize=9 if len(names) <= 8 else 7.5)
-    axes.set_ylim(-0.6, max(len(names), 4) - 0.4)
+    axes.set_ylim(min(-0.6, len(names) - 4.4), len(names) - 0.4)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("context length (tokens)")
     axes.set_title("Longest context (measured / planned to fit)", loc="left", fontsize=10.5, fontweight="bold", pad=23)

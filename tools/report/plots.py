@@ -93,7 +93,7 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
         )
         memory = Sketch(
             name="host_memory",
-            title=f"Peak memory of the largest process{at}",
+            title=f"Peak memory per process{at}",
             only=only,
             unit="GiB; dashed: predicted",
             value=lambda row: row.host_peak_gib,

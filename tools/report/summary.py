@@ -43,7 +43,7 @@ def key_figures(report: Report) -> list[Figure]:
         full = f"; {used.mfu_full:.0%} by full attention's count" if used.mfu_full is not None else ""
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
     for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
-        priced = [row for row in sound if getattr(row, name) is not None]
+        priced = [row for row in sound if getattr(row, name) is not None and _yardsticks_sound(row, sound)]
         if priced:
             row = max(priced, key=lambda row: (row.kind == "softmax", row.cp, row.tokens))
             label = f"cost of cp {row.cp} against cp 1 at the same {words}: {row.tokens:,} tokens, {row.kind}"
@@ -126,12 +126,12 @@ def _kinds(sound: Sequence[Row]) -> list[str]:
 
 def _rival(sound: Sequence[Row]) -> list[str]:
     told = [
-        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens on {row.cp}"
+        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens"
         for row in sound
         if row.kind == RIVAL and row.against_softmax is not None
     ]
     name = "transformers + FSDP2 + torch's context_parallel (rival)"
-    return [f"A step of {name} takes {', '.join(told)}."] if told else []
+    return [f"On as many GPUs a step of {name} takes {', '.join(told)}."] if told else []
 
 
 def _predictions(measured: Sequence[Row]) -> list[str]:
