@@ -213,8 +213,8 @@ def test_the_markdown_table_is_whole(written: list[Path]) -> None:
     table = [line for line in text.split("## Longest")[0].splitlines() if re.match(r"\| (Attention|softmax)", line)]
     assert len(table) == 7
     assert {line.count("|") for line in table} == {table[0].count("|")}
-    assert "| softmax | 2 | 1,024 | 625 ms | 20.0% | 0.02 | 819 |" in text
-    assert "| 10.0% | 256 KiB | 20.0% | 1.0e-07 | nothing recomputed or moved |" in text
+    assert "| softmax | 2 | 1,024 | 625 ms | 819 | 0.25 (0.40) | 10.0% | 20.0% | 20.0% | 0.02 |" in text
+    assert "| 256 KiB | 1.0e-07 | nothing recomputed or moved |" in text
     pictures = re.findall(r"\]\((\w+\.png)\)", text)
     assert len(pictures) == 6
     assert all((written[1].parent / name).exists() for name in pictures)

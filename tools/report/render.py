@@ -66,20 +66,20 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
     flops, scale = ("TFLOP/s", 1.0) if fast else ("GFLOP/s", 1e3)
     columns: list[tuple[str, str, Callable[..., str], str | None]] = [
         ("Step time", "step_seconds", seconds, "predicted_seconds"),
-        ("Spread", "step_spread", _percent, None),
-        ("Other work", "other_cores", lambda value: f"{value:.2f}", None),
         (f"Tokens/s per {unit}", "tokens_per_second_per_unit", lambda value: f"{value:,.0f}", None),
-        (f"{flops} per {unit}", "tflops_per_unit_causal", lambda value: three_digits(value * scale), None),
         ("MFU causal", "mfu_causal", _percent, None),
         ("MFU full", "mfu_full", _percent, None),
         ("GPU, torch, GiB", "gpu_allocated_gib", _gib, "predicted_allocated_gib"),
         ("GPU, all, GiB", "gpu_used_gib", _gib, "predicted_used_gib"),
         ("Host, GiB" if report.on_gpu else "Peak memory, GiB", "host_peak_gib", _gib, "predicted_host_gib"),
         ("Exposed", "exposed_fraction", _percent, None),
-        ("Bytes per hop", "bytes_per_hop", format_bytes, None),
         ("Cost, same tokens per rank", "cost_same_tokens", _percent, None),
         ("Cost, same length", "cost_same_length", _percent, None),
         ("Against softmax", "against_softmax", lambda value: f"{value:.2f}x", None),
+        ("Spread", "step_spread", _percent, None),
+        ("Other work", "other_cores", lambda value: f"{value:.2f}", None),
+        (f"{flops} per {unit}", "tflops_per_unit_causal", lambda value: three_digits(value * scale), None),
+        ("Bytes per hop", "bytes_per_hop", format_bytes, None),
         ("Loss difference", "loss_difference", lambda value: "0" if value == 0 else f"{value:.1e}", None),
     ]
 
