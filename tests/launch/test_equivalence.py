@@ -46,9 +46,7 @@ def compare(corpus, tmp_path, alone, world_size, variants):
         assert worst <= 1e-5, (world_size, variant, worst)
 
 
-@pytest.mark.parametrize(
-    "cp_size", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("cp_size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 4))])
 def test_every_layout_gives_the_losses_of_one_process(corpus, tmp_path, alone, cp_size):
     layouts = ("zigzag",) if cp_size in (1, 4) else LAYOUTS  # all of them for all sizes in the slow table below
     compare(corpus, tmp_path, alone, cp_size, [(layout, ENGINES[0], 1, {}) for layout in layouts])
@@ -109,6 +107,7 @@ def test_the_whole_table(corpus, tmp_path, alone, world_size):
     compare(corpus, tmp_path, alone, world_size, [(*pair, 1, {}) for pair in itertools.product(LAYOUTS, ENGINES)])
 
 
+@pytest.mark.slow
 def test_the_comparison_can_fail(corpus, tmp_path, alone):
     """A learning rate that is off by a third of a percent is seen."""
     with pytest.raises(AssertionError):

@@ -94,7 +94,7 @@ def kill_in_hop(rank, victim, step, where):
     return seen
 
 
-@pytest.mark.parametrize("where", ["forward hop 1", "backward hop 1"])
+@pytest.mark.parametrize("where", [pytest.param("forward hop 1", marks=pytest.mark.slow), "backward hop 1"])
 def test_row_1_kill_in_a_hop_then_the_same_command_gives_the_same_bits(corpus, tmp_path, clean, where):
     run = short_run(corpus, tmp_path)
     step = random.Random(where).randint(4, STEPS)  # after the first checkpoint
@@ -147,7 +147,7 @@ def preempted_run(corpus, folder):
     ("world_size", "changes"),
     [
         (3, {"parallel__layout": "contiguous"}),
-        (4, {"parallel__dp": 2, "engine__name": "fsdp", "parallel__ulysses": 2}),
+        pytest.param(4, {"parallel__dp": 2, "engine__name": "fsdp", "parallel__ulysses": 2}, marks=pytest.mark.slow),
         pytest.param(1, {"engine__name": "zero", "engine__zero_stage": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"engine__name": "zero", "engine__zero_stage": 3}, marks=pytest.mark.slow),
     ],
@@ -200,7 +200,10 @@ def local(tensor):
 @pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 @pytest.mark.parametrize(
     ("where", "blame"),
-    [("loss", "the loss of rank 1 is not finite"), ("gradient", "it began in the loss of rank 1")],
+    [
+        pytest.param("loss", "the loss of rank 1 is not finite", marks=pytest.mark.slow),
+        ("gradient", "it began in the loss of rank 1"),
+    ],
 )
 def test_row_19_nan_on_one_rank_updates_no_rank_and_the_run_goes_on(corpus, tmp_path, engine, where, blame):
     run = short_run(corpus, tmp_path, engine__name=engine)
@@ -225,6 +228,7 @@ def test_row_19_too_many_in_a_row_stop_with_the_last_good_state(corpus, tmp_path
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 6).values())
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_with_76_at_its_last_step_is_not_complete(corpus, tmp_path):
     run = short_run(corpus, tmp_path, optim__max_bad_steps=2, checkpoint__every_steps=0, optim__steps=5)
     outcomes = run_ranks(faulty_worker, 2, run, nan_on_one_rank, 0, {4, 5})
@@ -337,6 +341,7 @@ def test_row_2_a_silent_rank_is_reported_at_the_hop_timeout(corpus, tmp_path):
     assert "in step 4" in read_status(tmp_path).message
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_first_checkpoint_leaves_no_records_twice(corpus, tmp_path, clean):
     run = short_run(corpus, tmp_path)
     outcomes = run_ranks(faulty_worker, 2, run, kill_in_hop, 1, 2, "forward hop 1", check=False)
@@ -350,6 +355,7 @@ def full_disk(rank, victim):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_row_22_a_full_disk_keeps_the_old_checkpoint_and_ends_after_the_allowed_failures(corpus, tmp_path):
     changes = {"engine__name": "fsdp", "checkpoint__every_steps": 2, "checkpoint__max_failed_saves": 1}
     first = short_run(corpus, tmp_path, **changes)

@@ -123,7 +123,6 @@ def reference(world_size: int, steps: int, tied: bool = True) -> dict[str, Any]:
 
 PAIR = (*toy.KINDS, "fsdp" + UNTIED, "zero3" + UNTIED)
 FAST = [
-    *((1, toy.KINDS, 4, kind) for kind in toy.KINDS),
     *((2, PAIR, 4, kind) for kind in toy.KINDS),
     *((3, ("ddp", "fsdp"), 2, kind) for kind in ("ddp", "fsdp")),
 ]
