@@ -54,7 +54,12 @@ def compare(rank, world_size, cases, ways, length, layers):
     return errors
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+FEW = [("gqa", None), ("sas", None), ("gqa", "exact"), ("mla", "guided")]  # each that is kept in another way
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FEW else pytest.param(case, marks=pytest.mark.slow) for case in CASES], ids=str
+)
 def test_every_kind_in_one_process(case):
     for key, error in compare(0, 1, [case], WAYS, LENGTH, 3).items():
         assert error <= 1e-12, (key, error)

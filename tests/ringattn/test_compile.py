@@ -59,6 +59,7 @@ def compile_worker(rank, world_size):
     return found
 
 
+@pytest.mark.slow
 def test_over_a_ring_with_other_documents_groups_and_transports():
     for found in run_ranks(compile_worker, 2, timeout=100):
         assert all(error <= 1e-10 for error, _, _ in found), found

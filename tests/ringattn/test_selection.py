@@ -174,8 +174,14 @@ def test_an_expansion_of_the_wrong_shape_is_refused(expand, message):
         ringattn.ring_attention(*tensors(), ringattn.Plan(8, 1), expand=expand)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lag", [1, 16])
+@pytest.mark.parametrize(
+    ("lag", "dtype"),
+    [
+        (16, torch.float32),
+        *(pytest.param(lag, torch.bfloat16, marks=pytest.mark.slow) for lag in (1, 16)),
+        pytest.param(1, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_low_precision_is_as_good_as_the_same_precision_without_selection(dtype, lag):
     seq_len = 600
     q, k, v = tensors(seq_len, dtype=dtype)
@@ -267,6 +273,7 @@ def test_32768_tokens_stay_far_below_the_dense_form():
     assert float(result.stdout) < 2.0  # GiB, the interpreter and torch included
 
 
+@pytest.mark.slow  # and on GPUs
 def test_in_bf16_the_gain_s_gradient_does_not_see_the_rounding_of_the_output():
     generator = torch.Generator().manual_seed(513)
     q, k, v, dout = (
