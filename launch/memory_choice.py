@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,12 +9,13 @@ from launch.config import Config, MemoryConfig
 from launch.errors import ConfigError
 from launch.memory_items import MemoryCase
 from launch.memory_plan import GIB, MemoryEstimate, case_of, estimate_memory
-from launch.memory_search import HOST_PART, Choice, DeviceFacts, choose, fits, longest_row, shortfall
+from launch.memory_search import DEVICE_PART, HOST_PART, Choice, DeviceFacts, choose, fits, longest_row, shortfall
 from launch.meters import host_memory_limit
 from launch.model_shape import model_of
 from launch.progress import format_bytes
 from launch.rates import RatesFile
 from launch.step_time import StepTime, step_time
+from ringattn.transport.peer_memory import host_name
 
 if TYPE_CHECKING:
     from launch.topology import Topology
@@ -87,7 +87,7 @@ def device_facts(topology: Topology) -> DeviceFacts:
 
     device = topology.device
     on_gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    everyone = topology.gather_objects((socket.gethostname(), on_gpu, host_memory_limit()))
+    everyone = topology.gather_objects((host_name(), on_gpu, host_memory_limit()))
     neighbours = {name: sum(other == name for other, _, _ in everyone) for name, _, _ in everyone}
     return DeviceFacts(
         device_bytes=None if on_gpu is None else min(found for _, found, _ in everyone),
@@ -193,7 +193,7 @@ def _refusal(case: MemoryCase, facts: DeviceFacts, memory: MemoryConfig | None) 
     )
     estimate = estimate_memory(case, tried)
     which = f"the memory settings ({describe(tried)})" if memory is not None else "any memory settings"
-    with_what = "" if memory is not None else f" with {describe(tried)}"
+    with_what = "" if memory is not None else f", taking {describe(tried)}"
     return (
         f"memory: {row} is predicted not to fit with {which}: {_lacking(estimate, facts)}{with_what} "
         f"({_largest_items(estimate, facts)}). {advice(case, facts, beside=memory)}"
@@ -212,7 +212,8 @@ def _lacking(estimate: MemoryEstimate, facts: DeviceFacts) -> str:
     device, host = shortfall(estimate, facts)
     parts = []
     if device and facts.device_bytes is not None:
-        parts.append(f"a GPU needs {format_bytes(estimate.device_bytes)} and has {format_bytes(facts.device_bytes)}")
+        have = f"{format_bytes(facts.device_bytes)}, of which {DEVICE_PART:.0%} may be planned with"
+        parts.append(f"a GPU needs {format_bytes(estimate.device_bytes)} and has {have}")
     if host:
         have = f"{format_bytes(facts.host_bytes)}, of which {HOST_PART:.0%} may be planned with"
         parts.append(f"a process needs {format_bytes(estimate.host_bytes)} of host memory and has {have}")

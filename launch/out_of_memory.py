@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Settings are advised that need so much less than those with which memory ran out, whatever the estimate says.
 _LESS = 0.9
+# How memory of a GPU that others than torch's allocator ask for cannot be had: graphs, peer memory, cuBLAS, NCCL.
+_GPU_WORDS = ("cuda error: out of memory", "cublas_status_alloc_failed", "'out of memory'", "cuda_error_out_of_memory")
 # How host memory that cannot be had shows, beside MemoryError.
 _HOST_WORDS = ("can't allocate memory", "cannot allocate memory", "could not be pinned", "cudahostalloc")
 
@@ -33,10 +35,10 @@ def as_out_of_memory(
     import torch
 
     text = str(error).lower()
+    told_by = isinstance(error, RuntimeError | OSError)  # every error of torch, CUDA and NCCL is a RuntimeError
+    on_host = isinstance(error, MemoryError) or (told_by and any(word in text for word in _HOST_WORDS))
     on_gpu = isinstance(error, torch.OutOfMemoryError)
-    on_host = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(word in text for word in _HOST_WORDS)
-    )
+    on_gpu = on_gpu or (told_by and not on_host and any(word in text for word in _GPU_WORDS))
     if isinstance(error, OutOfMemory) or not (on_gpu or on_host):
         return error
     where = "before the first step" if step is None else f"in step {step + 1}"

@@ -117,9 +117,10 @@ class StepRunner:
         self._positions = self._plan.positions(topology.cp_rank).to(topology.device)
         self.pulse = Pulse(
             model.layers,
-            runs_again=config.memory.recompute is True,
+            runs_again=config.memory.recompute is True or config.memory.keep_layers is not None,
             bytes_sent=lambda: 0 if carrier is None else carrier.stats.bytes_sent,
-            make_event=torch.cuda.Event if topology.device.type == "cuda" else None,
+            # only the first rank is asked where it is
+            make_event=torch.cuda.Event if topology.device.type == "cuda" and topology.rank == 0 else None,
             capturing=torch.cuda.is_current_stream_capturing,
         )
         if carrier is not None:
@@ -237,7 +238,8 @@ class StepRunner:
         # with all labels ignored.
         for start in range(0, num_rows, topology.dp):
             index = start + topology.dp_rank
-            row = self._corpus.held_out_row(min(index, num_rows - 1), self._chunks)
+            read = functools.partial(self._corpus.held_out_row, min(index, num_rows - 1), self._chunks)
+            row = self._ranks.agree(f"reading held-out row {index}", read)
             labels = row.labels if index < num_rows else torch.full_like(row.labels, IGNORED)
             self.doing = f"evaluating held-out row {index}"
             loss += self._forward(row, labels, self._attention(row))
@@ -324,10 +326,11 @@ class _GradientProbe:
         self._last = None
         self._flags = []
 
-    def watch(self, attention: AttentionFn) -> AttentionFn:
+    def watch(self, attention: RowAttention) -> AttentionFn:
         def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
             found = attention(q, k, v, **options)
-            self._last = found[0] if isinstance(found, tuple) else found
+            if attention.recording:  # what a layer's second run makes must not live longer than its backward
+                self._last = found[0] if isinstance(found, tuple) else found
             return found
 
         return watched

@@ -124,8 +124,9 @@ class _Worker:
 
         doing = "starting" if self._trainer is None else self._trainer.doing
         plan = None if self._trainer is None else self._trainer.memory_plan
-        error = as_lost_peer(error, self._topology, doing, self._step())
+        # In this order: NCCL, too, runs out of memory, and its errors are those of lost peers otherwise.
         error = as_out_of_memory(error, self._topology, doing, self._step(), plan)
+        error = as_lost_peer(error, self._topology, doing, self._step())
         status, message = exit_status_of(error), str(error) or type(error).__name__
         told = first_cause(self._run_dir, patience_s=_LAST_WORD_S / 2) if status == EXIT_PEER else None
         if told is not None:  # by the rank that failed, which also prints it

@@ -8,16 +8,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from launch.causes import first_cause
 from launch.errors import EXIT_OUT_OF_MEMORY
 from launch.meters import host_memory_available, host_memory_limit
 from launch.progress import format_bytes
+
+_log = logging.getLogger(__name__)
 
 # Parts of the host's memory: below the first the run is asked to stop, below the second it ends.
 _ASK_PART, _ASK_LEAST = 0.015, 2**29
@@ -52,6 +57,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._told_at: float | None = None
         self._asked = False
+        self._failed = False
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -60,14 +66,19 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_GRACE_S)  # it may hang in a file system that does
 
     def _run(self) -> None:
         limit = host_memory_limit()
         while not self._over.wait(_POLL_S):
-            if self._memory:
-                self._look_at_memory(limit)
-            self._look_at_others()
+            try:
+                if self._memory:
+                    self._look_at_memory(limit)
+                self._look_at_others()
+            except (OSError, ValueError, psutil.Error) as error:  # a file system may fail now and be back then
+                if not self._failed:
+                    _log.warning("the watch beside the run could not look: %s", error)
+                self._failed = True
 
     def _look_at_memory(self, limit: int) -> None:
         left = host_memory_available()

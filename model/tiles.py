@@ -35,7 +35,7 @@ def in_tiles(
         parameters: All those that `part` uses (others do no harm). A function, since an engine may have put others in
             their place until the backward.
         inputs: [B, S, ...], S may be 0. They are kept for the backward, and nothing else is.
-        tile: Tokens of a tile, the last one may have fewer.
+        tile: Tokens of a tile; the last one may have fewer, or up to an eighth more.
         needless: Nobody will read the result, which is one of the first input's shape; only the backward is wanted.
 
     Returns:
@@ -57,8 +57,12 @@ class _Job:
 
     def rows(self, length: int) -> Iterator[slice]:
         # a shard without tokens is one empty tile, so that its results have shapes and its parameters zero gradients
-        for start in range(0, max(length, 1), self.tile):
-            yield slice(start, min(start + self.tile, length))
+        start = 0
+        while start < length or not start:
+            # a rest of an eighth of a tile is not worth a tile, nor what torch.compile makes for a single token
+            stop = start + self.tile if length - start - self.tile > self.tile // 8 else length
+            yield slice(start, stop)
+            start = max(stop, 1)
 
 
 class _InTiles(torch.autograd.Function):

@@ -175,11 +175,11 @@ class CudaLane:
 def hosts_of(group: dist.ProcessGroup) -> list[str]:
     """The host of every rank. Collective."""
     names = [""] * dist.get_world_size(group)
-    dist.all_gather_object(names, _host(), group=group)
+    dist.all_gather_object(names, host_name(), group=group)
     return names
 
 
-def _host() -> str:
+def host_name() -> str:
     """This host's name, and what no other host of that name shares: the number of its last start."""
     try:
         return f"{socket.gethostname()} (boot {_BOOT.read_text().strip()})"
@@ -192,7 +192,7 @@ def peer_memory_problem(group: dist.ProcessGroup) -> str | None:
     if dist.get_backend(group) != "nccl":
         return f"its ranks talk over {dist.get_backend(group)}, not over NCCL"
     device = torch.cuda.current_device()
-    mine = (_host(), str(torch.cuda.get_device_properties(device).uuid))
+    mine = (host_name(), str(torch.cuda.get_device_properties(device).uuid))
     everyone: list[tuple[str, str]] = [mine] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     reason = _unreachable(device, everyone)

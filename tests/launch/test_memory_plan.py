@@ -291,7 +291,7 @@ def test_what_is_asked_for_is_refused_only_if_it_is_hopeless() -> None:
         plan_memory(many, 4, machine(), preset("qwen3-0.6b"))
     text = str(refused.value)
     assert "data.seq_len=1,048,576 over 4 ranks is predicted not to fit with the memory settings" in text
-    assert "and has 80.0 GiB (largest: activations of all layers 308 GiB" in text
+    assert "and has 80.0 GiB, of which 95% may be planned with (largest: activations of all layers 308 GiB" in text
     assert "Next: memory settings predicted to fit: recompute=keep_attention" in text
     close = plan_memory(config(204_800), 4, machine(68), preset("qwen3-0.6b"))
     assert close.warning is not None

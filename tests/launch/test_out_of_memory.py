@@ -3,12 +3,15 @@
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch.errors import EXIT_BUG, EXIT_CONFIG, EXIT_DONE, EXIT_OUT_OF_MEMORY
+from launch.errors import EXIT_BUG, EXIT_CONFIG, EXIT_DONE, EXIT_OUT_OF_MEMORY, OutOfMemory
+from launch.out_of_memory import as_out_of_memory
 from launch.status import read_status
+from launch.train import as_lost_peer
 from tests.launch.runs import settings, train_worker, write_corpus
 from tests.processes import run_ranks
 
@@ -170,3 +173,28 @@ def test_auto_says_what_it_chose_and_predicted_stands_beside_measured(corpus, tm
     assert "memory: nothing recomputed or moved (auto); predicted peak" in told
     assert " in the largest process, " in told
     assert " predicted" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError(TORCH_SAYS), "GPU"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
+        (torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), "GPU"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "host"),
+        (MemoryError(), "host"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value,
+)
+def test_every_way_in_which_memory_runs_out_is_told_as_that(error, kind):
+    topology = SimpleNamespace(rank=1, world_size=2, cp=2)
+    told = as_out_of_memory(error, topology, "forward of row 3", 4, None)
+    assert isinstance(told, OutOfMemory)
+    assert f"rank 1 of 2 ran out of {kind} memory in step 5, forward of row 3" in str(told)
+    assert as_lost_peer(told, topology, "forward of row 3", 4) is told
+
+
+def test_other_errors_are_not_memory():
+    for error in (RuntimeError("shape mismatch"), torch.distributed.DistBackendError("NCCL error: remote closed")):
+        assert as_out_of_memory(error, SimpleNamespace(rank=0, world_size=2), "training", 0, None) is error

@@ -61,3 +61,29 @@ def test_the_second_derivative_is_refused() -> None:
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("length", "tile", "expected"),
+    [
+        (0, 8, [(0, 0)]),
+        (1, 8, [(0, 1)]),
+        (17, 8, [(0, 8), (8, 17)]),  # a rest of one token joins
+        (18, 8, [(0, 8), (8, 16), (16, 18)]),
+        (9, 8, [(0, 9)]),
+        (16, 8, [(0, 8), (8, 16)]),
+        (5, 2, [(0, 2), (2, 4), (4, 5)]),
+        (3, 1, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_tiles_cover_the_sequence(length: int, tile: int, expected: list[tuple[int, int]]) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def part(rows: slice, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.append((rows.start, rows.stop))
+        return (x * 2,)
+
+    x = torch.randn(1, length, 3)
+    (found,) = in_tiles(part, list, (x,), tile)
+    assert torch.equal(found, x * 2)
+    assert seen == expected

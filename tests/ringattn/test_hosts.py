@@ -10,7 +10,7 @@ def test_a_host_is_its_name_and_its_last_start(tmp_path, monkeypatch):
     for number in ("one", "two"):
         (tmp_path / number).write_text(f"{number}\n")
         monkeypatch.setattr(peer_memory, "_BOOT", tmp_path / number)
-        names.append(peer_memory._host())
+        names.append(peer_memory.host_name())
     assert names == [f"{socket.gethostname()} (boot one)", f"{socket.gethostname()} (boot two)"]
     monkeypatch.setattr(peer_memory, "_BOOT", tmp_path / "missing")
-    assert peer_memory._host() == socket.gethostname()
+    assert peer_memory.host_name() == socket.gethostname()
