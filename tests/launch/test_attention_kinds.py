@@ -55,6 +55,7 @@ def compare(corpus, folder, names_and_engines, world_size, **changes):
         assert worst <= 2e-5, (name, engine, worst)
 
 
+@pytest.mark.slow
 def test_training_over_a_ring_equals_one_process(corpus, tmp_path):
     engines = {engine["name"]: engine for engine in ENGINES}
     compare(corpus, tmp_path, [(name, engines[engine]) for name, engine in FAST.items()], 2)

@@ -252,6 +252,7 @@ def nan_in_the_weights(rank, step):
     StepRunner.train = poisoning_train
 
 
+@pytest.mark.slow
 def test_row_21_weights_with_nan_are_never_published(corpus, tmp_path):
     run = short_run(corpus, tmp_path, checkpoint__keep=1, optim__max_bad_steps=9)
     outcomes = run_ranks(faulty_worker, 2, run, nan_in_the_weights, 5)
@@ -391,6 +392,7 @@ def test_rows_7_and_9_a_damaged_checkpoint_is_refused_and_the_one_before_used(co
     assert read_status(tmp_path).exit_status == EXIT_CHECKPOINT
 
 
+@pytest.mark.slow
 def test_row_11_changed_data_is_refused_unless_accepted(corpus, tmp_path):
     own = write_corpus(tmp_path)
     run = preempted_run(own, tmp_path / "run")

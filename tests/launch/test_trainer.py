@@ -84,6 +84,7 @@ def test_bf16_stays_near_fp32(corpus, tmp_path, engine):
     assert rounded == pytest.approx(exact, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_asynchronous_checkpoints_hold_the_same_bits(corpus, tmp_path):
     runs = [
         settings(
@@ -103,6 +104,7 @@ def test_asynchronous_checkpoints_hold_the_same_bits(corpus, tmp_path):
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.slow
 def test_windows_and_full_rows_train(corpus, tmp_path):
     runs = [
         settings(corpus, tmp_path / "window", optim__steps=3, parallel__window=16, parallel__sinks=2),

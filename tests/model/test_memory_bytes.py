@@ -114,7 +114,15 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "selection", "on_device", "on_host"), WAYS, ids=str)
+# Each price is in one of the fast ones.
+SLOW = (1, 2, 3, 5, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "selection", "on_device", "on_host"),
+    [pytest.param(*way, marks=pytest.mark.slow) if number in SLOW else way for number, way in enumerate(WAYS)],
+    ids=str,
+)
 def test_what_a_layer_keeps_per_token(
     settings: dict[str, Any], selection: SelectionConfig | None, on_device: int, on_host: int
 ) -> None:

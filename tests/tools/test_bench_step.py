@@ -144,6 +144,7 @@ def _long_case(rank: int, size: int, folder: str) -> None:
     measure(_task(Path(folder), "ours", size, 96, {}, **changes))
 
 
+@pytest.mark.slow
 def test_a_long_row_is_warmed_up_on_a_short_one_and_timed_once(tmp_path: Path) -> None:
     run_ranks(_long_case, 1, str(tmp_path))
     (row,) = load_rows(tmp_path)

@@ -127,13 +127,14 @@ def test_all_variants_start_from_the_same_weights_and_see_the_same_rows():
     assert next(iter(train(once, "standard", 1))).loss not in losses
 
 
+@pytest.mark.slow
 def test_it_learns():
     settings = replace(TINY, toy=Toy(variables=2, values=4), seq_len=16, lengths=(16,), steps=100, batch=32, lr=5e-3)
     *_, last = train(settings, "exact", 0)
     assert last.accuracy[16] > 0.6, "guessing gives 25%"
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("layout", [pytest.param("contiguous", marks=pytest.mark.slow), "zigzag"])
 def test_a_ring_trains_as_one_process(layout):
     toy = Toy(variables=2, values=2)  # after a few steps about half of the answers are right
     settings = replace(TINY, toy=toy, lengths=(32,), steps=12, gain=0.3, lr=0.02, answers=64, layout=layout)

@@ -54,7 +54,7 @@ def limited(rank: int, world_size: int, folder: Path, asynchronous: bool) -> tup
     return message, left, names(folder)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_full_disk_on_one_rank_is_raised_on_all_and_the_next_attempt_works(tmp_path: Path, asynchronous: bool) -> None:
     first, *others = run_ranks(limited, 2, tmp_path / "c", asynchronous)
     assert all(other == first for other in others)

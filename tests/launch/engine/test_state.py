@@ -162,6 +162,7 @@ def low_precision_results() -> dict[str, Any]:
     return run_ranks(low_precision, 2, toy.KINDS, timeout=120.0)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", toy.KINDS)
 def test_bf16_keeps_exact_masters(kind: str) -> None:
     found = low_precision_results()[kind]
