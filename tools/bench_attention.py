@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import typer
 
+from tools.bench.device import pick_device
 from tools.bench.measure import Effort
 from tools.bench.problem import DTYPES
 from tools.bench.ranks import Ranks
@@ -77,7 +78,7 @@ def main(
         out=out,
         command=_command(),
     )
-    place = _device(device)
+    place = pick_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if nproc is not None:
             raise typer.BadParameter("--nproc: torchrun has started the ranks already; drop one of the two")
@@ -105,14 +106,6 @@ def _heads(text: str) -> tuple[int, int]:
     if heads % kv_heads:
         raise typer.BadParameter(f"--heads: query heads must be a multiple of key heads, got {text!r}")
     return heads, kv_heads
-
-
-def _device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"--device: expected auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda: no CUDA device is visible; use --device cpu or auto")
-    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
 
 
 def _command() -> str:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from launch.errors import LaunchError
 from model.presets import PRESETS
+from tools.bench.device import pick_device
 from tools.bench.step_cases import Case, Cases, Choices
 from tools.bench.step_rows import load_rows, show, write_files
 
@@ -60,7 +61,7 @@ def main(
     _among("--rotate", rotate, ROTATIONS)
     _among("--rival-loss", rival_loss, LOSSES)
     lengths = sorted({_whole(part) for part in tokens.split(",")})
-    place = _device(device)
+    place = pick_device(device)
     size, is_first = _ranks(nproc)
     if not is_first:
         return  # the first rank starts the processes of every case anew, on all of the machine's GPUs
@@ -139,16 +140,6 @@ def _whole(text: str) -> int:
     if value < 2:
         raise typer.BadParameter(f"--tokens: expected whole numbers of 2 or more, got {text!r}")
     return value
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"--device: expected auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda: no CUDA device is visible; use --device cpu or auto")
-    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
 
 
 def _ranks(nproc: int | None) -> tuple[int, bool]:

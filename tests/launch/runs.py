@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from launch.config import Config
 from launch.metrics import read_metrics
 
 SEQ_LEN = 101  # a prime: nothing divides it
+STEPS = 9  # of a short run
 
 
 def write_corpus(folder: Path, documents: int = 40) -> Path:
@@ -92,3 +95,25 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+def short_run(corpus: Path, run_dir: Path, **changes: Any) -> dict[str, dict[str, Any]]:
+    """Nested settings of a run of `STEPS` steps that saves every third one."""
+    defaults: dict[str, Any] = {
+        "optim__steps": STEPS,
+        "optim__rows_per_step": 2,
+        "checkpoint__every_steps": 3,
+        "checkpoint__keep": 3,
+        "checkpoint__save_last": True,
+        "data__held_out_rows": 1,
+    }
+    return settings(corpus, run_dir, **{**defaults, **changes})
+
+
+def faulty_worker(
+    rank: int, world_size: int, nested: dict[str, dict[str, Any]], fault: Callable[..., Any], *arguments: Any
+) -> tuple[int, dict[str, Any]]:
+    """Plant `fault(rank, *arguments)` in this process, then train. Returns (exit status, what the fault noted)."""
+    noted = fault(rank, *arguments) or {}
+    status = train_worker(rank, world_size, [nested])[0]
+    return status, {**noted, "ended": time.monotonic()}

@@ -7,10 +7,11 @@ import multiprocessing
 import multiprocessing.connection
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,33 @@ def run_ring(
     Returns:
         (values of rank 0, None), or ({}, why there are none).
     """
+    calls = [(task, rank) for rank in range(size)]
+    with rank_processes(worker, calls) as started:
+        return _collect(started, timeout)
+
+
+@contextlib.contextmanager
+def rank_processes(
+    worker: Callable[..., None], calls: Sequence[tuple[Any, ...]]
+) -> Iterator[list[tuple[BaseProcess, Connection]]]:
+    """Run `worker(pipe, *call)` for each call in a process of its own; what is left of them is ended at the end.
+
+    Yields:
+        (process, the pipe's other end) in the order of the calls.
+    """
     # A server that has torch loaded forks each process in milliseconds; CUDA is initialised in none but the last.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", worker.__module__])
-    started: list[tuple[Any, Any]] = []
+    started: list[tuple[BaseProcess, Connection]] = []
+    process: BaseProcess
     try:
-        for rank in range(size):
+        for call in calls:
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=worker, args=(send, task, rank), daemon=True)
+            process = context.Process(target=worker, args=(send, *call), daemon=True)
             process.start()
             send.close()
             started.append((process, receive))
-        return _collect(started, timeout)
+        yield started
     finally:
         for process, receive in started:
             if process.is_alive():
@@ -57,7 +73,7 @@ def run_ring(
             receive.close()
 
 
-def _collect(started: list[tuple[Any, Any]], timeout: float) -> tuple[dict[str, Any], str | None]:
+def _collect(started: list[tuple[BaseProcess, Connection]], timeout: float) -> tuple[dict[str, Any], str | None]:
     deadline = time.monotonic() + timeout
     values: dict[str, Any] = {}
     failures: list[str] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import PeerLost
-from tools.bench.processes import root_cause
+from tools.bench.processes import rank_processes, root_cause
 from tools.overwritten.training import Evaluation, Settings, train
 
 _SILENCE_SECONDS = 600.0  # without a word from any rank
@@ -29,25 +29,11 @@ def train_over_ranks(settings: Settings, variant: str, seed: int, threads: int) 
     if settings.cp == 1:
         yield from train(settings, variant, seed)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "tools.overwritten.training"])
-    started: list[tuple[Any, Any]] = []
     with tempfile.TemporaryDirectory(prefix="ringattn-toy-") as folder:
-        try:
-            for rank in range(settings.cp):
-                receive, send = context.Pipe(duplex=False)
-                arguments = (send, settings, variant, seed, threads, rank, str(Path(folder) / "store"))
-                process = context.Process(target=_rank_main, args=arguments, daemon=True)
-                process.start()
-                send.close()
-                started.append((process, receive))
+        store = str(Path(folder) / "store")
+        calls = [(settings, variant, seed, threads, rank, store) for rank in range(settings.cp)]
+        with rank_processes(_rank_main, calls) as started:
             yield from _collect([receive for _, receive in started])
-        finally:
-            for process, receive in started:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-                receive.close()
 
 
 def _collect(pipes: list[Any]) -> Iterator[Evaluation]:
