@@ -104,7 +104,7 @@ def _lengths(text: str | None, configured: int) -> list[int]:
 def _show(question: Question, lengths: list[int], console: Console) -> None:
     case, asked, best = question.answer(lengths[-1])
     _show_machine(question, case, console)
-    _show_items(question, case, asked, console)
+    _show_items(asked, console)
     if len(lengths) > 1:
         _show_lengths(question, lengths, console)
     _show_settings(question, case, asked, best, console)
@@ -129,7 +129,7 @@ def _show_machine(question: Question, case: MemoryCase, console: Console) -> Non
     )
 
 
-def _show_items(question: Question, case: MemoryCase, asked: Choice, console: Console) -> None:
+def _show_items(asked: Choice, console: Console) -> None:
     estimate = asked.estimate
     console.print(f"\nmemory of a process with {describe(asked.memory)}; the peak is in the {estimate.peak.name}")
     table = Table(box=None, show_footer=True)

@@ -228,7 +228,7 @@ def torch_context_parallel(topology: Topology, rotation: str) -> Shard | None:
     if topology.cp == 1:
         return None
     if topology.device.type != "cuda":
-        raise UnsupportedError("torch's context_parallel does not run on the CPU")
+        raise UnsupportedError("torch's context_parallel does not run on the CPU; use --variants ours, or GPUs")
     # Torch 2.11 and 2.13 have both names here; the public module lacks the second.
     from torch.distributed.tensor.experimental import _attention as upstream
 
