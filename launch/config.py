@@ -127,6 +127,11 @@ class MemoryConfig(Section):
         description="what goes to pinned host memory until the backward pass: each layer's input; all: and what "
         "keep_attention keeps",
     )
+    offload_layers: PositiveInt | None = Field(
+        default=None,
+        description="layers, counted from the first, that offload is for, the others keep theirs on the GPU; null: all "
+        "but the last, whose input is needed at once",
+    )
     tile: PositiveInt | None = Field(
         default=None,
         description="positions that norms, projections and feed-forward see at a time (tokens); null: the whole shard",

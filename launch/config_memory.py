@@ -19,6 +19,8 @@ def memory_problems(config: Config) -> Iterator[Problem]:
         return
     if memory.keep_layers is not None:
         yield from _kept_layers(config, memory.keep_layers)
+    if memory.offload_layers is not None:
+        yield from _offloading_layers(config, memory.offload_layers)
     if memory.offload != "none" and not memory.recompute:
         yield Problem(
             keys=("memory.offload", "memory.recompute"),
@@ -64,11 +66,29 @@ def _kept_layers(config: Config, wanted: int) -> Iterator[Problem]:
             "memory.keep_layers to null",
         )
         return
-    from model.config import preset  # torch-free; late, since model/ is above this module
-
-    layers = config.model.layers or preset(config.model.preset).layers
-    if wanted > layers:
+    if wanted > (layers := _layers(config)):
         yield Problem(
             keys=("memory.keep_layers", "model.layers", "model.preset"),
             message=f"expected at most the model's {layers} layers, got {wanted}; null keeps all of them",
         )
+
+
+def _offloading_layers(config: Config, wanted: int) -> Iterator[Problem]:
+    if config.memory.offload == "none":
+        yield Problem(
+            keys=("memory.offload_layers", "memory.offload"),
+            message="counts layers of memory.offload, got memory.offload=none; set that to inputs or all, or "
+            "memory.offload_layers to null",
+        )
+        return
+    if wanted > (layers := _layers(config)):
+        yield Problem(
+            keys=("memory.offload_layers", "model.layers", "model.preset"),
+            message=f"expected at most the model's {layers} layers, got {wanted}; null is all but the last",
+        )
+
+
+def _layers(config: Config) -> int:
+    from model.config import preset  # torch-free; late, since model/ is above this module
+
+    return config.model.layers or preset(config.model.preset).layers

@@ -144,7 +144,13 @@ def layer_memory(config: Config) -> Memory:
 
     memory = config.memory
     assert not memory.auto, "resolved by with_memory before a model is built"
-    return Memory(recompute=memory.recompute, keep_layers=memory.keep_layers, offload=memory.offload, tile=memory.tile)
+    return Memory(
+        recompute=memory.recompute,
+        keep_layers=memory.keep_layers,
+        offload=memory.offload,
+        offload_layers=memory.offload_layers,
+        tile=memory.tile,
+    )
 
 
 def describe(memory: MemoryConfig) -> str:

@@ -112,23 +112,41 @@ def kept_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[
         if states:
             yield Item(name="column states of selection", device=layers * states)
         return
-    inputs = tokens * model.dim * size
-    on_host = memory.offload in ("inputs", "all")
-    at_hand = min(layers, _INPUTS_AT_HAND) if on_host else layers
-    put_away = (model.layers - 1) * inputs if on_host else 0.0  # the last layer's is needed at once
-    yield Item(name="inputs of layers", device=at_hand * inputs, host=put_away)
+    inputs, away = tokens * model.dim * size, layers_offloading(memory, model.layers)
+    yield Item(name="inputs of layers", device=_at_hand(layers, layers - away) * inputs, host=away * inputs)
     if memory.recompute != "keep_attention":
         if states:
             yield Item(name="column states of selection", device=states)
         return
-    # those that keep are the last ones
-    kept = layers if memory.keep_layers is None else max(0, memory.keep_layers - (model.layers - layers))
-    on_host = memory.offload == "all"
-    at_hand = min(kept, _INPUTS_AT_HAND) if on_host else kept
-    put_away = max(0, (memory.keep_layers or model.layers) - 1) if on_host else 0
-    yield Item(name="attention's outputs", device=at_hand * result, host=put_away * result)
+    # those that keep are the last ones, those that offload the first
+    recomputed = model.layers - layers_keeping(memory, model.layers)
+    kept, away = max(0, layers - recomputed), max(0, away - recomputed) if memory.offload == "all" else 0
+    at_hand = _at_hand(kept, kept - away)
+    yield Item(name="attention's outputs", device=at_hand * result, host=away * result)
     if states:
-        yield Item(name="column states of selection", device=at_hand * states, host=put_away * states)
+        yield Item(name="column states of selection", device=at_hand * states, host=away * states)
+
+
+def layers_keeping(memory: MemoryConfig, layers: int) -> int:
+    """How many of all layers keep their attention, with "keep_attention"."""
+    return layers if memory.keep_layers is None else memory.keep_layers
+
+
+def layers_offloading(memory: MemoryConfig, layers: int) -> int:
+    """How many of all layers put away what they keep."""
+    if memory.offload == "none":
+        return 0
+    return layers - 1 if memory.offload_layers is None else memory.offload_layers
+
+
+def _at_hand(kept: int, staying: int) -> int:
+    """Of so many layers' tensors, how many are on the GPU in the backward of the last of them.
+
+    Args:
+        staying: Those that are not put away, the last ones; may be negative, when all of them are on the host. While
+            there are several, none is on its way back: a layer announces only the one before it.
+    """
+    return min(kept, max(_INPUTS_AT_HAND, staying))
 
 
 def loss_items(case: MemoryCase) -> Iterator[Item]:

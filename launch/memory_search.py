@@ -72,7 +72,7 @@ def choose(case: MemoryCase, facts: DeviceFacts, rates: RatesFile) -> Choice | N
     """The fastest settings that are predicted to fit; None if none do."""
     found: list[tuple[float, Choice]] = []
     for memory in families(case):
-        fitting = _most_kept(case, memory, facts)
+        fitting = _fitting(case, memory, facts)
         if fitting is None:
             continue
         time = step_time(case, fitting, rates)
@@ -82,7 +82,7 @@ def choose(case: MemoryCase, facts: DeviceFacts, rates: RatesFile) -> Choice | N
 
 
 def families(case: MemoryCase) -> Iterator[MemoryConfig]:
-    """Settings to try, from those that cost no time on; how many layers keep their attention is open in some."""
+    """Settings to try, from those that cost no time on; how many layers keep attention or offload is open in some."""
     apart = case.on_gpu  # host and device are two memories
     optimizers = ("device", "host") if apart and case.engine == "fsdp" else ("device",)
     tiles = (None, TILE) if case.tokens > TILE else (None,)
@@ -97,18 +97,35 @@ def families(case: MemoryCase) -> Iterator[MemoryConfig]:
                 yield MemoryConfig(recompute=True, offload=offload, tile=tile, optimizer=optimizer)  # type: ignore[arg-type]
 
 
-def _most_kept(case: MemoryCase, memory: MemoryConfig, facts: DeviceFacts) -> MemoryConfig | None:
-    """`memory` if it fits, or with as many layers keeping attention as fit; None if it never does."""
-    if fits(estimate_memory(case, memory), facts):
+def _fitting(case: MemoryCase, memory: MemoryConfig, facts: DeviceFacts) -> MemoryConfig | None:
+    """`memory` if it fits, or with as many layers keeping attention and offloading as fit; None if it never does."""
+    found = _as_much_on_the_host(case, memory, facts)
+    if found is not None or memory.recompute != "keep_attention":
+        return found
+
+    def with_layers(count: int) -> MemoryConfig | None:
+        return _as_much_on_the_host(case, memory.model_copy(update={"keep_layers": count}), facts)
+
+    most = _largest(lambda count: with_layers(count) is not None, 0, case.model.layers - 1)
+    return with_layers(most) if most > 0 else None
+
+
+def _as_much_on_the_host(case: MemoryCase, memory: MemoryConfig, facts: DeviceFacts) -> MemoryConfig | None:
+    """`memory` with as many layers offloading as the host has room for; None if the rest do not fit the GPU."""
+    estimate = estimate_memory(case, memory)
+    if fits(estimate, facts):
         return memory
-    if memory.recompute != "keep_attention":
+    if memory.offload == "none" or not shortfall(estimate, facts)[1]:
         return None
 
     def with_layers(count: int) -> MemoryConfig:
-        return memory.model_copy(update={"keep_layers": count})
+        return memory.model_copy(update={"offload_layers": count})
 
-    most = _largest(lambda count: fits(estimate_memory(case, with_layers(count)), facts), 0, case.model.layers - 1)
-    return with_layers(most) if most > 0 else None
+    def has_room(count: int) -> bool:
+        return not shortfall(estimate_memory(case, with_layers(count)), facts)[1]
+
+    most = _largest(has_room, 0, case.model.layers - 2)
+    return with_layers(most) if most > 0 and fits(estimate_memory(case, with_layers(most)), facts) else None
 
 
 def longest_row(case: MemoryCase, facts: DeviceFacts, memory: MemoryConfig | None, grain: int) -> int:
@@ -120,13 +137,14 @@ def longest_row(case: MemoryCase, facts: DeviceFacts, memory: MemoryConfig | Non
         memory: None for whatever settings reach furthest.
         grain: Multiples are taken of it; usually of 1,024 x cp.
     """
-    if memory is None:
-        return max(longest_row(case, facts, one, grain) for one in _frugal(case))
-    settings = memory
     least = -(-min_seq_len(case.plan.layout, case.plan.cp_size) // grain)
+    settings = (memory,) if memory is not None else tuple(_frugal(case))
 
     def enough(count: int) -> bool:
-        return fits(estimate_memory(case_at(case, count * grain), settings), facts)
+        longer = case_at(case, count * grain)
+        if memory is not None:
+            return fits(estimate_memory(longer, memory), facts)
+        return any(_as_much_on_the_host(longer, one, facts) is not None for one in settings)
 
     return grain * _largest(enough, least - 1, _LONGEST // grain) if enough(least) else 0
 
@@ -138,10 +156,10 @@ def case_at(case: MemoryCase, seq_len: int) -> MemoryCase:
 
 
 def _frugal(case: MemoryCase) -> Iterator[MemoryConfig]:
-    """Settings that no others go beyond: everything in tiles, recomputed, and on the host as far as it has room."""
+    """Settings that no others go beyond: everything recomputed, in tiles, and on the host as far as it has room."""
     long = case_at(case, TILE * 2 * case.plan.cp_size)
     for memory in families(long):
-        if memory.recompute and memory.tile is not None:
+        if memory.recompute is True and memory.tile is not None:
             yield memory
     yield MemoryConfig()
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import ringattn
 from launch.config import MemoryConfig
-from launch.memory_items import MemoryCase
+from launch.memory_items import MemoryCase, layers_keeping, layers_offloading
 from launch.rates import PASSES, RatesFile, StepRates, by_size
 from model.flops import (
     attention_result_bytes_per_token,
@@ -101,9 +101,7 @@ class _Again:
 
 def _layers_again(case: MemoryCase, memory: MemoryConfig) -> _Again:
     model, layers = case.model, case.model.layers
-    kept = 0
-    if memory.recompute == "keep_attention":
-        kept = layers if memory.keep_layers is None else memory.keep_layers
+    kept = layers_keeping(memory, layers) if memory.recompute == "keep_attention" else 0
     attention = layers - kept if memory.recompute else 0
     rest = float(layers) if memory.recompute or memory.tile is not None else 0.0
     if memory.recompute and memory.tile is not None:
@@ -161,13 +159,14 @@ def _exposed_gather(case: MemoryCase, step: StepRates, what: str, seconds: float
 
 def _exposed_offload(case: MemoryCase, memory: MemoryConfig, step: StepRates, layer: dict[str, float]) -> float:
     """Of all layers, both ways."""
-    if memory.offload == "none":
-        return 0.0
     model, layers = case.model, case.model.layers
     inputs = case.tokens * model.dim * case.element_bytes
     result = case.tokens * attention_result_bytes_per_token(model, _FP32 if model.selection else case.element_bytes)
-    kept = layers if memory.keep_layers is None else memory.keep_layers
-    moved = [inputs + (result if memory.offload == "all" and n >= layers - kept else 0.0) for n in range(layers)]
+    recomputed = layers - layers_keeping(memory, layers)
+    moved = [
+        inputs + (result if memory.offload == "all" and n >= recomputed else 0.0)
+        for n in range(layers_offloading(memory, layers))
+    ]
     return sum(max(0.0, size / step.host_link - layer[what]) for size in moved for what in PASSES)
 
 

@@ -31,8 +31,10 @@ class Memory:
             "keep_attention": also keep what `ringattn.ring_attention` returns, so that the ring does not run again.
         keep_layers: With "keep_attention": only so many layers keep attention, the last ones, whose backward comes
             first; the others are as with True. None: all.
-        offload: "inputs": the inputs of recomputed layers wait in (pinned) host memory, but for the last layer's, which
-            is needed at once; "all": and what "keep_attention" keeps.
+        offload: "inputs": the inputs of recomputed layers wait in (pinned) host memory; "all": and what
+            "keep_attention" keeps.
+        offload_layers: With `offload`: only so many layers put theirs away, the first ones, whose backward comes last;
+            the others keep it where it is. None: all but the last, whose input is needed at once.
         tile: Tokens that norms, projections and the feed-forward see at a time; None: all of the shard. What lies
             between them is then never kept, whatever `recompute` says.
 
@@ -43,6 +45,7 @@ class Memory:
     recompute: Recompute = False
     keep_layers: int | None = None
     offload: Literal["none", "inputs", "all"] = "none"
+    offload_layers: int | None = None
     tile: int | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +62,11 @@ class Memory:
             raise ValueError(
                 f"offload: expected one of {', '.join(allowed)} with recompute={self.recompute!r}, got {self.offload!r}"
             )
+        if self.offload_layers is not None and (self.offload == "none" or self.offload_layers < 1):
+            raise ValueError(
+                f"offload_layers: expected at least 1 with offload='inputs' or 'all', got {self.offload_layers} with "
+                f"offload={self.offload!r}"
+            )
         if self.tile is not None and self.tile < 1:
             raise ValueError(f"tile: a number of tokens, expected at least 1, got {self.tile}")
 
@@ -67,6 +75,12 @@ class Memory:
         if self.keep_layers is not None and layer < layers - self.keep_layers:
             return True
         return self.recompute
+
+    def offloads(self, layer: int, layers: int) -> bool:
+        """Whether layer number `layer` (from 0) of `layers` puts away what it keeps."""
+        if self.offload == "none":
+            return False
+        return layer < (layers - 1 if self.offload_layers is None else self.offload_layers)
 
 
 class LayerRunner:
@@ -118,12 +132,12 @@ class LayerRunner:
         """The context in which checkpoint() saves its arguments, before it makes one of its own for the layer."""
         if self.store is None:
             return nullcontext()
-        return hooks(self.store.stay if number + 1 == self._layers else self.store.put)
+        return hooks(self.store.put if self._memory.offloads(number, self._layers) else self.store.stay)
 
     def _contexts(self, number: int, way: Recompute, again: SecondRun) -> _Contexts:
         if way != "keep_attention":
             return nullcontext(), again
-        elsewhere = self._memory.offload == "all" and number + 1 < self._layers
+        elsewhere = self._memory.offload == "all" and self._memory.offloads(number, self._layers)
         if elsewhere and self.store is not None:
             first, again.inner = ringattn.keeping_attention(self.store.put)
         else:

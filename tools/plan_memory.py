@@ -63,6 +63,11 @@ class Question:
             return case, self.judged(case, self.config.memory), best
         return case, best or self.judged(case, LADDER[-1]), best
 
+    def longest(self) -> tuple[int, Choice | None]:
+        """The longest row with any settings, 0 if none fits, and the best settings for it."""
+        tokens = longest_row(self.case(self.config.data.seq_len), self.facts, None, self.grain)
+        return tokens, choose(self.case(tokens), self.facts, self.rates) if tokens else None
+
 
 @app.command()
 def main(
@@ -183,6 +188,9 @@ def _show_settings(question: Question, case: MemoryCase, asked: Choice, best: Ch
             figures[1] += " !" if host else ""
         table.add_row(mark, describe(choice.memory), *figures, f"{longest:,}" if longest else "-", style=style)
     console.print(table)
+    tokens, furthest = question.longest()
+    if furthest is not None:
+        console.print(f"The longest row with any settings: {tokens:,} tokens ({describe(furthest.memory)}).")
     console.print(
         f"!: more than there is. Times are those of one H100 ({H100.name}: in parts measured, in parts assumed)."
     )
@@ -231,6 +239,7 @@ def _as_json(question: Question, lengths: list[int]) -> dict[str, Any]:
         {"memory": _settings(memory), "tokens": longest_row(case, question.facts, memory, question.grain)}
         for memory in LADDER
     ]
+    tokens, choice = question.longest()
     return {
         "gpus": question.gpus,
         "gpu_bytes": question.facts.device_bytes,
@@ -238,6 +247,7 @@ def _as_json(question: Question, lengths: list[int]) -> dict[str, Any]:
         "rates": question.rates.source,
         "lengths": rows,
         "longest": longest,
+        "longest_of_all": {"memory": None if choice is None else _settings(choice.memory), "tokens": tokens},
     }
 
 

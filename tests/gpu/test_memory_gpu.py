@@ -29,6 +29,7 @@ WAYS: list[dict[str, Any]] = [
     {"recompute": True, "offload": "inputs", "tile": 64},
     {"recompute": KEEP, "keep_layers": 2, "offload": "all", "tile": 300},
     {"recompute": KEEP, "offload": "all"},
+    {"recompute": KEEP, "keep_layers": 4, "offload": "all", "offload_layers": 2, "tile": 64},
 ]
 
 

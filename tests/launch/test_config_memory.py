@@ -31,6 +31,14 @@ KEEP = "memory.recompute=keep_attention"
         ([KEEP, "memory.keep_layers=0"], "memory.keep_layers: expected an integer >= 1 or null, got the integer 0"),
         (["memory.offload=inputs"], "memory.offload: inputs moves what recomputed layers keep, .*=false; set"),
         (["memory.recompute=true", "memory.offload=all"], "memory.offload: all moves what keep_attention keeps"),
+        (
+            ["memory.recompute=true", "memory.offload_layers=2"],
+            "memory.offload_layers: counts layers of .*offload=none",
+        ),
+        (
+            ["memory.recompute=true", "memory.offload=inputs", "memory.offload_layers=9", "model.layers=8"],
+            "memory.offload_layers: expected at most the model's 8 layers, got 9; null is all but the last",
+        ),
         (["memory.tile=0"], "memory.tile: expected an integer >= 1 or null"),
         (["memory.optimizer=host", "engine.name=ddp"], "memory.optimizer: host is for .*=fsdp, got ddp: every process"),
         (["memory.optimizer=host", "engine.name=zero"], "got zero: DeepSpeed's own offload compiles an optimizer"),
@@ -45,8 +53,10 @@ def test_what_cannot_be_honoured_is_refused(tmp_path: Path, overrides: list[str]
 
 
 def test_the_rest_is_accepted(tmp_path: Path) -> None:
-    found = load(tmp_path, "", KEEP, "memory.keep_layers=2", "memory.offload=all", "memory.tile=100").config.memory
+    layers = ("memory.keep_layers=2", "memory.offload=all", "memory.offload_layers=1")
+    found = load(tmp_path, "", KEEP, *layers, "memory.tile=100").config.memory
     assert (found.recompute, found.keep_layers, found.offload, found.tile) == ("keep_attention", 2, "all", 100)
+    assert found.offload_layers == 1
     config = load(tmp_path, "", "memory.tile=7", "memory.optimizer=host").config
     plan = plan_memory(config, 2, None)
     assert plan.memory is config.memory  # nothing to choose

@@ -15,7 +15,7 @@ from launch.errors import ConfigError
 from launch.memory_choice import DeviceFacts, describe, layer_memory, plan_memory
 from launch.memory_items import MemoryCase, kept_items
 from launch.memory_plan import GIB, case_of, estimate_memory
-from launch.memory_search import LADDER, case_at, choose, families, fits, longest_row
+from launch.memory_search import LADDER, _fitting, case_at, choose, families, fits, longest_row
 from launch.memory_state import state_items
 from launch.rates import RatesFile
 from launch.step_time import step_time
@@ -201,6 +201,9 @@ def test_layers_in_tiles_keep_what_autograd_keeps(qk_norm: bool) -> None:
         {"recompute": "keep_attention", "offload": "inputs", "tile": 32},
         {"recompute": "keep_attention", "offload": "all"},
         {"recompute": "keep_attention", "offload": "all", "keep_layers": 3, "tile": 50},
+        {"recompute": True, "offload": "inputs", "offload_layers": 2, "tile": 50},
+        {"recompute": "keep_attention", "offload": "all", "keep_layers": 3, "offload_layers": 3},
+        {"recompute": "keep_attention", "offload": "all", "keep_layers": 1, "offload_layers": 3},
     ],
 )
 @pytest.mark.parametrize("selection", [None, SelectionConfig()])
@@ -218,6 +221,23 @@ def test_the_last_layers_are_those_that_keep() -> None:
     assert {n: items["attention's outputs"] / one for n, items in kept.items()} == {28: 3, 26: 1, 1: 0}
 
 
+def test_layers_that_differ_by_hand() -> None:
+    """Of 32, layers 2 to 31 keep attention and layers 0 to 28 put away: in GiB, an input 2 and a result 2 1/64."""
+    case = gpu_case(1_048_576, "llama-3-8b")
+    mixed = MemoryConfig(recompute="keep_attention", keep_layers=30, offload="all", offload_layers=29)
+
+    def kept(layers: int) -> list[tuple[float, float]]:
+        return [(item.device / GIB, item.host / GIB) for item in kept_items(case, mixed, layers)]
+
+    result = 2 + 32 * 4 / 4096
+    assert kept(32) == [(3 * 2, 29 * 2), (3 * result, 27 * result)]
+    # in the backward of layer 30 one other stays, in that of layer 29 the one before it comes back, and so on
+    assert [kept(layers)[0][0] / 2 for layers in (31, 30, 29, 2, 1)] == [2, 2, 2, 2, 1]
+    assert [kept(layers)[1][0] / result for layers in (31, 30, 4, 3, 2)] == [2, 2, 2, 1, 0]
+    few = MemoryConfig(recompute="keep_attention", keep_layers=2, offload="all", offload_layers=29)
+    assert [item.host / GIB for item in kept_items(case, few, 32)] == [29 * 2, 0]
+
+
 def test_more_tokens_layers_and_rows_never_need_less() -> None:
     for memory in LADDER:
         sizes = [estimate_memory(gpu_case(1024 * n), memory) for n in (8, 9, 64, 512, 2048)]
@@ -230,6 +250,15 @@ def test_more_tokens_layers_and_rows_never_need_less() -> None:
     assert allocated == sorted(allocated)
     seconds = [step_time(case, memory, RATES).seconds for memory in kept]
     assert seconds == sorted(seconds, reverse=True)
+    for keep in (None, 9):
+        away = [
+            estimate_memory(
+                case, MemoryConfig(recompute="keep_attention", keep_layers=keep, offload="all", offload_layers=n)
+            )
+            for n in range(1, 29)
+        ]
+        assert [size.allocated for size in away] == sorted((size.allocated for size in away), reverse=True)
+        assert [size.host_bytes for size in away] == sorted(size.host_bytes for size in away)
 
 
 def test_each_setting_saves_what_it_is_for() -> None:
@@ -249,7 +278,10 @@ def test_each_setting_saves_what_it_is_for() -> None:
         ("qwen3-0.6b", 1_048_576, 80, {"recompute": "keep_attention", "keep_layers": None, "offload": "none"}),
         ("qwen3-0.6b", 1_048_576, 50, {"recompute": "keep_attention", "tile": 4096, "offload": "inputs"}),
         ("llama-3-8b", 524_288, 80, {"recompute": "keep_attention", "tile": 4096, "offload": "inputs"}),
-        ("llama-3-8b", 2_000_000, 80, {"tile": 4096, "offload": "inputs", "optimizer": "device"}),
+        # the host has no room for all layers but the last: some keep on the GPU what they keep
+        ("llama-3-8b", 1_048_576, 80, {"keep_layers": None, "offload": "all", "offload_layers": 29}),
+        ("llama-3-8b", 2_000_000, 80, {"tile": 4096, "offload": "inputs", "offload_layers": None}),
+        ("llama-3-8b", 2_097_152, 80, {"recompute": True, "offload": "inputs", "offload_layers": 29, "tile": 4096}),
     ],
 )
 def test_what_is_picked(name: str, seq_len: int, gpu: int, expected: dict[str, Any]) -> None:
@@ -271,6 +303,28 @@ def test_nothing_that_fits_is_faster() -> None:
                 assert best.time.seconds <= 1.02 * step_time(case, memory, RATES).seconds
 
 
+@pytest.mark.parametrize(
+    ("seq_len", "offload", "beside"), [(1_048_576, "all", 500), (1_200_128, "all", 500), (2_097_152, "inputs", 560)]
+)
+def test_no_other_numbers_of_layers_would_keep_more(seq_len: int, offload: Any, beside: int) -> None:
+    case, facts = gpu_case(seq_len, "llama-3-8b"), machine(host=beside)
+    family = MemoryConfig(recompute="keep_attention", offload=offload, tile=4096)
+    found = _fitting(case, family, facts)
+    assert found is not None
+    assert found != family
+    possible = [
+        (keep, away)
+        for keep in range(1, 33)
+        for away in range(1, 32)
+        if fits(estimate_memory(case, family.model_copy(update={"keep_layers": keep, "offload_layers": away})), facts)
+    ]
+    most = max(keep for keep, _ in possible)
+    assert (found.keep_layers or 32, found.offload_layers or 31) == (
+        most,
+        max(n for keep, n in possible if keep == most),
+    )
+
+
 @pytest.mark.parametrize("memory", [LADDER[0], LADDER[3], None])
 def test_the_longest_row_fits_and_the_next_does_not(memory: MemoryConfig | None) -> None:
     case, grain = gpu_case(65_536, "llama-3-8b"), 4096
@@ -280,6 +334,7 @@ def test_the_longest_row_fits_and_the_next_does_not(memory: MemoryConfig | None)
     more = choose(case_at(case, longest + grain), machine(), RATES) is not None
     if memory is None:
         assert (one, more) == (True, False)
+        assert longest > 2 * 1024**2  # two million tokens: half a million per GPU
     else:
         assert fits(estimate_memory(case_at(case, longest), memory), machine())
         assert not fits(estimate_memory(case_at(case, longest + grain), memory), machine())
@@ -330,3 +385,5 @@ def test_offload_that_does_not_hide_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert 0 < times[0].offload < 32 * 2 * 4096 * 4096 * 2 / 4e9
     assert times[1].offload == 0
     assert step_time(short, memory, RATES).offload == 0
+    some = step_time(short, memory.model_copy(update={"offload_layers": 10}), rates)
+    assert some.offload == pytest.approx(times[0].offload * 10 / 31)

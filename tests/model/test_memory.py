@@ -18,6 +18,8 @@ WAYS = [
     {"recompute": True, "offload": "inputs"},
     {"recompute": "keep_attention", "keep_layers": 1},
     {"recompute": "keep_attention", "offload": "inputs", "tile": 1},
+    {"recompute": True, "offload": "inputs", "offload_layers": 1, "tile": 9},
+    {"recompute": "keep_attention", "offload": "all", "offload_layers": 3},
     {"recompute": "keep_attention", "keep_layers": 2, "offload": "all", "tile": 4},
 ]
 CASES = [*((name, None) for name in KINDS), ("gqa", "exact"), ("mla", "guided"), ("sas", "guided learned")]
@@ -69,6 +71,14 @@ def test_every_kind_in_one_process(case):
 def test_over_a_ring(world_size):
     case = ("gqa", None) if world_size == 2 else ("sas", "guided")
     for errors in run_ranks(compare, world_size, [case], [WAYS[0], WAYS[2], WAYS[-1]], LENGTH, 2, timeout=100):
+        for key, error in errors.items():
+            assert error <= 1e-12, (key, error)
+
+
+def test_layers_that_differ_over_a_ring():
+    """Of four: one recomputes all and offloads its input, one offloads all it keeps, two keep it on their device."""
+    mixed = {"recompute": "keep_attention", "keep_layers": 3, "offload": "all", "offload_layers": 2, "tile": 5}
+    for errors in run_ranks(compare, 2, [("gqa", None), ("mla", "guided")], [mixed], LENGTH, 4, timeout=100):
         for key, error in errors.items():
             assert error <= 1e-12, (key, error)
 

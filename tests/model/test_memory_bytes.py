@@ -131,6 +131,37 @@ def test_what_a_layer_keeps_per_token(
     assert (many[2] - few[2]) / LENGTH == pytest.approx(on_host, abs=1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "on_device", "on_host"),
+    [
+        ({"recompute": True, "offload": "inputs", "offload_layers": 1}, 4 * INPUT, INPUT),
+        ({"recompute": KEEP, "offload": "inputs", "offload_layers": 3}, 2 * INPUT + 5 * (OUT + LSE), 3 * INPUT),
+        # layers 2 to 4 keep attention, layers 0 to 2 put away
+        (
+            {"recompute": KEEP, "keep_layers": 3, "offload": "all", "offload_layers": 3},
+            2 * (INPUT + OUT + LSE),
+            3 * INPUT + OUT + LSE,
+        ),
+    ],
+    ids=str,
+)
+def test_so_many_layers_put_away_what_they_keep(settings: dict[str, Any], on_device: int, on_host: int) -> None:
+    everything = {"recompute": KEEP, "offload": "all", "offload_layers": 5}
+    (_, kept, host), (_, bare, most) = (step(tiny(**SHAPE, layers=5), ATTEND, **way) for way in (settings, everything))
+    assert ((kept - bare) / LENGTH, host / LENGTH) == (pytest.approx(on_device, abs=0.1), on_host)
+    assert most / LENGTH == 5 * (INPUT + OUT + LSE)
+
+
+def test_several_inputs_that_stay_leave_none_on_its_way_back() -> None:
+    """At the peak, the last layer's backward: the inputs that stay, or one and another that is announced."""
+    config = tiny(**{**SHAPE, "ffn_dim": 64}, layers=4)
+    usual, two, three = (
+        step(config, stand_in(config), 96, recompute=True, offload="inputs", offload_layers=away, tile=48)[0].peak
+        for away in (None, 2, 1)
+    )
+    assert (two - usual, three - usual) == (0, INPUT * 96)
+
+
 def test_the_formulas_say_the_same() -> None:
     config = tiny(**SHAPE)
     assert attention_elements(config) * 2 == (8 * 2 * 16 + 2 * 2 * 16) * 2
@@ -200,6 +231,8 @@ def test_no_tile_is_run_more_often_than_needed(recompute: bool) -> None:
         ({"recompute": KEEP, "keep_layers": 0}, "keep_layers: .* got 0"),
         ({"offload": "inputs"}, "offload: expected one of none with recompute=False, got 'inputs'"),
         ({"recompute": True, "offload": "all"}, "one of none, inputs with recompute=True, got 'all'"),
+        ({"recompute": True, "offload_layers": 2}, "offload_layers: .*'inputs' or 'all', got 2 with offload='none'"),
+        ({"recompute": True, "offload": "inputs", "offload_layers": 0}, "offload_layers: expected at least 1 .* got 0"),
         ({"tile": 0}, "tile: a number of tokens, expected at least 1, got 0"),
     ],
 )

@@ -27,6 +27,7 @@ def test_tables_of_items_settings_and_lengths() -> None:
         "settings at 1,048,576 tokens, and the longest row of each",
         "best (auto)  recompute=keep_attention",
         "recompute=true, offload=inputs, tile=4096, optimizer=host",
+        "The longest row with any settings: 7,741,440 tokens (recompute=true, offload=inputs, tile=4096, optimizer=",
     ):
         assert text in found.output
     rows = [line.split() for line in found.output.splitlines() if line.startswith(("    32,768", " 1,048,576"))]
@@ -44,7 +45,7 @@ def test_what_to_change_where_it_does_not_fit() -> None:
 
 
 def test_json_has_every_number() -> None:
-    found = run("memory=auto", "--tokens", "32768,1048576", "--gpu-gb", "50", "--json")
+    found = run("memory=auto", "--tokens", "32768,1048576", "--gpu-gb", "50", "--host-gb", "100", "--json")
     assert found.exit_code == 0, found.output
     told = json.loads(found.output)
     assert told["gpus"] == 4
@@ -56,6 +57,7 @@ def test_json_has_every_number() -> None:
         "recompute": "keep_attention",
         "keep_layers": None,
         "offload": "inputs",
+        "offload_layers": None,
         "tile": 4096,
         "optimizer": "device",
     }
@@ -68,6 +70,9 @@ def test_json_has_every_number() -> None:
         {name: value for name, value in memory.model_dump().items() if name != "auto"} for memory in LADDER
     ]
     assert all(row["tokens"] % 4096 == 0 for row in told["longest"])
+    most = told["longest_of_all"]
+    assert most["tokens"] > max(row["tokens"] for row in told["longest"])  # its layers differ, theirs do not
+    assert 0 < most["memory"]["offload_layers"] < 27
 
 
 @pytest.mark.parametrize(
