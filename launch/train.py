@@ -237,7 +237,7 @@ def _report(error: BaseException, topology: Topology | None) -> None:
 
 
 def _expected(error: BaseException) -> bool:
-    return isinstance(error, OutOfMemory) or exit_status_of(error) != EXIT_BUG
+    return exit_status_of(error) != EXIT_BUG
 
 
 def _trace(error: BaseException, prefix: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from launch import cli
+from launch import cli, errors
 from launch.config_load import load_config, split_worker_args
 from launch.errors import EXIT_DONE
 from tests.launch.runs import settings, train_worker, write_corpus
@@ -140,6 +140,12 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_failures_page_has_every_exit_status_once():
+    statuses = [value for name, value in vars(errors).items() if name.startswith("EXIT_")]
+    table = re.findall(r"^\| (\d+) \|", (ROOT / "docs/failures.md").read_text(), re.MULTILINE)
+    assert sorted(statuses) == [int(status) for status in table]
 
 
 def test_tests_named_in_the_failures_page_exist():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.errors import EXIT_BUG, EXIT_CONFIG, EXIT_DONE, EXIT_OUT_OF_MEMORY, OutOfMemory
+from launch.errors import EXIT_BUG, EXIT_CONFIG, EXIT_DONE, EXIT_OUT_OF_MEMORY, OutOfMemory, exit_status_of
 from launch.out_of_memory import as_out_of_memory
 from launch.status import read_status
 from launch.train import as_lost_peer
@@ -191,6 +191,7 @@ def test_every_way_in_which_memory_runs_out_is_told_as_that(error, kind):
     topology = SimpleNamespace(rank=1, world_size=2, cp=2)
     told = as_out_of_memory(error, topology, "forward of row 3", 4, None)
     assert isinstance(told, OutOfMemory)
+    assert exit_status_of(told) == 71 != EXIT_BUG
     assert f"rank 1 of 2 ran out of {kind} memory in step 5, forward of row 3" in str(told)
     assert as_lost_peer(told, topology, "forward of row 3", 4) is told
 

@@ -16,7 +16,7 @@ case "$*" in
   "-m launch.status"*) echo "status $*" >> calls; echo "$STATUS" ;;
 esac
 """
-_FAKE_SRUN = '#!/bin/sh\nprintf "%s\\n" "srun $*" >> calls\n[ -z "$PREEMPT" ] || kill -TERM $PPID\nexit 1\n'
+_FAKE_SRUN = '#!/bin/sh\nprintf "%s\\n" "srun $*" >> calls\n[ -z "$PREEMPT" ] || kill -TERM $PPID\nexit ${ENDED:-1}\n'
 _FAKE_SCONTROL = '#!/bin/sh\nif [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> calls; fi\n'
 
 
@@ -50,11 +50,21 @@ def run_sbatch(folder: Path, **environment: str) -> tuple[int, list[str]]:
     return ended.returncode, calls.read_text().splitlines() if calls.exists() else []
 
 
-@pytest.mark.parametrize("status", ["0", "64", "69", "75", "76"])
+@pytest.mark.parametrize("status", ["0", "64", "69", "71", "75", "76"])
 def test_slurm_requeues_only_what_another_try_can_mend(tmp_path: Path, status: str) -> None:
     returncode, calls = run_sbatch(tmp_path, STATUS=status)
     assert returncode == int(status)
     assert ("scontrol requeue 31234" in calls) == (status in ("69", "75"))
+
+
+@pytest.mark.parametrize(("status", "expected"), [("70", 69), ("71", 71)])
+def test_slurm_takes_the_agents_word_only_where_the_workers_left_none(
+    tmp_path: Path, status: str, expected: int
+) -> None:
+    """A rank out of memory is lost to the others, and would be so again."""
+    returncode, calls = run_sbatch(tmp_path, STATUS=status, ENDED="69")
+    assert returncode == expected
+    assert ("scontrol requeue 31234" in calls) == (expected == 69)
 
 
 def test_slurm_starts_torchrun_on_each_node_and_survives_a_signal(tmp_path: Path) -> None:
