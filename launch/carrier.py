@@ -57,8 +57,9 @@ def make_carrier(config: Config, topology: Topology) -> Carrier | None:
         return None
 
     def timeout() -> Any:
-        return topology.timeouts.now
+        return topology.ring_timeout
 
+    assert parallel.ulysses != "auto", "resolved by with_ulysses before anything is made"
     if parallel.ulysses == 1:
         return Carrier(transport=ringattn.make_transport(parallel.transport, group, timeout=timeout))
     ulysses = ringattn.make_ulysses(

@@ -27,6 +27,7 @@ from launch.errors import DataError
 from launch.leash import Leash
 from launch.pulse import Pass, Pulse
 from launch.ranks import Ranks
+from launch.stall import Stall
 from launch.topology import Topology
 from model.attend import AttentionFn
 from model.config import ModelConfig
@@ -119,16 +120,23 @@ class StepRunner:
             model.layers,
             runs_again=config.memory.recompute is True or config.memory.keep_layers is not None,
             bytes_sent=lambda: 0 if carrier is None else carrier.stats.bytes_sent,
-            # only the first rank is asked where it is
-            make_event=torch.cuda.Event if topology.device.type == "cuda" and topology.rank == 0 else None,
+            make_event=torch.cuda.Event if topology.device.type == "cuda" else None,
             capturing=torch.cuda.is_current_stream_capturing,
         )
         if carrier is not None:
             carrier.stats.on_hop = self.pulse.hop
+        # On CPUs messages have limits of their own, and the thread that waits raises the error.
+        self._stall = None
+        if topology.device.type == "cuda" and topology.world_size > 1:
+            self._stall = Stall(self.pulse, None if carrier is None else carrier.stats, topology.limit)
         # blocking: a thread that waits for seconds must not spin
         blocking = functools.partial(torch.cuda.Event, blocking=True)
         self._leash = Leash(blocking if topology.device.type == "cuda" else None)
         self._doing = "starting"
+
+    def stalled(self) -> str | None:
+        """What a GPU waits for in vain, in words; for another thread."""
+        return None if self._stall is None else self._stall.look()
 
     @property
     def doing(self) -> str:

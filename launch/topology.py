@@ -27,6 +27,7 @@ from launch.errors import ConfigError, PeerLost
 if TYPE_CHECKING:
     from launch.config import Config
 
+_TORCH_LATER_S = 30.0
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SLURM_NAMES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
@@ -192,14 +193,31 @@ class Topology:
         A collective of the group.
         """
         self._adopted.append(group)
-        distributed_c10d._set_pg_timeout(self.timeouts.now, group)
+        distributed_c10d._set_pg_timeout(self._of_tensors(self.timeouts.now), group)
         self._warm_up(group)
 
     def _set_timeout(self, timeout: timedelta) -> None:
-        for group in (self.world_group, self.cp_group, self.cpu_group, *self._adopted):
-            # No public call changes the timeout of a group that exists.
-            distributed_c10d._set_pg_timeout(timeout, group)
+        distributed_c10d._set_pg_timeout(timeout, self.cpu_group)  # no public call does it for a group that exists
+        for group in (self.world_group, self.cp_group, *self._adopted):
+            distributed_c10d._set_pg_timeout(self._of_tensors(timeout), group)
         self.timeouts.now = timeout
+
+    def _of_tensors(self, timeout: timedelta) -> timedelta:
+        """What groups of tensors, and the ring, wait at most: on GPUs a little longer than is asked for.
+
+        They end by a signal or by an error of the device there; `launch.stall` comes first, and has the words.
+        """
+        return timeout if self.device.type != "cuda" else timeout + timedelta(seconds=_TORCH_LATER_S)
+
+    @property
+    def ring_timeout(self) -> timedelta:
+        """What a hop of the ring waits at most, as it is in force."""
+        return self._of_tensors(self.timeouts.now)
+
+    def limit(self) -> tuple[str, float]:
+        """The limit in force on a silent peer: the setting's name, and seconds."""
+        name = "hop" if self.timeouts.now == self.timeouts.hop else "setup"
+        return f"parallel.{name}_timeout_s", self.timeouts.now.total_seconds()
 
     def barrier(self) -> None:
         """Wait for every rank, on the host."""

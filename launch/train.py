@@ -100,6 +100,7 @@ class _Worker:
                     ask_to_stop=stop.ask,
                     end=self._ended_by_watch,
                     memory=topology.local_rank == 0,
+                    stalled=self._stalled,
                 ),
             ):
                 if topology.rank == 0:
@@ -150,6 +151,12 @@ class _Worker:
     def _write_outcome(self, status: int, message: str) -> None:
         with contextlib.suppress(OSError):  # the disk may be what failed; the exit status still says it
             self._write_status("failed", status, message)
+
+    def _stalled(self) -> str | None:
+        problem = None if self._trainer is None else self._trainer.stalled()
+        if problem is None:
+            return None
+        return f"rank {self._topology.rank} of {self._topology.world_size} lost a peer {problem}"
 
     def _ended_by_watch(self, status: int, message: str) -> None:
         """The watch ends this process; the main thread hangs, or would not come back in time."""

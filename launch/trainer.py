@@ -69,6 +69,10 @@ class Trainer:
         """What this rank is at, for messages about lost peers."""
         return self._starting or ("starting" if self._runner is None else self._runner.doing)
 
+    def stalled(self) -> str | None:
+        """What a GPU waits for in vain, in words; for another thread."""
+        return None if self._runner is None else self._runner.stalled()
+
     @property
     def step(self) -> int | None:
         """Steps done; None until it is known where the run stands."""

@@ -49,12 +49,13 @@ class Ring:
     def enter(self, what: str, stop: Stop) -> None:
         """Work on a stop begins, with waiting for its tokens."""
         if self.transport is not None:
-            self.transport.stats.enter(f"{what} {_hops(stop)}", stop.hops[0], self.plan.num_hops)
+            waited = f"what ring {_ranks(stop)} sends"
+            self.transport.stats.enter(f"{what} {_hops(stop)}", stop.hops[0], self.plan.num_hops, waited)
 
-    def now(self, where: str) -> None:
+    def now(self, where: str, waited: str = "another rank") -> None:
         """What is waited for from here on."""
         if self.transport is not None:
-            self.transport.stats.at = where
+            self.transport.stats.at, self.transport.stats.what = where, waited
 
 
 def ring_forward(
@@ -114,7 +115,7 @@ def ring_backward(
             with torch.profiler.record_function(f"ring {what} {_named(stop)}"):
                 found = visit(stop, held)
         if stop.hops != (0,):
-            ring.now(f"{what} {_hops(stop)} gradients")
+            ring.now(f"{what} {_hops(stop)} gradients", "what ranks that were visited before give back")
             with torch.profiler.record_function(f"ring {what} gradients of {_named(stop)}"):
                 passage.give_back(stop, found, totals)
         elif found is not None:
@@ -122,7 +123,7 @@ def ring_backward(
                 total.add(stop.only[1], part, stop.share)
         held = found = None
         passage.leave(stop)
-    ring.now(f"{what} last gradients")
+    ring.now(f"{what} last gradients", "what the ranks visited last give back")
     passage.close(totals)
     ring.now("elsewhere")
     rooms = (None,) * len(totals) if into is None else into
@@ -135,8 +136,11 @@ def _hops(stop: Stop) -> str:
 
 def _named(stop: Stop) -> str:
     """For traces: "hop 2 from rank 1"."""
-    ranks = ", ".join(str(rank) for rank, _ in stop.sources)
-    return f"{_hops(stop)} from rank{'s' if len(stop.sources) > 1 else ''} {ranks}"
+    return f"{_hops(stop)} from {_ranks(stop)}"
+
+
+def _ranks(stop: Stop) -> str:
+    return f"rank{'s' if len(stop.sources) > 1 else ''} {', '.join(str(rank) for rank, _ in stop.sources)}"
 
 
 class _Alone:

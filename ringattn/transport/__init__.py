@@ -19,7 +19,7 @@ from ringattn.transport.graphs import Step
 from ringattn.transport.hybrid import HybridTransport
 from ringattn.transport.p2p import P2PTransport
 from ringattn.transport.peer_memory import CudaPeerMemory, hosts_of, peer_memory_problem
-from ringattn.transport.stats import HopWait, RingStats, RingTotals
+from ringattn.transport.stats import HopWait, RingStats, RingTotals, Waiting
 
 TRANSPORTS = ("copy_engine", "hybrid", "p2p")
 
@@ -33,6 +33,7 @@ __all__ = [
     "RingTotals",
     "Step",
     "Transport",
+    "Waiting",
     "make_transport",
     "transport_of",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,20 @@ class RingTotals:
     untimed: tuple[tuple[int | None, int], ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """What the device stands waiting for.
+
+    Attributes:
+        layer, where: as in `HopWait`.
+        what: in words: "the payload of ring rank 1".
+    """
+
+    layer: int | None
+    where: str
+    what: str
+
+
 _Place = tuple[int | None, str]
 
 
@@ -58,6 +73,7 @@ class RingStats:
         by_place: also keep it by layer and place.
         layer: whose attention runs; for the caller to set.
         at: where in the ring it is; set by the hop loops.
+        what: what is waited for there, in words.
         on_hop: told (hop, number of hops) when work on a hop begins.
     """
 
@@ -69,14 +85,16 @@ class RingStats:
     by_place: bool = False
     layer: int | None = None
     at: str = "elsewhere"
+    what: str = "another rank"
     on_hop: Callable[[int, int], None] | None = None
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event, _Place]] = field(default_factory=list)
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event, _Place, str]] = field(default_factory=list)
+    _folded: int = 0
     _waits: dict[_Place, list[float]] = field(default_factory=dict)
     _untimed: dict[int | None, int] = field(default_factory=dict)
 
-    def enter(self, where: str, hop: int, num_hops: int) -> None:
-        """Work on a hop begins."""
-        self.at = where
+    def enter(self, where: str, hop: int, num_hops: int, what: str) -> None:
+        """Work on a hop begins, with a wait for `what`."""
+        self.at, self.what = where, what
         if self.on_hop is not None:
             self.on_hop(hop, num_hops)
 
@@ -88,7 +106,7 @@ class RingStats:
             before.record()
             yield
             after.record()
-            self._events.append((before, after, (self.layer, self.at)))
+            self._events.append((before, after, (self.layer, self.at), self.what))
             if len(self._events) > _MOST_EVENTS:
                 self._fold(len(self._events) // 2)  # for a transport whose counts nobody takes
         elif on_cuda:
@@ -117,9 +135,23 @@ class RingStats:
         """Add up the first `count` of the events."""
         if count:
             self._events[count - 1][1].synchronize()
-        for before, after, place in self._events[:count]:
+        for before, after, place, _ in self._events[:count]:
             self._add(place, before.elapsed_time(after) / 1000.0)
+        self._folded += count
         del self._events[:count]
+
+    def waits(self) -> tuple[int, Waiting | None]:
+        """For any thread: how many waits the device has behind it, and the one that it is in, if it is in one.
+
+        Asks the device, and waits for nothing. Waits that are not timed are not seen.
+        """
+        folded, events = self._folded, list(self._events)  # the other thread may add and fold meanwhile
+        # They are reached in order: the first whose end is not.
+        ended = bisect.bisect_left(events, True, key=lambda event: not event[1].query())
+        if ended == len(events) or not events[ended][0].query():
+            return folded + ended, None
+        _, _, (layer, where), what = events[ended]
+        return folded + ended, Waiting(layer=layer, where=where, what=what)
 
     def take(self) -> RingTotals:
         """The totals since the last call, which are then zero again. Waits for the device if there are events."""

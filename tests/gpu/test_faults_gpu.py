@@ -32,6 +32,7 @@ def test_a_rank_that_stalls_is_a_lost_peer_within_the_timeout(tmp_path, transpor
     base = tmp_path / "base.yaml"
     base.write_text("run:\n  dir: unused\ndata:\n  seq_len: 101\noptim:\n  steps: 1\n")
     changes = {"run__device": "cuda", "parallel__cp": 2, "parallel__transport": transport, "optim__steps": 100_000}
+    changes["engine__compile"] = False  # to start sooner
     nested = settings(write_corpus(tmp_path), tmp_path / "run", **changes, parallel__hop_timeout_s=LIMIT_S)
     run = subprocess.Popen(
         [sys.executable, "-m", "launch", "train", str(base), "--nproc", "2", *overrides_of(nested)],
@@ -55,5 +56,6 @@ def test_a_rank_that_stalls_is_a_lost_peer_within_the_timeout(tmp_path, transpor
     assert time.monotonic() - began < 60  # the launcher gives a rank that does not end half a minute
     told = read_status(tmp_path / "run")
     assert told is not None
-    assert "rank 0" in told.message
+    assert "rank 0 of 2 lost a peer in step" in told.message
     assert told.step
+    print(told.message)  # where it stood is chance: in a hop, or agreeing on a step's rows
