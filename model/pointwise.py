@@ -8,7 +8,8 @@ are functions of tensors, so that one compilation serves all layers, whatever an
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ class Pointwise:
     """
 
     def __init__(self, backend: str | None = None) -> None:
-        # Sizes as symbols: tiles, the last tile and heads of q and k would otherwise be compiled one by one.
-        wrap: Callable[..., Any] = _same if backend is None else partial(torch.compile, dynamic=True, backend=backend)
+        wrap: Callable[..., Any] = _same if backend is None else partial(_by_kind, backend=backend)
         self.compiled = backend is not None
         self.norm: Callable[..., Tensor] = wrap(norm)
         self.turn: Callable[..., Tensor] = wrap(turn)
@@ -85,6 +85,34 @@ def softmax(logits: Tensor, columns: Tensor, valid: Tensor, like: Tensor) -> tup
 
 def _same(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
+
+
+def _by_kind(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """`function` compiled, with one copy of its code for each kind of call.
+
+    All lengths are one compilation, but gradients or none, dtypes, autocast and single tokens are not. They multiply,
+    and torch.compile gives a code object up, with a warning, when it has compiled it eight times (`recompile_limit`).
+    """
+
+    def call(*arguments: Any) -> Any:
+        state = (torch.is_grad_enabled(), torch.is_autocast_cache_enabled())
+        kinds = (_kind(x) for x in arguments if isinstance(x, Tensor))
+        return _compiled(function, backend, (*state, *kinds))(*arguments)
+
+    return call
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """What of a tensor torch.compile does not take as a symbol."""
+    return x.dtype, x.requires_grad, *(size if size < 2 else 2 for size in x.shape)
+
+
+@cache
+def _compiled(function: FunctionType, backend: str, kind: tuple[Any, ...]) -> Callable[..., Any]:
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    # Sizes as symbols: tiles, the last tile and heads of q and k would otherwise be compiled one by one.
+    compiled: Callable[..., Any] = torch.compile(own, dynamic=True, backend=backend)
+    return compiled
 
 
 PLAIN = Pointwise()

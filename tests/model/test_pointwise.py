@@ -1,5 +1,7 @@
 """Norms, RoPE, gates and the loss compiled: the same losses and gradients as operation by operation."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -60,6 +62,31 @@ def test_each_function_is_one_graph_whatever_the_lengths():
     losses_and_gradients(config, compiled, memory, torch.float32, (33, 18, 9))
     assert graphs == counts["stats"]["unique_graphs"] > 0
     assert not counts["graph_break"], counts["graph_break"]
+
+
+@pytest.mark.slow
+def test_many_kinds_of_calls_and_many_lengths_stay_compiled():
+    """Of 16 kinds none is the ninth that torch.compile gives up on, and none is compiled again for other lengths."""
+    compiled, stats = Pointwise("eager"), torch._dynamo.utils.counters["stats"]
+    stats.clear()
+    # a limit that is hit would be a warning, and the function would run as it is from then on
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for lengths in ((5, 1), range(2, 16)):
+            for tokens, dtype, wanted, cached in itertools.product(
+                lengths, (torch.float32, torch.bfloat16), (False, True), (False, True)
+            ):
+                x, y = torch.randn(2, 1, tokens, 7, dtype=dtype, requires_grad=wanted)
+                with torch.set_grad_enabled(wanted), torch.autocast("cpu", enabled=False, cache_enabled=cached):
+                    assert torch.equal(compiled.gate(x, y), PLAIN.gate(x, y))
+            assert stats["unique_graphs"] == 16
+
+
+@pytest.mark.slow
+def test_many_lengths_ways_and_dtypes_of_a_decoder_stay_compiled():
+    compiled = Pointwise("aot_eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for dtype, way in itertools.product((torch.float32, torch.bfloat16), WAYS):
+            losses_and_gradients(kind("gqa", layers=1), compiled, Memory(**way), dtype, range(1, 13))
 
 
 @pytest.mark.slow
