@@ -101,7 +101,7 @@ class SoftmaxAttention:
                         lse_rows[span] = lse[:, mine, rows].contiguous()
                     here = (q[:, rows, mine], visiting.keys[:, keys], visiting.values[:, keys])
                     mask = self._mask(block, stop, q.device)
-                    kernel = pick_kernel(self.kernel, *here, mask is not None)
+                    kernel = pick_kernel(self.kernel, *here, mask is not None, backward=True)
                     causal = block.relation is Relation.CAUSAL
                     rest = (out[:, rows, mine], lse_rows[span])
                     found = kernel.backward(

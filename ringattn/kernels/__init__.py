@@ -1,4 +1,4 @@
-"""One block of attention: the kernels, and the table that picks one.
+"""One block of attention: the kernels, and which one is picked.
 
 A kernel computes a FULL, CAUSAL or masked block with its log-sum-exp, and its gradients from a log-sum-exp that may
 belong to more keys than the block's own. A kernel that ignores masks or returns no lse has no place here.
@@ -6,12 +6,13 @@ belong to more keys than the block's own. A kernel that ignores masks or returns
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ringattn.kernels import cpu, cudnn, flash, reference
+from ringattn.kernels import cpu, cudnn, flash, flash_packages, measured, reference
 
 
 class Kernel(Protocol):
@@ -47,10 +48,13 @@ class Kernel(Protocol):
         """dq, dk, dv of the block, given the `out` and `lse` of the whole row (all blocks merged)."""
 
 
-# In order of preference under kernel="auto"; the reference comes last because it can do everything.
+# In order of preference under kernel="auto" where nothing has been measured (see `measured`); the reference comes last
+# because it can do everything.
 KERNELS: dict[str, Kernel] = {
     "cudnn": cudnn.CudnnKernel(),
     "flash": flash.FlashKernel(),
+    "flash3": flash_packages.PackageKernel("flash3", flash_packages.load_flash3, majors=(9,)),
+    "flash4": flash_packages.PackageKernel("flash4", flash_packages.load_flash4, majors=(9, 10)),
     "cpu": cpu.CpuFlashKernel(),
     "reference": reference.ReferenceKernel(),
 }
@@ -71,17 +75,24 @@ def check_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"kernel: {name!r} cannot do this: {reason}; use kernel='auto' or 'reference'")
 
 
-def pick_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Kernel:
-    """The kernel for one block: `name` (see `check_kernel`) if it can do it, else the first of the table that can.
+def pick_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, masked: bool, *, backward: bool = False) -> Kernel:
+    """The kernel for one pass over a block: `name` (see `check_kernel`) if it can do it, else the best that can.
 
-    A named kernel thus leaves masked or tiny blocks that it does not support, and only those, to another.
+    A named kernel thus leaves masked or tiny blocks that it does not support, and only those, to another. Any kernel's
+    backward pass may follow any other's forward pass.
     """
     if name != "auto" and KERNELS[name].unsupported(q, k, v, masked) is None:
         return KERNELS[name]
-    for kernel in KERNELS.values():
-        if kernel.unsupported(q, k, v, masked) is None:
-            return kernel
+    capability = measured.capability(q.device) if q.device.type == "cuda" else None
+    for candidate in _order(capability, max(q.shape[-1], v.shape[-1]), backward):
+        if KERNELS[candidate].unsupported(q, k, v, masked) is None:
+            return KERNELS[candidate]
     raise AssertionError("the reference kernel supports everything")
+
+
+@cache
+def _order(capability: tuple[int, int] | None, head_dim: int, backward: bool) -> tuple[str, ...]:
+    return measured.order(tuple(KERNELS), measured.MEASURED, capability, head_dim, backward=backward)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

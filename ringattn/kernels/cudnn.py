@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-
-@cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+from ringattn.kernels.measured import capability
 
 
 class CudnnKernel:
@@ -25,7 +20,7 @@ class CudnnKernel:
             return "this torch has no cuDNN"
         if q.dtype not in (torch.bfloat16, torch.float16):
             return f"it has no {q.dtype}, only bf16 and fp16"
-        if _capability(q.device) < 9:
+        if capability(q.device)[0] < 9:
             return "it is used on Hopper and later only"
         if q.shape[-1] % 8 or v.shape[-1] % 8 or q.shape[-1] > 128 or v.shape[-1] > 128:
             return f"head widths must be multiples of 8 up to 128, got {q.shape[-1]} and {v.shape[-1]}"

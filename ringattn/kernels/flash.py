@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ringattn.kernels.measured import capability
+
 
 class FlashKernel:
     """`aten._flash_attention_forward`: bf16 and fp16, compute capability 8.0 and later, no masks, grouped heads."""
@@ -16,7 +18,7 @@ class FlashKernel:
             return f"it runs on CUDA, the tensors are on {q.device.type}"
         if q.dtype not in (torch.bfloat16, torch.float16):
             return f"it has no {q.dtype}, only bf16 and fp16"
-        if torch.cuda.get_device_capability(q.device)[0] < 8:
+        if capability(q.device)[0] < 8:
             return "it needs compute capability 8.0 or later"
         if q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 or q.shape[-1] > 256:
             return f"it needs one head width, a multiple of 8 up to 256, got {q.shape[-1]} and {v.shape[-1]}"

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from ringattn.kernels import KERNELS, check_kernel, pick_kernel
+from ringattn import kernels
+from ringattn.kernels import KERNELS, check_kernel, measured, pick_kernel
+from ringattn.kernels.measured import Rate, order
 from ringattn.testing import within_twice
 
 CPU_KERNELS = ["reference", "cpu"]
@@ -103,9 +105,64 @@ def test_the_table():
     assert pick_kernel("auto", q, k, v[..., :4], masked=False).name == "reference"
     assert pick_kernel("reference", q, k, v, masked=True).name == "reference"
     assert pick_kernel("cpu", q, k, v[..., :4], masked=False).name == "reference"
-    with pytest.raises(ValueError, match="expected auto or one of cudnn, flash, cpu, reference, got 'fa9'"):
+    with pytest.raises(
+        ValueError, match="expected auto or one of cudnn, flash, flash3, flash4, cpu, reference, got 'fa9'"
+    ):
         check_kernel("fa9", q, k, v)
     with pytest.raises(ValueError, match="'cudnn' cannot do this: it runs on CUDA, the tensors are on cpu"):
         check_kernel("cudnn", q, k, v)
     with pytest.raises(ValueError, match="one head width for q, k and v, got 8 and 4"):
         check_kernel("cpu", q, k, v[..., :4])
+
+
+def rates(*lines):
+    keys = ("capability", "head_dim", "kernel", "forward", "backward")
+    return [Rate(**dict(zip(keys, line, strict=True)), source="made up") for line in lines]
+
+
+def test_the_order_follows_what_was_measured():
+    names = tuple(KERNELS)
+    unmeasured = ("cudnn", "flash", "cpu", "reference")  # the packages must be named
+    found = rates(
+        ((9, 0), 128, "cudnn", 600, 500),
+        ((9, 0), 128, "flash4", 650, 450),
+        ((9, 0), 128, "flash", 300, 300),
+        ((9, 0), 64, "flash", 400, 300),
+        ((9, 0), 64, "cudnn", 300, 400),
+        ((10, 0), 128, "flash3", 900, 900),
+    )
+    cases = {
+        ((9, 0), 128, False): ("flash4", "cudnn", "flash", "cpu", "reference"),
+        ((9, 0), 128, True): ("cudnn", "flash4", "flash", "cpu", "reference"),
+        ((9, 0), 72, True): ("cudnn", "flash4", "flash", "cpu", "reference"),
+        ((9, 0), 64, False): unmeasured[1::-1] + unmeasured[2:],
+        ((9, 0), 8, True): unmeasured,
+        ((9, 0), 136, False): unmeasured,
+        ((8, 0), 128, False): unmeasured,
+        (None, 128, True): unmeasured,
+        ((10, 0), 128, True): ("flash3", *unmeasured),
+    }
+    for (capability, head_dim, backward), expected in cases.items():
+        assert order(names, found, capability, head_dim, backward=backward) == expected, (capability, head_dim)
+
+
+def test_the_measured_lines_name_kernels_and_say_where_they_come_from():
+    assert order(tuple(KERNELS), measured.MEASURED, (9, 0), 128, backward=False)[:2] == ("cudnn", "flash")
+    for rate in measured.MEASURED:
+        assert rate.kernel in KERNELS
+        assert rate.source
+    lines = [(rate.capability, rate.head_dim, rate.kernel) for rate in measured.MEASURED]
+    assert len(set(lines)) == len(lines)
+    assert set(KERNELS) > measured.ON_EVIDENCE
+
+
+def test_each_pass_gets_its_own_kernel(monkeypatch):
+    q, k, v, _ = tensors(torch.float32)
+    found = rates((None, 8, "reference", 2, 1), (None, 8, "cpu", 1, 2))
+    monkeypatch.setattr(measured, "MEASURED", found)
+    kernels._order.cache_clear()
+    try:
+        picked = [pick_kernel("auto", q, k, v, masked=False, backward=backward).name for backward in (False, True)]
+    finally:
+        kernels._order.cache_clear()
+    assert picked == ["reference", "cpu"]
