@@ -105,7 +105,7 @@ class EngineConfig(Section):
         default="fp32", description="of the computation; the master weights stay fp32"
     )
     compile: bool | Literal["auto"] = Field(
-        default="auto", description="norms, gates, the loss and the RoPE of heads by torch.compile; auto: on GPUs"
+        default="auto", description="norms, gates, the loss and RoPE (SAS has its own) by torch.compile; auto: on GPUs"
     )
 
 

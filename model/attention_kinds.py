@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from model.attend import Attending
 from model.config import ModelConfig
 from model.layers import Attention, RMSNorm
+from model.pointwise import PLAIN, Pointwise
 from model.rope import Rope, Rotation, attention_factor
 from ringattn.scoring.expansion import Expand
 from ringattn.scoring.latent import FactorExpansion, LatentExpansion, combine_factors
@@ -35,12 +35,13 @@ class LatentAttention(Attending):
     here it is in the scale.
     """
 
+    pointwise: Pointwise = PLAIN
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         assert config.latent_dim is not None
         assert config.rope_dim is not None
         shape = self.shape
-        self.rope_dim = config.rope_dim
         self.scale = attention_factor(config) ** 2 / math.sqrt(shape.score_dim)
         self.q_proj = nn.Linear(config.dim, shape.heads * shape.score_dim, bias=False)
         self.latent_proj = nn.Linear(config.dim, config.latent_dim, bias=False)
@@ -58,11 +59,10 @@ class LatentAttention(Attending):
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """See `Attending.project`."""
         q = rearrange(self.q_proj(x), "b s (h d) -> b s h d", h=self.shape.heads)
-        plain, turned = q.split((q.shape[-1] - self.rope_dim, self.rope_dim), dim=-1)
-        q = torch.cat((plain, rotation.apply(turned)), dim=-1)
         latent = self.latent_norm(self.latent_proj(x))[:, :, None]  # [B, S, 1, C]
-        rotary = rotation.apply(self.rotary_proj(x)[:, :, None])  # [B, S, 1, Dr]
-        return q, latent, rotary
+        rotary = self.rotary_proj(x)[:, :, None]  # [B, S, 1, Dr]
+        cos, sin = rotation.cos, rotation.sin
+        return self.pointwise.turn_last(q, cos, sin), latent, self.pointwise.turn(rotary, cos, sin)
 
     def expansion(self) -> Expand:
         """See `Attending.expansion`."""
@@ -74,6 +74,8 @@ class FactorAttention(Attending):
 
     The features of the keys' factors are turned before they travel: RoPE acts on them alone.
     """
+
+    pointwise: Pointwise = PLAIN
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -90,8 +92,10 @@ class FactorAttention(Attending):
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """See `Attending.project`."""
         width = self.shape.value_dim
-        q, k = (
-            self._turned(rearrange(project(x), "b s (r c) -> b s r c", c=heads + width), heads, rotation)
+        q, k = (  # [over heads | over features], of which the features are turned
+            self.pointwise.turn_last(
+                rearrange(project(x), "b s (r c) -> b s r c", c=heads + width), rotation.cos, rotation.sin
+            )
             for project, heads in ((self.q_factors, self.shape.heads), (self.k_factors, self.shape.key_heads))
         )
         v = rearrange(self.v_factors(x), "b s (r c) -> b s r c", c=self.shape.key_heads + width)
@@ -100,11 +104,6 @@ class FactorAttention(Attending):
     def expansion(self) -> Expand:
         """See `Attending.expansion`."""
         return self.expand
-
-    @staticmethod
-    def _turned(factors: Tensor, heads: int, rotation: Rotation) -> Tensor:
-        """[over heads | over features] with the features turned."""
-        return torch.cat((factors[..., :heads], rotation.apply(factors[..., heads:])), dim=-1)
 
 
 class SimulatedAttention(Attending):

@@ -24,7 +24,7 @@ class Pointwise:
         backend: Of `torch.compile`; None runs them operation by operation.
 
     Attributes:
-        norm, turn, norm_and_turn, gate, softmax: See the functions of the file.
+        norm, turn, turn_last, norm_and_turn, gate, softmax: See the functions of the file.
     """
 
     def __init__(self, backend: str | None = None) -> None:
@@ -32,6 +32,7 @@ class Pointwise:
         self.compiled = backend is not None
         self.norm: Callable[..., Tensor] = wrap(norm)
         self.turn: Callable[..., Tensor] = wrap(turn)
+        self.turn_last: Callable[..., Tensor] = wrap(turn_last)
         self.norm_and_turn: Callable[..., Tensor] = wrap(norm_and_turn)
         self.gate: Callable[..., Tensor] = wrap(gate)
         self.softmax: Callable[..., tuple[Tensor, Tensor]] = wrap(softmax)
@@ -50,6 +51,12 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None, :], sin[:, None, :]  # [S, 1, D/2]: the same for all heads
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def turn_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`turn` of the last D features of x [B, S, heads, N + D]; the first N stay as they are."""
+    width = 2 * cos.shape[-1]
+    return torch.cat((x[..., :-width], turn(x[..., -width:], cos, sin)), dim=-1)
 
 
 def norm_and_turn(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Norms, RoPE, gates and the loss compiled: the same losses and gradients as operation by operation."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 
+import ringattn
 from model.decoder import Decoder
 from model.memory import Memory
-from model.pointwise import PLAIN, Pointwise, softmax
-from ringattn.testing import dense_attention
+from model.pointwise import PLAIN, Pointwise, softmax, turn_last
 from tests.model.kinds import kind
 
 # Compiling takes seconds, so what compiles is slow; the functions are those that every other test runs uncompiled.
@@ -35,16 +36,19 @@ def losses_and_gradients(config, pointwise, memory, dtype, lengths=LENGTHS):
         row = torch.randint(config.vocab_size, (1, tokens + 1), generator=generator)
         labels = row[:, 1:].clone()
         labels[0, 0] = -100
-        loss = module(row[:, :-1], labels, torch.arange(tokens), dense_attention, 3)
+        attention = functools.partial(ringattn.ring_attention, plan=ringattn.Plan(tokens, 1))
+        loss = module(row[:, :-1], labels, torch.arange(tokens), attention, 3)
         gradients = torch.autograd.grad(loss, list(module.parameters()))
         found += [loss.detach(), *gradients]
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_same_losses_and_gradients(way):
-    config = kind("gqa", layers=2)
+@pytest.mark.parametrize(
+    ("name", "way"), [*(("gqa", way) for way in WAYS), *((name, WAYS[1]) for name in ("mla", "tpa", "sas"))], ids=str
+)
+def test_the_same_losses_and_gradients(name, way):
+    config = kind(name, layers=2)
     expected = losses_and_gradients(config, PLAIN, Memory(**way), torch.float64)
     found = losses_and_gradients(config, Pointwise("aot_eager"), Memory(**way), torch.float64)
     for one, other in zip(found, expected, strict=True):
@@ -96,6 +100,25 @@ def test_compiled_by_inductor():
     found = losses_and_gradients(config, Pointwise("inductor"), Memory(tile=5), torch.float32)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_turning_the_last_features_turns_complex_numbers():
+    """Feature i of the last 2 P and feature i + P are the real and imaginary parts of a number."""
+    x, angles = torch.randn(2, 5, 3, 4 + 6, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    turned = torch.complex(x[..., 4:7], x[..., 7:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    found = turn_last(x, angles.cos(), angles.sin())
+    torch.testing.assert_close(found, torch.cat((x[..., :4], turned.real, turned.imag), dim=-1), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mha", "mla", "tpa"])
+def test_no_kind_turns_heads_past_what_is_compiled(name, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("RoPE that was not compiled")
+
+    expected = losses_and_gradients(kind(name, layers=1), PLAIN, Memory(), torch.float64, (8,))
+    monkeypatch.setattr("model.rope.turn", refuse)
+    found = losses_and_gradients(kind(name, layers=1), PLAIN, Memory(), torch.float64, (8,))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_softmax_of_rows_that_count_and_that_do_not():
