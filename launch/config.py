@@ -76,8 +76,9 @@ class ParallelConfig(Section):
         default=None, description="sliding window: a query sees this many keys back (tokens)"
     )
     sinks: int = Field(default=0, ge=0, description="first tokens of a document that every window also sees (tokens)")
-    kernel: Literal["auto", "reference", "cpu", "cudnn", "flash", "tiled", "triton"] = Field(
-        default="auto", description="attention of one block; tiled and triton: selective attention"
+    kernel: Literal["auto", "reference", "cpu", "cudnn", "flash", "flash3", "flash4", "tiled", "triton"] = Field(
+        default="auto",
+        description="attention of one block; flash3, flash4: packages of that name; tiled, triton: selective attention",
     )
     transport: Literal["auto", "copy_engine", "hybrid", "p2p"] = Field(
         default="auto",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from launch.config_memory import memory_problems
-from launch.config_model_checks import idle_selection, model_problems, selection_problems
+from launch.config_model_checks import GPU_KERNELS, idle_selection, model_problems, selection_problems
 from launch.config_problem import Problem
 from launch.config_ulysses import ulysses_problems
 from launch.errors import ConfigError
@@ -74,14 +74,14 @@ def _data_problems(config: Config) -> Iterator[Problem]:
 
 def _kernel_problems(config: Config) -> Iterator[Problem]:
     kernel, device, precision = config.parallel.kernel, config.run.device, config.engine.precision
-    wanted = {"cudnn": "cuda", "flash": "cuda", "triton": "cuda", "cpu": "cpu"}.get(kernel)
+    wanted = {**dict.fromkeys(GPU_KERNELS, "cuda"), "triton": "cuda", "cpu": "cpu"}.get(kernel)
     if wanted and device not in ("auto", wanted):
         yield Problem(
             keys=("parallel.kernel", "run.device"),
             message=f"kernel {kernel} runs on {wanted} only, got run.device={device}; set kernel: auto, "
             f"or run.device: {wanted}",
         )
-    if kernel in ("cudnn", "flash") and precision != "bf16":
+    if kernel in GPU_KERNELS and precision != "bf16":
         yield Problem(
             keys=("parallel.kernel", "engine.precision"),
             message=f"kernel {kernel} computes in bf16 only, got engine.precision={precision}; set kernel: auto, "

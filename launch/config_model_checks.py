@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 SELECTIVE_KERNELS = ("tiled", "triton")
 """Names of `parallel.kernel` that compute selective attention, and nothing else."""
+GPU_KERNELS = ("cudnn", "flash", "flash3", "flash4")
+"""Names of `parallel.kernel` that run on GPUs only, and in bf16."""
 
 
 def preset_fields(name: str) -> dict[str, Any] | None:

@@ -12,12 +12,15 @@ from typing import Literal
 from launch.config import Config
 from launch.config_checks import min_seq_len
 from launch.config_describe import nearest
+from launch.config_model_checks import GPU_KERNELS
 from launch.errors import ConfigError, DataError, WriteError
 from launch.metrics import check_sinks
 from launch.runlock import RunLock
 
 # Present wherever a GPU driver is (NVIDIA, AMD, WSL). Where all are absent, two seconds of importing torch are saved.
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+_KERNEL_MODULES = {"flash3": "flash_attn_interface", "flash4": "flash_attn"}
 
 
 def count_gpus() -> int:
@@ -49,7 +52,7 @@ def choose_processes(config: Config, requested: int | Literal["auto"], *, start_
     gpus = count_gpus() if device != "cpu" and (start_here or requested == "auto") else 0
     if device == "cuda" and gpus == 0 and start_here:
         raise ConfigError("run.device: expected a GPU that torch can use, got none; set run.device to auto or cpu")
-    if start_here and not gpus and config.parallel.kernel in ("cudnn", "flash"):
+    if start_here and not gpus and config.parallel.kernel in GPU_KERNELS:
         raise ConfigError(
             f"parallel.kernel: {config.parallel.kernel} runs on GPUs, and torch can use none here; set it to auto, or "
             "run on a machine with a GPU"
@@ -84,6 +87,12 @@ def check_packages(config: Config) -> None:
         raise ConfigError(
             "engine.name: zero needs the package deepspeed, which is not installed; install it (pip install deepspeed) "
             "or use fsdp"
+        )
+    module = _KERNEL_MODULES.get(config.parallel.kernel)
+    if module is not None and find_spec(module) is None:
+        raise ConfigError(
+            f"parallel.kernel: {config.parallel.kernel} needs flash-attn {config.parallel.kernel[-1]}, whose module "
+            f"{module} is not installed; install it or set it to auto"
         )
 
 

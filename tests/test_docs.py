@@ -16,7 +16,13 @@ from tests.launch.runs import settings, train_worker, write_corpus
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parent.parent
-TYPER_TOOLS = ("tools.bench_attention", "tools.bench_payload", "tools.bench_step", "tools.overwritten_variables")
+TYPER_TOOLS = (
+    "tools.bench_attention",
+    "tools.bench_kernels",
+    "tools.bench_payload",
+    "tools.bench_step",
+    "tools.overwritten_variables",
+)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

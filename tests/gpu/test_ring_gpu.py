@@ -42,7 +42,7 @@ def available(name, tensors):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("name", ["cudnn", "flash", "reference"])
+@pytest.mark.parametrize("name", ["cudnn", "flash", "flash3", "flash4", "reference"])
 def test_kernels_in_a_ring_of_one(name, dtype, mask):
     tensors = problem(dtype)
     if not available(name, tensors):

@@ -162,6 +162,23 @@ def test_more_processes_than_gpus_are_refused(
     assert cli.main(["train", config, *arguments, "run.device=cpu"]) == 76
 
 
+def test_a_kernel_of_a_missing_package_is_refused(
+    config: str, jobs: list[LocalJob], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight, "count_gpus", lambda: 1)
+    missing = {
+        "flash3": "flash-attn 3, whose module flash_attn_interface",
+        "flash4": "flash-attn 4, whose module flash_attn",
+    }
+    for kernel, expected in missing.items():
+        monkeypatch.setattr(preflight, "find_spec", lambda name: None if name.startswith("flash_attn") else name)
+        words = ["train", config, f"parallel.kernel={kernel}", "engine.precision=bf16", "--nproc", "1", "parallel.cp=1"]
+        assert cli.main(words) == 64
+        assert f"parallel.kernel: {kernel} needs {expected} is not installed; install it" in capsys.readouterr().err
+        monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+        assert cli.main(words) == 76, capsys.readouterr().err
+
+
 def test_missing_data_ends_with_65_and_leaves_no_run_folder(
     config: str, jobs: list[LocalJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

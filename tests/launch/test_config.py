@@ -123,6 +123,8 @@ def test_values_out_of_range_or_of_another_type_are_refused(key: str, value: obj
         ({"evaluate__every_steps": 5, "data__held_out_rows": 0}, "needs held-out data"),
         ({"parallel__kernel": "cudnn", "run__device": "cpu", "engine__precision": "bf16"}, "cudnn runs on cuda only"),
         ({"parallel__kernel": "flash"}, "kernel flash computes in bf16 only, got engine.precision=fp32"),
+        ({"parallel__kernel": "flash4"}, "kernel flash4 computes in bf16 only, got engine.precision=fp32"),
+        ({"parallel__kernel": "flash3", "run__device": "cpu", "engine__precision": "bf16"}, "flash3 runs on cuda only"),
         ({"parallel__kernel": "cpu", "run__device": "cuda"}, "kernel cpu runs on cpu only"),
         ({"parallel__cp": 33}, "zigzag over cp=33 ranks needs at least 66 tokens .* got 64; .* to at most 32"),
         ({"parallel__cp": 65, "parallel__layout": "striped"}, "striped over cp=65 ranks needs at least 65"),
