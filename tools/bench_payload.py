@@ -149,7 +149,9 @@ def measure(kind: Kind, tokens: int, dtype: torch.dtype, device: torch.device, r
     with torch.no_grad():
         expanded_bytes, peak_bytes = _peak(arrive, device)
         keys, values = arrive()
-        kernel = pick_kernel("auto", q, keys, values, masked=False)
+        kernel, backward_kernel = (
+            pick_kernel("auto", q, keys, values, masked=False, backward=backward) for backward in (False, True)
+        )
         scale = kind.query[1] ** -0.5
         result = kernel.forward(q, keys, values, causal=False, mask=None, scale=scale)
         half = q[:, tokens // 2 :]
@@ -162,7 +164,7 @@ def measure(kind: Kind, tokens: int, dtype: torch.dtype, device: torch.device, r
             lambda: kernel.forward(half, keys, values, causal=False, mask=None, scale=scale), device, repeats
         )
         block_backward_ms = time_device(
-            lambda: kernel.backward(result[0], q, keys, values, *result, causal=False, mask=None, scale=scale),
+            lambda: backward_kernel.backward(result[0], q, keys, values, *result, causal=False, mask=None, scale=scale),
             device,
             repeats,
         )

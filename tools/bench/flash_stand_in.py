@@ -73,7 +73,8 @@ def flash_attn_backward(
     _refuse(q, k, dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
     # A merged lse may come in another order of dimensions, and not every kernel reads strides.
     lse = softmax_lse.contiguous()
-    found = block_kernel(q, k, v).backward(dout, q, k, v, out, lse, causal=causal, mask=None, scale=softmax_scale)
+    kernel = block_kernel(q, k, v, backward=True)
+    found = kernel.backward(dout, q, k, v, out, lse, causal=causal, mask=None, scale=softmax_scale)
     for buffer, gradient in zip((dq, dk, dv), found, strict=True):
         buffer.copy_(gradient)
     return torch.empty(0, device=q.device)

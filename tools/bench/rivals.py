@@ -67,7 +67,7 @@ class _AllToAllAttention(torch.autograd.Function):
         size = dist.get_world_size(ctx.group)
         parts = _by_tokens(mine).split(ctx.heads, dim=2)
         gradient = _by_tokens(_exchange(_by_heads(dout, size).contiguous(), ctx.group))
-        kernel = block_kernel(*parts)
+        kernel = block_kernel(*parts, backward=True)
         q, k, v = parts
         found = kernel.backward(gradient, q, k, v, out, lse, causal=ctx.causal, mask=None, scale=ctx.scale)
         home = _exchange(rearrange(torch.cat(found, dim=2), "1 (n s) h d -> n s h d", n=size).contiguous(), ctx.group)

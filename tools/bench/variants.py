@@ -37,9 +37,9 @@ def own_variants() -> list[Variant]:
     return [*found, *(Variant(name=v.name + CAPTURED, make=_AsGraph(v.make)) for v in captured)]
 
 
-def block_kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool = False) -> Kernel:
+def block_kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool = False, *, backward: bool = False) -> Kernel:
     """The kernel that the ring itself would take; on Hopper cuDNN."""
-    return pick_kernel("auto", q, k, v, masked)
+    return pick_kernel("auto", q, k, v, masked, backward=backward)
 
 
 class LocalAttention(torch.autograd.Function):
@@ -55,7 +55,7 @@ class LocalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
-        kernel = block_kernel(q, k, v)
+        kernel = block_kernel(q, k, v, backward=True)
         gradients = kernel.backward(dout, q, k, v, out, lse, causal=ctx.causal, mask=None, scale=ctx.scale)
         return *gradients, None, None
 
@@ -148,7 +148,7 @@ class _Blocks(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         for (rows, columns, causal, mask), (out, lse) in zip(ctx.work, ctx.results, strict=True):
             block = (q[:, rows], k[:, columns], v[:, columns])
-            kernel = block_kernel(*block, masked=mask is not None)
+            kernel = block_kernel(*block, masked=mask is not None, backward=True)
             kernel.backward(dout[:, rows], *block, out, lse, causal=causal, mask=mask, scale=ctx.scale)
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
