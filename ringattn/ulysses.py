@@ -105,6 +105,7 @@ def make_ulysses(
     ring_group: dist.ProcessGroup | None = None,
     transport: str = "auto",
     timeout: Callable[[], timedelta] | None = None,
+    graphs: bool = True,
 ) -> Ulysses:
     """Make the groups of Ulysses, once per run. A collective of `group`.
 
@@ -114,7 +115,7 @@ def make_ulysses(
         layout: of the plans that will be used with it.
         ring_group: the ranks `ring_of` names, if there is a group of them already (of a DeviceMesh, say); else it is
             made here. With NCCL bound to a device all ranks of the world must then come here together.
-        transport, timeout: of the inner ring, as in `make_transport`.
+        transport, timeout, graphs: of the inner ring, as in `make_transport`.
 
     Raises:
         ValueError: the degree does not divide the size.
@@ -133,7 +134,7 @@ def make_ulysses(
             backend, wait = dist.get_backend(group), None if timeout is None else timeout()
             ring_group = dist.new_group(ranks, timeout=wait, backend=backend, use_local_synchronization=True)
         assert ring_group is not None
-        channel = make_transport(transport, ring_group, timeout)
+        channel = make_transport(transport, ring_group, timeout, graphs=graphs)
     return Ulysses(
         group=group,
         degree=degree,

@@ -2,10 +2,12 @@
 
     torchrun --nproc_per_node 4 -m tools.bench_attention --tokens-per-rank 2048,8192,32768 --heads 16/16,32/8 --out DIR
     python -m tools.bench_attention --nproc 2 --tokens-per-rank 256 --heads 4/2 --head-dim 32 --dtype fp32 --out DIR
+    python -m tools.bench_attention --read DIR/attention.json --out OTHER
 
 Started by torchrun, each process is a rank, on its GPU if there is one; with --nproc it starts its own. Writes
-attention.csv, attention.json and attention.png to DIR and prints a table per point. Every variant is checked against
-float64 at a small size first; one whose answer is wrong is not timed. Ends with 1 if there was such a one.
+attention.csv, attention.json and attention.png to DIR and prints a table per point, and where ring and all-to-all
+change places. Every variant is checked against float64 at a small size first; one whose answer is wrong is not timed.
+Ends with 1 if there was such a one.
 """
 
 from __future__ import annotations
@@ -27,19 +29,22 @@ from tools.bench.device import pick_device
 from tools.bench.measure import Effort
 from tools.bench.problem import DTYPES
 from tools.bench.ranks import Ranks
-from tools.bench.run import Settings, all_variants, chosen, run
+from tools.bench.run import Settings, all_variants, chosen, run, show_again
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
-    tokens_per_rank: Annotated[str, typer.Option(help="with commas, such as 2048,8192")],
     out: Annotated[Path, typer.Option(help="folder of the results; made if missing")],
+    tokens_per_rank: Annotated[str | None, typer.Option(help="with commas, such as 2048,8192")] = None,
     heads: Annotated[str, typer.Option(help="query/key heads, with commas")] = "16/16,32/8",
     head_dim: Annotated[int, typer.Option(help="width of a head, D", min=8)] = 128,
     non_causal: Annotated[bool, typer.Option("--non-causal", help="every query sees every key")] = False,
     layout: Annotated[str, typer.Option(help="of ours: contiguous, zigzag or striped")] = "zigzag",
+    documents: Annotated[
+        int, typer.Option(help="in a row, none of which sees another; then no CUDA graphs", min=1)
+    ] = 1,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
     variants: Annotated[str, typer.Option(help="names or patterns, with commas, such as 'ours*,all-to-all'")] = "*",
     repeat: Annotated[int, typer.Option(help="samples per figure; their median counts", min=1)] = 7,
@@ -51,8 +56,20 @@ def main(
     timeout: Annotated[float, typer.Option(help="seconds until a rank gives up waiting for another")] = 60.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     nproc: Annotated[int | None, typer.Option(help="start this many ranks here, without torchrun", min=1)] = None,
+    read: Annotated[
+        Path | None, typer.Option(help="attention.json or .csv: show and draw it again, measure nothing")
+    ] = None,
 ) -> None:
     """Times per layer, percent of ideal and memory of ring attention and its rivals."""
+    if (read is None) == (tokens_per_rank is None):
+        raise typer.BadParameter("expected one of --tokens-per-rank (measure) and --read (show what was measured)")
+    if read is not None:
+        try:
+            show_again(read, out)
+        except ValueError as error:
+            raise typer.BadParameter(f"--read: {error}") from error
+        return
+    assert tokens_per_rank is not None
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     patterns = tuple(part.strip() for part in variants.split(","))
@@ -62,12 +79,19 @@ def main(
         raise typer.BadParameter(f"--variants: {error}") from error
     if layout not in ("contiguous", "zigzag", "striped"):
         raise typer.BadParameter(f"--layout: expected contiguous, zigzag or striped, got {layout!r}")
+    lengths = sorted(_whole("--tokens-per-rank", part) for part in tokens_per_rank.split(","))
+    shortest = min(lengths[0], check_tokens)
+    if documents > shortest:
+        raise typer.BadParameter(
+            f"--documents: expected at most the {shortest} tokens of the shortest shard, got {documents}"
+        )
     settings = Settings(
-        tokens_per_rank=tuple(sorted(_whole("--tokens-per-rank", part) for part in tokens_per_rank.split(","))),
+        tokens_per_rank=tuple(lengths),
         head_settings=tuple(_heads(part) for part in heads.split(",")),
         head_dim=head_dim,
         causal=not non_causal,
         layout=layout,
+        documents=documents,
         dtype=dtype,
         variants=patterns,
         effort=Effort(

@@ -294,3 +294,21 @@ def test_a_degree_is_enough_and_what_does_not_fit_together_is_refused():
     assert all(error(a, b) <= 1e-10 for a, b in zip(found, oracle(Case(33, "zigzag")), strict=True))
     assert "give transport by name, or make both once by ringattn.make_ulysses" in problems[0]
     assert "needs a group of several ranks" in problems[1]
+
+
+def inner_worker(rank, world_size):
+    """What the inner ring's transport is made of."""
+    asked = []
+
+    def make(name, group, timeout, *, graphs):
+        asked.append((name, graphs))
+        return ringattn.make_transport("p2p", group, timeout)
+
+    ringattn.ulysses.make_transport = make
+    for options in ({}, {"transport": "copy_engine", "graphs": False}):
+        make_ulysses(dist.group.WORLD, 1, **options)
+    return asked
+
+
+def test_the_inner_ring_runs_with_or_without_graphs():
+    assert run_ranks(inner_worker, 2) == [[("auto", True), ("copy_engine", False)]] * 2

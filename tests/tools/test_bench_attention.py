@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import math
 import sys
@@ -41,6 +43,7 @@ def _settings(out: Path) -> Settings:
         head_dim=8,
         causal=True,
         layout="zigzag",
+        documents=1,
         dtype="fp32",
         variants=("*",),
         effort=EFFORT,
@@ -143,6 +146,49 @@ def test_rows_files_and_failures(tmp_path: Path) -> None:
     assert [row["variant"] for row in table] == list(rows)
     assert float(table[1]["both_ms"]) == rows["ours p2p"]["both_ms"]
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _blind(point: Point, ranks: Ranks) -> Case:
+    """As if the row were one document."""
+    return _ours(replace(point, documents=1), ranks)
+
+
+def _packed(rank: int, size: int, folder: str) -> tuple[list[list[dict[str, Any]]], str]:
+    ranks = Ranks(torch.device("cpu"), timeout=5.0)
+    names = ("ours p2p", "ours ulysses*", "blocks", "all-to-all")
+    variants = [*chosen(names, all_variants()), Variant(name="blind", make=_blind)]
+    base = replace(_settings(Path(folder)), head_settings=((8, 4),), documents=3)
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        found = [run(replace(base, causal=causal), ranks, variants) for causal in (True, False)]
+    return [[asdict(row) for row in rows] for rows in found], " ".join(told.getvalue().split())
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_rows_of_documents_and_teams(size: int, tmp_path: Path) -> None:
+    """Causal or not; with four ranks teams of two are crossed with a ring."""
+    found_rows, told = run_ranks(_packed, size, str(tmp_path))[0]
+    for rows in found_rows:
+        found = {row["variant"]: row for row in rows}
+        right = ["ideal", "ours p2p", "ours ulysses", *(["ours ulysses 2"] if size == 4 else [])]
+        assert {found[name]["status"] for name in (*right, "blocks")} == {"ok"}
+        assert max(found[name]["error_dk"] for name in right) < 1e-5
+        assert found["blind"]["status"] == "wrong"
+        assert "only ours know them" in found["all-to-all"]["note"]
+        assert "leave no ring of teams of 4; see 'ours ulysses'" in found["ours ulysses 4"]["note"]
+    assert told.count("Where ring and all-to-all change places, tokens per rank") == 2
+    assert told.count("3 ours p2p ours ulysses 32") == 2
+    assert ("3 ours p2p ours ulysses 2 32" in told) == (size == 4)
+
+
+def test_documents_do_not_begin_where_shards_do() -> None:
+    point = replace(POINT, tokens_per_rank=1024, num_ranks=4, documents=4)
+    assert point.starts == (0, 640, 1664, 2688, 4096)  # 0.6, 1.6 and 2.6 quarters, to the nearest 128
+    assert point.plan(1, "zigzag").documents == point.starts
+    assert replace(point, documents=1).plan(1, "zigzag").documents is None
+    assert replace(point, tokens_per_rank=4).starts == (0, 2, 6, 10, 16)
+    pairs = sum(n * (n + 1) / 2 for n in (640, 1024, 1024, 1408))
+    assert point.forward_flops == 4 * 4 * 8 * pairs / 4
+    assert replace(point, causal=False).forward_flops == 4 * 4 * 8 * (640**2 + 2 * 1024**2 + 1408**2) / 4
 
 
 def test_the_command_starts_its_own_ranks(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ringattn.kernels import KERNELS
+from ringattn.testing import dense_attention
 from tools.bench.problem import Case, Cut, Point, Variant
 from tools.bench.ranks import Ranks, VariantError
 
@@ -64,7 +64,7 @@ class Oracle:
     def __init__(self, point: Point, effort: Effort, device: torch.device) -> None:
         self.point = replace(point, tokens_per_rank=effort.check_tokens)
         generator = torch.Generator().manual_seed(1)
-        point, kernel = self.point, KERNELS["reference"]
+        point = self.point
 
         def draw(heads: int) -> Tensor:
             shape = (1, point.seq_len, heads, point.head_dim)
@@ -72,11 +72,10 @@ class Oracle:
             return x.to(device, point.torch_dtype)
 
         self.inputs = tuple(draw(heads) for heads in (point.heads, point.kv_heads, point.kv_heads, point.heads))
-        q, k, v, dout = (x.double() for x in self.inputs)
-        causal, scale = point.causal, point.scale
-        out, lse = kernel.forward(q, k, v, causal=causal, mask=None, scale=scale)
-        gradients = kernel.backward(dout, q, k, v, out, lse, causal=causal, mask=None, scale=scale)
-        self.answers = dict(zip(PARTS, (out, *gradients), strict=True))
+        q, k, v, dout = (x.detach().double().requires_grad_() for x in self.inputs)
+        out = dense_attention(q, k, v, causal=point.causal, documents=point.starts, scale=point.scale)
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
+        self.answers = dict(zip(PARTS, (out.detach(), *gradients), strict=True))
 
     def errors(self, case: Case, ranks: Ranks) -> dict[str, float]:
         """Of out and of the gradients on this rank; see `TOLERANCE` for how they are measured."""

@@ -1,4 +1,7 @@
-"""The picture: percent of ideal by tokens per rank, a column of panels per head setting, forward above both."""
+"""The picture: percent of ideal by tokens per rank, a column of panels per head setting, forward above both.
+
+Upright lines are where a ring and an exchange of heads change places.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.bench.crossover import Crossover, Setting, crossovers
+from tools.bench.rivals import ALL_TO_ALL
 from tools.bench.rows import NAME, Row
-from tools.bench.variants import IDEAL
+from tools.bench.variants import CAPTURED, COPY_ENGINE, IDEAL, ULYSSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +27,8 @@ def draw(rows: Sequence[Row], about: dict[str, Any], folder: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    settings = list(dict.fromkeys((row.causal, row.heads, row.kv_heads) for row in rows))
+    settings = list(dict.fromkeys((row.causal, row.heads, row.kv_heads, row.documents) for row in rows))
+    meetings = [one for one in crossovers(rows) if one.exchange.removesuffix(CAPTURED) == _exchange_shown(rows)]
     timed = [row.variant for row in rows if row.both_percent is not None]
     names = [name for name in dict.fromkeys(timed) if name != IDEAL]
     # Not pyplot: it keeps figures and picks a backend for the whole process.
@@ -30,13 +36,15 @@ def draw(rows: Sequence[Row], about: dict[str, Any], folder: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(settings), squeeze=False, sharex="col", sharey="row")
     for column, setting in enumerate(settings):
-        causal, heads, kv_heads = setting
-        here = [row for row in rows if (row.causal, row.heads, row.kv_heads) == setting]
+        causal, heads, kv_heads, documents = setting
+        here = [row for row in rows if (row.causal, row.heads, row.kv_heads, row.documents) == setting]
         for axes, field, what in zip(
             panels[:, column], ("forward_percent", "both_percent"), ("forward", "forward and backward"), strict=True
         ):
             _panel(axes, here, names, field)
-            mask = "" if causal else ", not causal"
+            own = [one for one in meetings if one.setting == Setting.of(here[0]) and field.startswith(one.what)]
+            _mark(axes, own)
+            mask = ("" if causal else ", not causal") + (f", {documents} documents" if documents > 1 else "")
             axes.set_title(f"heads {heads}/{kv_heads}{mask}: {what}", loc="left", fontsize=10)
         panels[1, column].set_xlabel("tokens per rank")
     for axes in panels[:, 0]:
@@ -73,3 +81,17 @@ def _panel(axes: Axes, rows: Sequence[Row], names: Sequence[str], field: str) ->
     axes.grid(color="#e6e9ec")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _exchange_shown(rows: Sequence[Row]) -> str:
+    """Ours without a ring; where it was not timed, another program's."""
+    return ULYSSES if any(row.variant == ULYSSES and row.both_ms is not None for row in rows) else ALL_TO_ALL
+
+
+def _mark(axes: Axes, meetings: Sequence[Crossover]) -> None:
+    for number, one in enumerate(meetings):
+        for number_of_change, tokens in enumerate(one.at):
+            axes.axvline(tokens, color="#22272e", linewidth=0.9, linestyle=(0, (1, 2 + 2 * number)))
+            names = ("all-to-all", "ring") if one.exchange_first else ("ring", "all-to-all")
+            told = f" {names[number_of_change % 2]} up to here{one.ring.removeprefix(COPY_ENGINE)}"
+            axes.text(tokens, 0.02, told, rotation=90, fontsize=7, ha="right", transform=axes.get_xaxis_transform())

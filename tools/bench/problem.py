@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+import ringattn
 from tools.bench.ranks import Ranks, UnsupportedError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+_TILE = 128  # shorter runs of a document need a mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One line of problem sizes; the sequence has `tokens_per_rank` times the number of ranks tokens, batch is 1."""
+    """One line of problem sizes; the sequence has `tokens_per_rank` times the number of ranks tokens, batch is 1.
+
+    Attributes:
+        documents: in the row, none of which sees another.
+    """
 
     tokens_per_rank: int
     heads: int
@@ -25,6 +32,7 @@ class Point:
     layout: str
     dtype: str
     num_ranks: int
+    documents: int = 1
 
     @property
     def seq_len(self) -> int:
@@ -39,9 +47,24 @@ class Point:
         return DTYPES[self.dtype]
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """Cumulative starts of documents about equally long, in rows that are long enough of whole tiles of kernels.
+
+        The first is shorter and the last longer than the others, so that they do not begin where shards do.
+        """
+        grain = _TILE if self.seq_len >= 2 * _TILE * self.documents else 1
+        inner = (self.seq_len * (number - 0.4) / self.documents for number in range(1, self.documents))
+        return (0, *(max(1, round(start / grain)) * grain for start in inner), self.seq_len)
+
+    def plan(self, num_ranks: int, layout: str) -> ringattn.Plan:
+        """Of a row, over so many ranks."""
+        return ringattn.Plan(self.seq_len, num_ranks, layout=layout, causal=self.causal, documents=self.starts)
+
+    @property
     def forward_flops(self) -> float:
         """FLOPs of one rank's share, matrix products only."""
-        pairs = self.seq_len * (self.seq_len + 1) / 2 if self.causal else self.seq_len**2
+        lengths = [stop - start for start, stop in pairwise(self.starts)]
+        pairs = sum(n * (n + 1) / 2 if self.causal else n**2 for n in lengths)
         return 4.0 * self.heads * self.head_dim * pairs / self.num_ranks
 
     @property

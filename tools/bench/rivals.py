@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
@@ -21,16 +22,31 @@ from tools.bench.problem import Case, Cut, Point, Variant
 from tools.bench.ranks import Ranks, UnsupportedError
 from tools.bench.variants import block_kernel
 
+ALL_TO_ALL = "all-to-all"
+
 
 def rivals() -> list[Variant]:
     """All of them; those that cannot run here say so when they are made."""
-    return [
-        Variant(name="all-to-all", make=_all_to_all),
-        Variant(name="torch cp alltoall", make=_TorchContextParallel("alltoall")),
-        Variant(name="torch cp allgather", make=_TorchContextParallel("allgather")),
-        Variant(name="ring-flash-attn", make=_ring_flash_attn),
-        Variant(name="yunchang", make=_yunchang),
-    ]
+    makers: dict[str, Callable[[Point, Ranks], Case]] = {
+        ALL_TO_ALL: _all_to_all,
+        "torch cp alltoall": _TorchContextParallel("alltoall"),
+        "torch cp allgather": _TorchContextParallel("allgather"),
+        "ring-flash-attn": _ring_flash_attn,
+        "yunchang": _yunchang,
+    }
+    return [Variant(name=name, make=_OneDocument(make)) for name, make in makers.items()]
+
+
+class _OneDocument:
+    """A variant that is given no documents: where there are some, its answer would be wrong."""
+
+    def __init__(self, make: Callable[[Point, Ranks], Case]) -> None:
+        self._make = make
+
+    def __call__(self, point: Point, ranks: Ranks) -> Case:
+        if point.documents > 1:
+            raise UnsupportedError("it is run here without documents; only ours know them")
+        return self._make(point, ranks)
 
 
 def _all_to_all(point: Point, ranks: Ranks) -> Case:

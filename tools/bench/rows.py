@@ -8,7 +8,7 @@ import json
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Row:
     causal: bool
     layout: str
     dtype: str
+    documents: int = 1
     status: str
     note: str = ""
     forward_ms: float | None = None
@@ -64,7 +65,7 @@ class Row:
     @property
     def place(self) -> tuple[Any, ...]:
         """What rows of one point have in common."""
-        return (self.causal, self.heads, self.kv_heads, self.tokens_per_rank)
+        return (self.causal, self.heads, self.kv_heads, self.documents, self.tokens_per_rank)
 
 
 def row_of(variant: str, point: Point, status: str, **values: Any) -> Row:
@@ -123,6 +124,57 @@ def write_files(rows: Sequence[Row], about: dict[str, Any], folder: Path) -> Non
     (folder / f"{NAME}.json").write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
+def read_file(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Rows of an `attention.json` or `attention.csv`, and what the former says about its run.
+
+    Raises:
+        ValueError: one line, if it is none of these.
+    """
+    try:
+        if path.suffix == ".csv":
+            with open(path, newline="") as file:
+                found: dict[str, Any] = {"rows": list(csv.DictReader(file))}
+        else:
+            found = json.loads(path.read_text())
+        given = found.pop("rows")
+        if not isinstance(given, list) or not all(isinstance(row, dict) for row in given):
+            raise TypeError
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected attention.json or attention.csv of tools.bench_attention") from error
+    found.setdefault("machine", {"device": "unknown device", "torch": "unknown"})
+    rows = []
+    for number, row in enumerate(given, start=1):
+        try:
+            rows.append(_row_of_text(row))
+        except KeyError as error:
+            raise ValueError(f"{path}: row {number}: no {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: row {number}: {error}") from error
+    return rows, found
+
+
+def _row_of_text(given: dict[str, Any]) -> Row:
+    """In CSV all values are text, and nothing is an empty one."""
+    values: dict[str, Any] = {}
+    for field in fields(Row):
+        if field.name not in given:
+            if field.default is MISSING:
+                raise KeyError(field.name)
+            continue
+        value, kind = given[field.name], str(field.type)
+        if kind == "bool":
+            values[field.name] = str(value) == "True"
+        elif kind == "str":
+            values[field.name] = str(value)
+        elif value in (None, ""):
+            values[field.name] = None
+        else:
+            values[field.name] = int(value) if kind == "int" else float(value)
+    return Row(**values)
+
+
 def show(rows: Sequence[Row], about: dict[str, Any], console: Console) -> None:
     """One table per point."""
     for _, group in groupby(rows, key=lambda row: row.place):
@@ -135,7 +187,8 @@ def _show_point(rows: list[Row], about: dict[str, Any], console: Console) -> Non
     table = Table(box=None, title_justify="left")
     table.title = (
         f"{first.tokens_per_rank:,} tokens per rank, {first.num_ranks} ranks, heads {first.heads}/{first.kv_heads}, "
-        f"d {first.head_dim}, {first.dtype}, {'causal' if first.causal else 'not causal'}, {first.layout}; "
+        f"d {first.head_dim}, {first.dtype}, {'causal' if first.causal else 'not causal'}, {first.layout}, "
+        f"{first.documents} document{'s' if first.documents > 1 else ''}; "
         f"{about['machine']['device']}, torch {about['machine']['torch']}"
     )
     table.add_column("variant")

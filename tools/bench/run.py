@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
+from tools.bench.crossover import show_crossovers
 from tools.bench.measure import PARTS, Effort, Oracle, Timing, check, opened, time_case, verdict
 from tools.bench.problem import Point, Variant
 from tools.bench.ranks import Ranks, VariantError, Watchdog
 from tools.bench.rivals import rivals
-from tools.bench.rows import Row, machine, row_of, show, timed, with_percentages, write_files
+from tools.bench.rows import Row, machine, read_file, row_of, show, timed, with_percentages, write_files
 from tools.bench.variants import IDEAL, own_variants
 
 
@@ -25,6 +26,7 @@ class Settings:
 
     Attributes:
         head_settings: (query heads, key/value heads).
+        documents: of a row.
         variants: patterns of names; the ideal is measured whether they match it or not.
         budget_seconds: no further variant is begun after that.
         timeout: seconds until a rank that waits for another gives up.
@@ -35,6 +37,7 @@ class Settings:
     head_dim: int
     causal: bool
     layout: str
+    documents: int
     dtype: str
     variants: tuple[str, ...]
     effort: Effort
@@ -61,6 +64,31 @@ def chosen(patterns: Sequence[str], variants: Sequence[Variant]) -> list[Variant
     return [v for v in variants if v.name == IDEAL or any(fnmatchcase(v.name, pattern) for pattern in patterns)]
 
 
+def wide_console() -> Console:
+    """For the tables: a pipe counts as 80 columns, which would cut them."""
+    console = Console(highlight=False)
+    console.width = max(console.width, 170)
+    return console
+
+
+def show_again(path: Path, out: Path) -> None:
+    """The tables, the crossovers and the plot of a result that is there already.
+
+    Raises:
+        ValueError: one line, if it is none, or holds no row.
+    """
+    from tools.bench.plot import draw
+
+    rows, about = read_file(path)
+    if not rows:
+        raise ValueError(f"{path}: no row")
+    console = wide_console()
+    show(rows, about, console)
+    show_crossovers(rows, about, console)
+    out.mkdir(parents=True, exist_ok=True)
+    draw(rows, about, out)
+
+
 def run(settings: Settings, ranks: Ranks, variants: Sequence[Variant]) -> list[Row]:
     """Measure everything; rank 0 prints and writes. Returns the rows, on all ranks."""
     about = {
@@ -79,6 +107,7 @@ def run(settings: Settings, ranks: Ranks, variants: Sequence[Variant]) -> list[R
                 head_dim=settings.head_dim,
                 causal=settings.causal,
                 layout=settings.layout,
+                documents=settings.documents,
                 dtype=settings.dtype,
                 num_ranks=ranks.size,
             )
@@ -98,8 +127,7 @@ class _Bench:
         self._deadline = time.monotonic() + settings.budget_seconds
         self._oracles: dict[tuple[int, int], Oracle] = {}
         self._errors: dict[tuple[str, int, int], dict[str, float] | VariantError] = {}
-        self._console = Console(highlight=False)
-        self._console.width = max(self._console.width, 170)  # a pipe counts as 80 columns, which would cut the table
+        self._console = wide_console()
         # One stage may make several waits, each as long as the timeout.
         self._watchdog = Watchdog(5 * settings.timeout, self._last_words)
         ranks.beat = self._watchdog.beat
@@ -123,10 +151,11 @@ class _Bench:
             show(found, self._about, self._console)
 
     def finish(self) -> None:
-        """Draw. The others wait, so that none leaves the group early."""
+        """What follows from all points, and the plot. The others wait, so that none leaves the group early."""
         if self._ranks.rank == 0:
             from tools.bench.plot import draw
 
+            show_crossovers(self.rows, self._about, self._console)
             draw(self.rows, self._about, self._settings.out)
         self._ranks.gather(None)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,23 +19,31 @@ from tools.bench.ranks import Ranks, UnsupportedError
 
 IDEAL = "ideal"
 
+CAPTURED, NO_GRAPHS = ", captured", ", no graphs"  # ends of names
+COPY_ENGINE, P2P = "ours copy_engine", "ours p2p"
+ULYSSES = "ours ulysses"  # of all ranks: no ring is left
+CROSSED = {f"{ULYSSES} {degree}": degree for degree in (2, 4)}  # with a ring of the teams
+
 # Name of the row -> arguments of `make_transport`, and `ulysses`. A new option of the library is one more line here.
 OURS: dict[str, dict[str, Any]] = {
-    "ours copy_engine": {"name": "copy_engine"},
-    "ours copy_engine, no graphs": {"name": "copy_engine", "graphs": False},
-    "ours p2p": {"name": "p2p"},
-    "ours ulysses 2": {"name": "auto", "ulysses": 2},
-    "ours ulysses": {"name": "auto", "ulysses": 0},  # of all ranks: no ring is left
+    COPY_ENGINE: {"name": "copy_engine"},
+    COPY_ENGINE + NO_GRAPHS: {"name": "copy_engine", "graphs": False},
+    P2P: {"name": "p2p"},
+    **{name: {"name": "auto", "ulysses": degree} for name, degree in CROSSED.items()},
+    **{n + NO_GRAPHS: {"name": "copy_engine", "graphs": False, "ulysses": degree} for n, degree in CROSSED.items()},
+    ULYSSES: {"name": "auto", "ulysses": 0},
 }
-CAPTURED = ", captured"  # end of a name
 
 
 def own_variants() -> list[Variant]:
     """The ideal first: everything else is a percentage of it."""
-    ours = [Variant(name=name, make=_Ours(options)) for name, options in OURS.items()]
-    found = [Variant(name=IDEAL, make=_ideal), *ours, Variant(name="blocks", make=_blocks)]
-    captured = (found[0], found[1], found[-1])
-    return [*found, *(Variant(name=v.name + CAPTURED, make=_AsGraph(v.make)) for v in captured)]
+    ours = {name: Variant(name=name, make=_Ours(options)) for name, options in OURS.items()}
+    ideal, blocks = Variant(name=IDEAL, make=_ideal), Variant(name="blocks", make=_blocks)
+    captured = (ideal, ours[COPY_ENGINE], blocks, ours[ULYSSES])
+    return [
+        *(ideal, *ours.values(), blocks),
+        *(Variant(name=v.name + CAPTURED, make=_AsGraph(v.make)) for v in captured),
+    ]
 
 
 def block_kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool = False, *, backward: bool = False) -> Kernel:
@@ -43,28 +52,44 @@ def block_kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool = False, *, backw
 
 
 class LocalAttention(torch.autograd.Function):
-    """Attention of one process, on the ring's own kernel."""
+    """Attention of one process, on the ring's own kernel: a call per document, which `starts` are the bounds of."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        out, lse = block_kernel(q, k, v).forward(q, k, v, causal=causal, mask=None, scale=scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: tuple[int, ...], causal: bool, scale: float
+    ) -> Tensor:
+        ctx.rows = [slice(*bounds) for bounds in pairwise(starts)]
+        found = []
+        for rows in ctx.rows:
+            here = (q[:, rows], k[:, rows], v[:, rows])
+            found.append(block_kernel(*here).forward(*here, causal=causal, mask=None, scale=scale))
+        outs, ctx.lses = zip(*found, strict=True)
+        out = _joined(outs)
+        ctx.save_for_backward(q, k, v, out)
         ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        kernel = block_kernel(q, k, v, backward=True)
-        gradients = kernel.backward(dout, q, k, v, out, lse, causal=ctx.causal, mask=None, scale=ctx.scale)
-        return *gradients, None, None
+        q, k, v, out = ctx.saved_tensors
+        found = []
+        for rows, lse in zip(ctx.rows, ctx.lses, strict=True):
+            here = (q[:, rows], k[:, rows], v[:, rows])
+            rest = (out[:, rows], lse)
+            kernel = block_kernel(*here, backward=True)
+            found.append(kernel.backward(dout[:, rows], *here, *rest, causal=ctx.causal, mask=None, scale=ctx.scale))
+        return *(_joined(parts) for parts in zip(*found, strict=True)), None, None, None
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _ideal(point: Point, ranks: Ranks) -> Case:
     """One rank's share of the FLOPs with nothing to send: its heads over the whole sequence."""
     return Case(
         cut=Cut.of_heads(point, ranks.rank),
-        attend=lambda q, k, v: LocalAttention.apply(q, k, v, point.causal, point.scale),
+        attend=lambda q, k, v: LocalAttention.apply(q, k, v, point.starts, point.causal, point.scale),
     )
 
 
@@ -73,7 +98,7 @@ class _Ours:
         self._options = options
 
     def __call__(self, point: Point, ranks: Ranks) -> Case:
-        plan = _plan(point)
+        plan = point.plan(ranks.size, point.layout)
         made = self._made(point, ranks) if ranks.size > 1 else {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,10 +113,13 @@ class _Ours:
         try:
             if degree == 1:
                 return {"transport": ringattn.make_transport(**options, group=ranks.group, timed=False)}
+            if self._options["ulysses"] and degree >= ranks.size:
+                raise UnsupportedError(f"{ranks.size} ranks leave no ring of teams of {degree}; see {ULYSSES!r}")
             problem = heads_problem(point.heads, point.kv_heads, ranks.size, degree)
             if problem is not None:
                 raise UnsupportedError(problem)
-            made = ringattn.make_ulysses(ranks.group, degree, layout=point.layout, transport=options["name"])
+            carry = {"layout": point.layout, "transport": options.pop("name"), **options}
+            made = ringattn.make_ulysses(ranks.group, degree, **carry)
             made.stats.timed = False
             return {"ulysses": made}
         except (ringattn.TopologyError, ValueError) as error:
@@ -112,7 +140,7 @@ class _AsGraph:
 
 def _blocks(point: Point, ranks: Ranks) -> Case:
     """The blocks of all hops, on keys that are here already, neither merged nor summed: what is left is the ring's."""
-    plan = _plan(point)
+    plan = point.plan(ranks.size, point.layout)
     work = [
         (
             slice(block.q_start, block.q_stop),
@@ -159,7 +187,3 @@ def _mask(plan: ringattn.Plan, block: Block, ranks: Ranks, source: int) -> Tenso
     q_positions = plan.positions(ranks.rank, ranks.device)[block.q_start : block.q_stop]
     k_positions = plan.positions(source, ranks.device)[block.k_start : block.k_stop]
     return plan.mask.visible(q_positions, k_positions)
-
-
-def _plan(point: Point) -> ringattn.Plan:
-    return ringattn.Plan(point.seq_len, point.num_ranks, layout=point.layout, causal=point.causal)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import ringattn
+from tools.bench.rows import Row, read_file
 from tools.bench.variants import CAPTURED, IDEAL
 from tools.simulate.case import PASSES, Case
 from tools.simulate.machine import Machine, MachineFile
@@ -17,7 +14,6 @@ from tools.simulate.predict import blocks_alone, ideal, predict
 
 _IDEALS = (IDEAL, IDEAL + CAPTURED)
 _BLOCKS = "blocks" + CAPTURED
-_SIZES = ("num_ranks", "tokens_per_rank", "heads", "kv_heads", "head_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,58 +49,30 @@ def compare(path: Path, file: MachineFile, machine: Machine, transport: str | No
         ValueError: one line, if the file is none of these or has no such row.
     """
     pairs: list[Pair] = []
-    for number, row in enumerate(read_rows(path), start=1):
+    for number, row in enumerate(read_file(path)[0], start=1):
         try:
             pairs += _pairs(row, file, machine, transport)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: row {number}: {_reason(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: row {number}: {error}") from error
     if not pairs:
         raise ValueError(f"{path}: no timed row of {IDEAL!r} or of ours")
     return pairs
 
 
-def read_rows(path: Path) -> Sequence[dict[str, Any]]:
-    """The rows of either file; in CSV all values are text."""
-    try:
-        if path.suffix == ".csv":
-            with open(path, newline="") as file:
-                return list(csv.DictReader(file))
-        rows = json.loads(path.read_text())["rows"]
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise TypeError
-        return rows
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected attention.json or attention.csv of tools.bench_attention") from error
-
-
-def _pairs(row: dict[str, Any], file: MachineFile, machine: Machine, transport: str | None) -> list[Pair]:
-    if row["status"] != "ok":
+def _pairs(row: Row, file: MachineFile, machine: Machine, transport: str | None) -> list[Pair]:
+    if row.status != "ok" or row.documents > 1:
         return []
-    variant = str(row["variant"])
+    variant = row.variant
     alone = variant in (*_IDEALS, _BLOCKS)
     used = file.transport(transport) if transport else file.transport_of(variant)
     if not alone and (used is None or not variant.startswith("ours")):
         return []
-    sizes = {name: int(row[name]) for name in _SIZES}
-    plan = ringattn.Plan(
-        sizes["num_ranks"] * sizes["tokens_per_rank"],
-        sizes["num_ranks"],
-        layout=str(row["layout"]),
-        causal=str(row["causal"]) == "True",
-    )
-    case = Case(
-        plan=plan,
-        heads=sizes["heads"],
-        kv_heads=sizes["kv_heads"],
-        head_dim=sizes["head_dim"],
-        dtype=str(row["dtype"]),
-    )
+    plan = ringattn.Plan(row.num_ranks * row.tokens_per_rank, row.num_ranks, layout=row.layout, causal=row.causal)
+    case = Case(plan=plan, heads=row.heads, kv_heads=row.kv_heads, head_dim=row.head_dim, dtype=row.dtype)
     file.check(case)
     machine = replace(machine, transport=used or machine.transport, per_host=plan.cp_size)
     least = machine.ideal if variant != _IDEALS[1] else dict.fromkeys(PASSES, 0.0)
-    shared = {name: sizes[name] for name in ("num_ranks", "tokens_per_rank", "heads", "kv_heads")}
+    shared = {name: getattr(row, name) for name in ("num_ranks", "tokens_per_rank", "heads", "kv_heads")}
     ideals = [ideal(case, machine, what) for what in PASSES]
     if variant in _IDEALS:
         times = [ideal(case, replace(machine, ideal=least), what) for what in PASSES]
@@ -121,15 +89,11 @@ def _pairs(row: dict[str, Any], file: MachineFile, machine: Machine, transport: 
             variant=variant,
             transport="-" if alone else machine.transport.name,
             what="forward" if what == "forward" else "fwd+bwd",
-            measured_ms=float(row[f"{what}_ms"]),
+            measured_ms=getattr(row, f"{what}_ms"),
             predicted_ms=milliseconds,
-            measured_percent=float(row[f"{what}_percent"]) if row[f"{what}_percent"] not in (None, "") else None,
+            measured_percent=getattr(row, f"{what}_percent"),
             predicted_percent=percent,
             **shared,
         )
         for what, (milliseconds, percent) in predicted.items()
     ]
-
-
-def _reason(error: Exception) -> str:
-    return f"no {error}" if isinstance(error, KeyError) else str(error)
