@@ -84,8 +84,9 @@ class ParallelConfig(Section):
         default="auto",
         description="how payloads move: copy_engine inside a host, p2p by messages, hybrid: the first inside hosts",
     )
-    ulysses: PositiveInt = Field(
-        default=1, description="ranks that exchange heads for tokens; parallel.cp for no ring at all"
+    ulysses: PositiveInt | Literal["auto"] = Field(
+        default=1,
+        description="ranks that exchange heads for tokens; parallel.cp for no ring at all; auto: as was measured",
     )
     self_check: bool = Field(
         default=True,

@@ -214,7 +214,7 @@ def _idle_settings(config: Config) -> Iterator[Problem]:
         f"it is not shorter than data.seq_len={data.seq_len}",
     )
     yield from idle(
-        parallel.transport != "auto" and parallel.ulysses > 1 and parallel.ulysses == parallel.cp,
+        parallel.transport != "auto" and parallel.ulysses == parallel.cp and parallel.ulysses not in (1, "auto"),
         "parallel.transport",
         f"parallel.ulysses is parallel.cp={parallel.cp}: no ring is left",
         "parallel.ulysses",

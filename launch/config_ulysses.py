@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def ulysses_problems(config: Config, cp: int) -> Iterator[Problem]:
-    """Why a ring of `cp` cannot exchange heads as configured."""
+    """Why a ring of `cp` cannot exchange heads as configured; `auto` chooses nothing that it cannot."""
     degree = config.parallel.ulysses
-    if degree == 1:
+    if degree in (1, "auto"):
         return
+    assert isinstance(degree, int)
     keys, text = ["parallel.ulysses", "parallel.cp"], degree_problem(cp, degree)
     if text is None:
         heads = exchanged_heads(config)

@@ -139,6 +139,8 @@ def case_of(
 ) -> MemoryCase:
     """The case of a configuration; `per_node` None is all on one node, `seq_len` None is the configured one.
 
+    `parallel.ulysses: auto` counts as 1 here, see `launch.ulysses_choice`.
+
     Raises:
         ConfigError: the processes do not fit the mesh.
     """
@@ -155,7 +157,7 @@ def case_of(
         engine=config.engine.name,
         zero_stage=config.engine.zero_stage,
         element_bytes=2 if config.engine.precision == "bf16" else 4,
-        ulysses=parallel.ulysses,
+        ulysses=1 if parallel.ulysses == "auto" else parallel.ulysses,
         loss_tile=config.optim.loss_tile,
         rows=config.optim.rows_per_step // dp,
         asynchronous_saves=config.checkpoint.asynchronous,

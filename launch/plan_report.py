@@ -20,6 +20,7 @@ from launch.plan_attention import (
 )
 from launch.plan_ulysses import exchange_lines, inner_plan, ulysses_bytes
 from launch.progress import format_bytes
+from launch.ulysses_choice import UlyssesChoice, choose_ulysses, planned_facts, with_ulysses
 from model.config import ModelConfig
 from model.flops import (
     count_parameters,
@@ -35,7 +36,10 @@ def render(config: Config, num_processes: int) -> str:
         DataError: the tokenizer folder, which decides the vocabulary, cannot be loaded.
     """
     dp, cp = config.mesh(num_processes)
-    model = model_of(config)
+    model, choice = model_of(config), None
+    if config.parallel.ulysses == "auto":
+        choice = choose_ulysses(config, model, cp, planned_facts(config, cp))
+        config = with_ulysses(config, choice)
     memory = plan_memory(config, num_processes, None, model)
     plan = ringattn.Plan(
         config.data.seq_len,
@@ -47,8 +51,8 @@ def render(config: Config, num_processes: int) -> str:
     sections = (
         ("topology", _topology_lines(config, dp, cp)),
         ("tokens", _token_lines(config, plan)),
-        ("attention", attention_lines(model, config.data.seq_len, element_bytes(config), config.parallel.ulysses)),
-        ("ring", _ring_lines(config, model, plan)),
+        ("attention", attention_lines(model, config.data.seq_len, element_bytes(config), _degree(config))),
+        ("ring", [*_choice_lines(choice), *_ring_lines(config, model, plan)]),
         ("memory per process (estimate)", _memory_lines(memory)),
         ("compute", _compute_lines(config, model, num_processes)),
     )
@@ -74,11 +78,16 @@ def _token_lines(config: Config, plan: ringattn.Plan) -> Iterator[tuple[str, str
     yield "whole run", f"{steps:,} steps, {steps * rows * config.data.seq_len:,} tokens"
 
 
+def _choice_lines(choice: UlyssesChoice | None) -> Iterator[tuple[str, str]]:
+    if choice is not None:
+        yield "parallel.ulysses", choice.line()
+
+
 def _ring_lines(config: Config, model: ModelConfig, plan: ringattn.Plan) -> Iterator[tuple[str, str]]:
     if plan.cp_size == 1:
         yield "hops", "none: one process holds the whole row"
         return
-    size, degree = element_bytes(config), config.parallel.ulysses
+    size, degree = element_bytes(config), _degree(config)
     if degree == 1:
         sent = ring_bytes(model, plan, size)
         yield from _hop_lines(model, plan, sent, payload_name(model))
@@ -143,6 +152,12 @@ def _compute_lines(config: Config, model: ModelConfig, num_processes: int) -> It
     causal, full = format_count(flops.causal), format_count(flops.full)
     yield "FLOPs per token", f"{causal}FLOP causal, {full}FLOP full (forward and backward)"
     yield "FLOPs per step and process", f"{format_count(flops.causal * tokens / num_processes)}FLOP causal"
+
+
+def _degree(config: Config) -> int:
+    degree = config.parallel.ulysses
+    assert degree != "auto", "resolved by render"
+    return degree
 
 
 def element_bytes(config: Config) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,30 @@ class StepRates:
     link: float
     host_link: float
     host_update: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UlyssesLine:
+    """What was fastest in a ring of `ranks`, of which `fastest` holds (tokens per rank, degree), increasing.
+
+    A degree is the fastest up to its tokens; 1 is the ring.
+    """
+
+    ranks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    documents: int
+    graphs: bool
+    fastest: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UlyssesRates:
+    """Where exchanging heads for tokens was measured: on GPUs with `gpu` in their name."""
+
+    gpu: str
+    lines: tuple[UlyssesLine, ...]
 
 
 class RatesFile:
@@ -85,6 +109,30 @@ class RatesFile:
             host_link=self._positive("step.host_link_gbps") * 1e9,
             host_update=self._positive("step.host_update_gparams") * 1e9,
         )
+
+    def ulysses(self) -> UlyssesRates:
+        """The part about exchanging heads for tokens."""
+        lines = self._get("ulysses.lines", list)
+        found = tuple(self._ulysses_line(f"ulysses.lines[{number}]", line) for number, line in enumerate(lines))
+        return UlyssesRates(gpu=str(self._get("ulysses.gpu", str)), lines=found)
+
+    def _ulysses_line(self, name: str, line: Any) -> UlyssesLine:
+        known = [field.name for field in fields(UlyssesLine)]
+        if not isinstance(line, dict) or sorted(line) != sorted(known):
+            raise ValueError(f"{self._path}: {name}: expected {', '.join(known)}, got {line!r}")
+        sizes = {key: value for key, value in line.items() if key not in ("graphs", "fastest")}
+        fastest = line["fastest"]
+        numbers = [*sizes.values(), *(fastest.items() if isinstance(fastest, dict) else ())]
+        flat = [n for entry in numbers for n in (entry if isinstance(entry, tuple) else (entry,))]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in flat)
+        if not isinstance(line["graphs"], bool) or not isinstance(fastest, dict) or not fastest or not whole:
+            raise ValueError(
+                f"{self._path}: {name}: expected whole numbers above 0, graphs: true or false, and fastest: "
+                f"{{tokens per rank: degree}}, got {line!r}"
+            )
+        if any(line["ranks"] % degree for degree in fastest.values()):
+            raise ValueError(f"{self._path}: {name}: expected degrees that divide {line['ranks']} ranks, got {fastest}")
+        return UlyssesLine(**sizes, graphs=line["graphs"], fastest=tuple(sorted(fastest.items())))
 
     def _read_blocks(self) -> None:
         names = ["size", *(f"{kind}_{what}" for what in PASSES for kind in BLOCKS)]

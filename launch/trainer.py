@@ -35,6 +35,7 @@ from launch.selfcheck import check_attention
 from launch.signals import StopRequest
 from launch.steps import Batch, Evaluation, StepResult, StepRunner
 from launch.topology import Topology
+from launch.ulysses_choice import ulysses_of_run, with_ulysses
 from model.config import ModelConfig, preset
 
 _log = logging.getLogger(__name__)
@@ -277,6 +278,10 @@ class Trainer:
                 )
             )
         model = preset(self.config.model.preset, **overrides)
+        choice = ulysses_of_run(self.config, self.topology, self._ranks, model, corpus.report)
+        if choice is not None:
+            self.config = with_ulysses(self.config, choice)
+            self._say(f"parallel.ulysses: {choice.line()}")
         self._plan_memory(model)
         decoder = build_decoder(self.config, model, self.topology.device)
         decoder.init_weights(self.config.run.seed)

@@ -172,6 +172,7 @@ class _Ours:
         plan = trainer.memory_plan
         assert plan is not None, "made by Trainer.build"
         self._plan = plan
+        config = trainer.config  # with what `auto` chose
         self._carrier = make_carrier(config, topology)
         if self._carrier is not None:
             _say(topology, self._carrier.description)
