@@ -42,10 +42,10 @@ def _column_sums_kernel(
     tl.atomic_add(SUMS + batch * s_batch + tl.cast(g, tl.int64) * s_row + j, sums, mask=j < m, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "lag", "row_high", "key_low", "key_high"])
+@triton.jit(do_not_specialize=["m", "delta", "k_start", "lag", "row_high", "key_low", "key_high"])
 def _ballot_kernel(
     QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, TABLE, PAIRS, SPREAD, DQ, DK, DWEIGHTS,
-    n, m, delta, k_start, lag, group, row_low, row_high, key_low, key_high, span,
+    m, delta, k_start, lag, group, row_low, row_high, key_low, key_high, span,
     q_batch, q_row, q_term, k_batch, k_row, k_term, t_batch, t_rows, t_row, p_batch, p_rows, p_row,
     s_batch, s_rows, s_row, dq_batch, dq_row, dq_term, dk_batch, dk_row, dk_term,
     R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -140,10 +140,10 @@ def _ballot_kernel(
             tl.atomic_add(DWEIGHTS + r, tl.sum(dweight, axis=0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "row_high", "key_low", "key_high", "span"])
+@triton.jit(do_not_specialize=["m", "delta", "k_start", "row_high", "key_low", "span"])
 def _ballot_keys_kernel(
     QB, SCALES, Q_DOCUMENTS, SPREAD, DK,
-    n, m, delta, k_start, row_low, row_high, key_low, key_high, span,
+    m, delta, k_start, row_low, row_high, key_low, span,
     q_batch, q_row, s_batch, s_rows, s_row, dk_batch, dk_row,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, WHOLE: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
@@ -223,7 +223,7 @@ def add_ballot_gradients(
     _ballot_kernel[(-(-(keys[1] - keys[0]) // span), parts, votes.batch)](
         votes.q, votes.k, votes.weights, votes.scales, *votes._documents(), table, table if pairs is None else pairs,
         table if spread is None else spread, dballot_q, dballot_k, dweights,
-        votes.n, votes.m, votes.delta, votes.geometry.k_start, votes.geometry.lag, group, *rows, *keys,
+        votes.m, votes.delta, votes.geometry.k_start, votes.geometry.lag, group, *rows, *keys,
         span, *votes.q.stride()[:3], *votes.k.stride()[:3], table.stride(0), *table.shape[1:], *shape,
         *s_shape, *dballot_q.stride()[:3], *dballot_k.stride()[:3],
         **votes._constants(), PRECISION=votes.precision, INNER=inner,
@@ -238,7 +238,7 @@ def add_ballot_gradients(
     del constants["R"], constants["PROTECT"], constants["DESCRIPTORS"]
     _ballot_keys_kernel[grid](
         votes.q, votes.scales, votes._documents()[0], spread, dballot_k,
-        votes.n, votes.m, votes.delta, votes.geometry.k_start, *rows, *keys, span,
+        votes.m, votes.delta, votes.geometry.k_start, *rows, keys[0], span,
         *votes.q.stride()[:2], *s_shape, dballot_k.stride(0), dballot_k.stride(1),
         **constants, PRECISION=votes.precision, WHOLE=tiles.descriptors,
         DESCRIPTORS=tiles.descriptors and describable(votes.q), REDUCE=reduce, num_warps=4, num_stages=3,
