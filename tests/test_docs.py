@@ -22,6 +22,7 @@ TYPER_TOOLS = (
     "tools.bench_payload",
     "tools.bench_step",
     "tools.overwritten_variables",
+    "tools.ring_error",
 )
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
