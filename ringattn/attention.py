@@ -229,8 +229,11 @@ class _SelectiveRingAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             found = work.backward(dout, dcost, q, payload, ballot_q, ballot_k, weights, out, lse, carries)
             dk, dv = found.payload[:2]
-            if len(work.pieces) > 1:  # else nothing is owed to later pieces
-                # The selection head's key was made from the own payload here: its late gradients go back through that.
+            # What the own keys of the selection head owe to later pieces; with one piece that is nothing.
+            if len(work.pieces) > 1 and work.expansion.plain:
+                dk[:, :, key_head] += found.ballot_k[:, :, 0]
+            elif len(work.pieces) > 1:
+                # These keys were made from the own payload here: their late gradients go back through that.
                 local = plain_schedule(work.ring.plan, work.ring.rank)[0]
                 with work.expansion.backward(local, payload) as visiting:
                     visiting.sums[0].running()[:, :, key_head] += found.ballot_k[:, :, 0]

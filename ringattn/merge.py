@@ -67,6 +67,12 @@ class RowSum:
             self._running = torch.zeros(self._shape, dtype=self.dtype, device=self._device)
         return self._running
 
+    def unwritten(self) -> Tensor:
+        """Memory of the sum before anything was added: whoever asks writes all of it (see `Unwritten`)."""
+        assert (self._running, self._parts) == (None, []), "something was added before"
+        self._running = torch.empty(self._shape, dtype=self.dtype, device=self._device)
+        return self._running
+
     def result(self, dtype: torch.dtype | None = None, into: Tensor | None = None) -> Tensor:
         """The whole sum; nothing may be added after.
 
@@ -100,6 +106,41 @@ class RowSum:
         if into.numel():
             sum_parts(parts, into)
         self._parts = []
+
+
+class Unwritten:
+    """Results of blocks, [B, S, ...] with one dim 1, in memory that holds anything until a block writes there.
+
+    For every block in turn `first` says whether it writes its run of dim 1 or adds to it; `finish` comes last.
+    """
+
+    def __init__(self, *results: Tensor) -> None:
+        self._results = results
+        self._left = [(0, results[0].shape[1])]  # runs that no block has had
+
+    def first(self, run: slice) -> bool:
+        """Whether the block of this run finds nothing in it and must write all of it, zeros too.
+
+        Where only a part of the run has been written, the rest is zeroed here, and the block adds.
+        """
+        found = [(max(low, run.start), min(high, run.stop)) for low, high in self._left]
+        found = [(low, high) for low, high in found if low < high]
+        around = [((low, min(high, run.start)), (max(low, run.stop), high)) for low, high in self._left]
+        self._left = [(low, high) for pair in around for low, high in pair if low < high]
+        if found == [(run.start, run.stop)]:
+            return True
+        self._zero(found)
+        return False
+
+    def finish(self) -> None:
+        """Leave zeros where no block came."""
+        self._zero(self._left)
+        self._left = []
+
+    def _zero(self, runs: list[tuple[int, int]]) -> None:
+        for low, high in runs:
+            for x in self._results:
+                x[:, low:high].zero_()
 
 
 class RowMerge:

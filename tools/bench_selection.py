@@ -2,8 +2,9 @@
 
     python -m tools.bench_selection --tokens 16384,32768 --heads 16 --head-dim 128 --lag 1,128 --out runs/selection
 
-Batch 1, bf16, causal, one block of queries and keys: what a ring of one computes. Times are medians of CUDA events
-around several passes in a row, and around single passes, where launches that the GPU waits for count too.
+Batch 1, bf16, causal, one block of queries and keys: what a ring of one computes, by its own code. Times are medians
+of CUDA events around several passes in a row, and around single passes, where launches that the GPU waits for count
+too.
 "Extra memory" is the peak over a forward and a backward pass, outputs and gradients included, inputs not. Errors are
 against float64 at a small length; cuDNN's are those of plain attention.
 """
@@ -81,14 +82,14 @@ def _counts(text: str) -> list[int]:
 class _Case:
     """Random tensors of one layer and, made from them, the two passes of cuDNN and of the selective kernel."""
 
-    def __init__(self, tokens: int, options: argparse.Namespace) -> None:
+    def __init__(self, tokens: int, options: argparse.Namespace, device: str = "cuda") -> None:
         import torch
 
-        generator = torch.Generator(device="cuda").manual_seed(1)
+        generator = torch.Generator(device=device).manual_seed(1)
 
         def draw(heads: int) -> Tensor:
             shape = (1, tokens, heads, options.head_dim)
-            return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
         self.q, self.dout = draw(options.heads), draw(options.heads)
         self.k, self.v = draw(options.kv_heads), draw(options.kv_heads)
@@ -111,38 +112,35 @@ class _Case:
 
         return forward, backward
 
-    def selective(self, lag: int) -> tuple[Callable[[], list[Tensor]], Callable[[list[Tensor]], list[Tensor]]]:
-        import torch
+    def selective(
+        self, lag: int, kernel: str = "triton"
+    ) -> tuple[Callable[[], list[Tensor]], Callable[[list[Tensor]], list[Tensor]]]:
+        """The passes of a ring of one, those of `ring_attention` but for its casts to the dtype of the inputs."""
+        from ringattn import Plan, Selection
+        from ringattn.kernels import accumulator_dtype
+        from ringattn.kernels.selective import selective_problem
+        from ringattn.ring import Ring
+        from ringattn.scoring.attention import SelectiveAttention, selection_terms
+        from ringattn.scoring.expansion import Expansion
 
-        from ringattn.kernels.selective.geometry import Ballot, Geometry
-        from ringattn.kernels.selective.triton_kernel import TritonSelective
-
-        kernel = TritonSelective()
-        reason = kernel.unsupported(self.q, self.k, self.v, self.q.shape[-1])
+        q, k, v = self.q, self.k, self.v
+        reason = selective_problem(kernel, q, k, v, q.shape[-1])
         if reason is not None:
-            raise ConfigError(f"the selective kernel cannot do this: {reason}")
-        fp32: dict[str, Any] = {"device": "cuda", "dtype": torch.float32}
-        batch, tokens, heads, _ = self.q.shape
-        weights = torch.full((1,), GAIN, **fp32)
-        ballot = Ballot(q=self.q[:, :, :1], k=self.k[:, :, :1], weights=weights, scales=(self.scale,))
-        geometry = Geometry(q_start=0, k_start=0, lag=lag, protect_first=True, q_documents=None, k_documents=None)
-        carry = torch.zeros(batch, tokens, **fp32)
+            raise ConfigError(reason)
+        plan, selection = Plan(q.shape[1], 1), Selection(lag=lag, gain=GAIN)
+        ring, expansion = Ring(plan=plan, rank=0, transport=None), Expansion(None, plan, q.device)
+        work = SelectiveAttention(ring, expansion, kernel, self.scale, selection_terms(selection, q, k, self.scale))
+        ballot = (q[:, :, 0].unsqueeze(2), k[:, :, 0].unsqueeze(2), selection.weights(q, accumulator_dtype(q.dtype)))
 
         def forward() -> list[Tensor]:
-            out = torch.zeros(batch, tokens, heads, self.v.shape[-1], **fp32)
-            lse = torch.full((batch, heads, tokens), -torch.inf, **fp32)
-            kernel.forward_(self.q, self.k, self.v, ballot, carry, geometry, self.scale, out, lse)
-            return [out, lse]
+            out, lse, _, carries = work.forward(q, (k, v), *ballot, v.shape[-1])
+            return [out, lse, *carries]
 
         def backward(kept: list[Tensor]) -> list[Tensor]:
-            shapes = (self.q, self.k, self.v, ballot.q, ballot.k, weights)
-            grads = [torch.zeros(x.shape, **fp32) for x in shapes]
-            tensors = (self.dout, self.q, self.k, self.v, ballot, carry, geometry, self.scale, *kept, *grads)
-            kernel.backward_(*tensors)
-            # The votes come from head 0, whose gradient they join.
-            grads[0][:, :, :1] += grads[3]
-            grads[1][:, :, :1] += grads[4]
-            return grads[:3]
+            out, lse, *carries = kept
+            found = work.backward(self.dout, None, q, (k, v), *ballot, out, lse, carries)
+            found.q[:, :, 0] += found.ballot_q[:, :, 0]  # the votes come from head 0
+            return [found.q, *found.payload]
 
         return forward, backward
 
@@ -152,7 +150,7 @@ class _Case:
 
         q, k, v = (x.double().requires_grad_() for x in (self.q, self.k, self.v))
         tokens, share = q.shape[1], q.shape[2] // k.shape[2]
-        i = torch.arange(tokens, device="cuda")
+        i = torch.arange(tokens, device=q.device)
         keys, values = (x.repeat_interleave(share, dim=2) for x in (k, v))
         scores = torch.einsum("bnhd,bmhd->bhnm", q, keys) * self.scale
         if lag is not None:

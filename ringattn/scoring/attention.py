@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ringattn.kernels import accumulator_dtype
 from ringattn.kernels.selective import Ballot, Geometry, SelectiveKernel, pick_selective
-from ringattn.merge import empty_result
+from ringattn.merge import Unwritten, empty_result
 from ringattn.ring import Ring, ring_backward, ring_forward
 from ringattn.schedule import Stop
 from ringattn.scoring.columns import Table, prefixes, suffixes
@@ -91,7 +91,9 @@ class SelectiveAttention:
         self, q: Tensor, payload: Payload, ballot_q: Tensor, ballot_k: Tensor, weights: Tensor, width: int
     ) -> tuple[Tensor, Tensor, Tensor | None, Table]:
         """Out [B, S, H, width] and lse [B, H, S] in the accumulator dtype, cost [B, S] (or None) and the carries."""
-        out, lse = empty_result(q, width)
+        out, lse = empty_result(q, width, fill=False)
+        lse.fill_(-torch.inf)
+        own_rows = Unwritten(out)
         carries = self.carries(ballot_q, ballot_k, weights)
         cost = None if self.terms.tau is None else lse.new_zeros(q.shape[:2])
 
@@ -114,9 +116,11 @@ class SelectiveAttention:
                     lse[:, :, rows],
                     cost=None if cost is None else cost[:, rows],
                     tau=self.terms.tau or 1.0,
+                    fresh_rows=own_rows.first(rows),
                 )
 
         ring_forward(self.ring, payload, visit)
+        own_rows.finish()
         return out, lse, cost, carries
 
     def backward(
@@ -134,7 +138,9 @@ class SelectiveAttention:
     ) -> SelectionGradients:
         """Gradients of everything differentiable, those of the own payload and ballot complete."""
         dtype = accumulator_dtype(q.dtype)
-        dq, dballot_q = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, ballot_q))
+        dq = torch.empty(q.shape, dtype=dtype, device=q.device)
+        own_rows = Unwritten(dq)
+        dballot_q = torch.zeros(ballot_q.shape, dtype=dtype, device=q.device)
         dweights = torch.zeros_like(weights)
         columns_sums = [torch.zeros_like(table) for table in carries]
         tau = self.terms.tau or 1.0
@@ -143,7 +149,8 @@ class SelectiveAttention:
             source, columns = stop.only
             with self.expansion.backward(stop, held) as visiting:
                 k, v = visiting.keys, visiting.values
-                dk, dv = (total.running() for total in visiting.sums)
+                dk, dv = (total.unwritten() for total in visiting.sums)
+                visiting_keys = Unwritten(dk, dv)
                 voting = self._ballot_keys(k, held)
                 dvoting = torch.zeros(voting.shape, dtype=dtype, device=q.device)
                 kernel = self._kernel(q, k, v, ballot_q)
@@ -168,11 +175,15 @@ class SelectiveAttention:
                         dweights,
                         dcost=None if dcost is None else dcost[:, rows],
                         tau=tau,
+                        fresh_rows=own_rows.first(rows),
+                        fresh_keys=visiting_keys.first(here),
                     )
+                visiting_keys.finish()
                 dk[:, :, self.terms.key_head] += dvoting[:, :, 0]
             return (*visiting.payload_gradients, *((dvoting[:, :, 1:],) if len(held) > 2 else ()))
 
         dpayload = ring_backward(self.ring, payload, visit)
+        own_rows.finish()
         dballot_k = self._post_pass(ballot_q, ballot_k, weights, columns_sums, dballot_q, dweights)
         return SelectionGradients(q=dq, payload=dpayload, ballot_q=dballot_q, ballot_k=dballot_k, weights=dweights)
 

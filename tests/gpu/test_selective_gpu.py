@@ -83,6 +83,18 @@ def test_long_rows_are_taken_in_ranges():
         assert error < 5e-3, f"{name}: {error:.2e}"
 
 
+@pytest.mark.parametrize("fields", [None, {"span": 256}], ids=str)
+@pytest.mark.parametrize("options", [{"lag": 128}, {"lag": 1}, {"lag": 128, "groups": 1}, {"lag": 5}], ids=str)
+def test_blocks_in_reverse_order(options, fields):
+    """First blocks that start before their keys, in memory that is NaN: all of it is written."""
+    case = problem(**{"n": 640, "heads": 2, "width": 64, "device": "cuda", "dtype": torch.bfloat16} | options)
+    from ringattn.kernels.selective.triton_kernel import TritonSelective
+
+    selective = TritonSelective() if fields is None else kernel(**fields)
+    found = run_pieces(selective, case, ((0, 640),), ((0, 250), (250, 380), (380, None)), backwards=True)
+    assert {x: e for x, e in errors(found, dense(case), case).items() if not e < LIMITS[torch.bfloat16]} == {}
+
+
 LANES = {"span": 512, "buffers": 2, "lanes": 2, "side": -1, "spread": True}
 SAME = ("out", "lse", "dq", "dk", "dv")  # the others are sums by atomic operations, in any order
 
@@ -138,21 +150,23 @@ def test_lanes_in_a_cuda_graph():
 
 
 def in_one_piece(selective, case):
-    """A call of all passes without copies to the host, as `run_pieces` makes them."""
+    """A call of all passes without copies to the host, as `run_pieces` makes them. It zeroes as little as the ring."""
     ballot = Ballot(q=case["ballot_q"], k=case["ballot_k"], weights=case["weights"], scales=case["scales"])
     geometry = Geometry(q_start=0, k_start=0, lag=1, protect_first=True, q_documents=None, k_documents=None)
     batch, n, heads, width = case["q"].shape
 
     def run():
         like = {"dtype": torch.float32, "device": "cuda"}
-        result = {"out": torch.zeros(batch, n, heads, width, **like)}
+        result = {"out": torch.empty(batch, n, heads, width, **like)}
         result["lse"] = torch.full((batch, heads, n), -torch.inf, **like)
         result["cost"] = torch.zeros(batch, n, **like)
         for name in ("q", "k", "v", "ballot_q", "ballot_k", "weights"):
-            result[f"d{name}"] = torch.zeros(case[name].shape, **like)
+            make = torch.empty if name in ("q", "k", "v") else torch.zeros
+            result[f"d{name}"] = make(case[name].shape, **like)
         block = (case["q"], case["k"], case["v"], ballot, torch.zeros(batch, n, **like), geometry, case["scale"])
-        selective.forward_(*block, result["out"], result["lse"])
-        selective.backward_(case["dout"], *block, *(x for name, x in result.items() if name != "cost"))
+        selective.forward_(*block, result["out"], result["lse"], fresh_rows=True)
+        gradients = (x for name, x in result.items() if name != "cost")
+        selective.backward_(case["dout"], *block, *gradients, fresh_rows=True, fresh_keys=True)
         return result
 
     return run

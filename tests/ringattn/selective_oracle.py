@@ -37,33 +37,39 @@ def problem(
     }  # fmt: skip
 
 
-def dense(case):
-    """out, lse, cost and all gradients by autograd through the N x N definition, in float64 on the CPU."""
-    names = ("q", "k", "v", "ballot_q", "ballot_k", "weights")
-    leaf = {name: case[name].detach().double().cpu().requires_grad_() for name in names}
+def dense(case, rows=slice(None), keys=slice(None)):
+    """out, lse, cost and all gradients by autograd through the N x N definition, in float64 on the CPU.
+
+    Of `rows` and `keys` alone, as if there were no others.
+    """
+    of = {"q": rows, "k": keys, "v": keys, "ballot_q": rows, "ballot_k": keys}
+    leaf = {name: case[name][:, part].detach().double().cpu().requires_grad_() for name, part in of.items()}
+    leaf["weights"] = case["weights"].detach().double().cpu().requires_grad_()
     n, share = case["q"].shape[1], case["q"].shape[2] // case["k"].shape[2]
     starts = torch.zeros(n, dtype=torch.long) if case["starts"] is None else case["starts"].cpu().long()
-    i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
-    visible = (j <= i) & (j >= starts[:, None])
+    i, j = torch.arange(n)[rows, None], torch.arange(n)[None, keys]
+    visible = (j <= i) & (j >= starts[rows, None])
     may_vote = visible & (j < i)
     if case["protect_first"]:
-        may_vote &= j != starts[None, :]
+        may_vote &= j != starts[None, keys]
     z = torch.einsum("bnrd,bmrd->brnm", leaf["ballot_q"], leaf["ballot_k"])
     z = z * torch.tensor(case["scales"], dtype=torch.float64).view(1, -1, 1, 1)
     votes = (z.relu() * leaf["weights"].view(1, -1, 1, 1)).sum(1) * may_vote
-    counts = (torch.arange(n)[None, :] < (torch.arange(n)[:, None] // case["lag"] * case["lag"])).double()
+    counts = ((i // case["lag"] * case["lag"]) > i.T).double()
     bias = counts @ votes  # F[i, j] = sum of votes[m, j] over m < lag * (i // lag)
-    keys, values = (leaf[x].repeat_interleave(share, dim=2) for x in ("k", "v"))
-    scores = torch.einsum("bnhd,bmhd->bhnm", leaf["q"], keys) * case["scale"] - bias[:, None]
+    k, v = (leaf[x].repeat_interleave(share, dim=2) for x in ("k", "v"))
+    scores = torch.einsum("bnhd,bmhd->bhnm", leaf["q"], k) * case["scale"] - bias[:, None]
     scores = scores.masked_fill(~visible, -torch.inf)
-    out = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), values)
+    blind = ~visible.any(dim=1, keepdim=True)  # rows that see nothing
+    attention = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    out = torch.einsum("bhnm,bmhd->bnhd", attention, v)
     cost = (bias.clamp_max(case["tau"]) * visible).sum(-1) / case["tau"]
-    loss = (out * case["dout"].double().cpu()).sum()
+    loss = (out * case["dout"][:, rows].double().cpu()).sum()
     if case["dcost"] is not None:
-        loss = loss + (cost * case["dcost"].double().cpu()).sum()
+        loss = loss + (cost * case["dcost"][:, rows].double().cpu()).sum()
     loss.backward()
     result = {"out": out, "lse": scores.logsumexp(-1), "cost": cost if case["dcost"] is not None else None}
-    result |= {f"d{name}": leaf[name].grad for name in names}
+    result |= {f"d{name}": x.grad for name, x in leaf.items()}
     return {name: None if x is None else x.detach() for name, x in result.items()}
 
 
@@ -80,20 +86,24 @@ def errors(found, truth, case):
     return result
 
 
-def run_pieces(kernel, case, cuts=((0, None),), key_cuts=((0, None),)):
-    """All results of `dense`, by a kernel that sees rows and keys in pieces, chained as a ring would chain them."""
+def run_pieces(kernel, case, cuts=((0, None),), key_cuts=((0, None),), *, backwards=False):
+    """All results of `dense`, by a kernel that sees rows and keys in pieces, chained as a ring would chain them.
+
+    What the first block of some rows or keys may find unwritten is NaN. `backwards`: the last block comes first.
+    """
     n = case["q"].shape[1]
     cuts = [(a, n if b is None else b) for a, b in cuts]
     key_cuts = [(a, n if b is None else b) for a, b in key_cuts]
     like = {"dtype": torch.float32, "device": case["q"].device}
-    result = {f"d{name}": torch.zeros(case[name].shape, **like) for name in ("q", "k", "v", "ballot_q", "ballot_k")}
-    result["dweights"] = torch.zeros(case["weights"].shape, **like)
+    result = {f"d{name}": torch.full(case[name].shape, torch.nan, **like) for name in ("q", "k", "v")}
+    result |= {f"d{name}": torch.zeros(case[name].shape, **like) for name in ("ballot_q", "ballot_k", "weights")}
     batch, _, heads, v_width = case["dout"].shape
-    result["out"] = torch.zeros(batch, n, heads, v_width, **like)
+    result["out"] = torch.full((batch, n, heads, v_width), torch.nan, **like)
     result["lse"] = torch.full((batch, heads, n), -torch.inf, **like)
     result["cost"] = torch.zeros(batch, n, **like)
-    seen = [(r, c) for r in cuts for c in key_cuts if c[0] < r[1]]
-    part = {rc: _part(case, *rc) for rc in seen}
+    seen = [(r, c) for r in cuts for c in key_cuts if c[0] < r[1]][:: -1 if backwards else 1]
+    new_rows, new_keys = ({pair[i]: pair for pair in reversed(seen)} for i in (0, 1))  # the first block of each
+    part = {rc: part_of(case, *rc) for rc in seen}
     sums = {rc: kernel.sums(*part[rc]) for rc in seen}
     # Votes of earlier pieces; pieces cut inside a block of `lag` rows count only from the next multiple on.
     lag = case["lag"]
@@ -109,7 +119,7 @@ def run_pieces(kernel, case, cuts=((0, None),), key_cuts=((0, None),)):
         extra = {"cost": result["cost"][:, rows], "tau": case["tau"]} if case["dcost"] is not None else {}
         kernel.forward_(
             case["q"][:, rows], case["k"][:, keys], case["v"][:, keys], part[r, c][0], carries[r, c], part[r, c][1],
-            case["scale"], result["out"][:, rows], result["lse"][:, :, rows], **extra,
+            case["scale"], result["out"][:, rows], result["lse"][:, :, rows], fresh_rows=new_rows[r] == (r, c), **extra,
         )  # fmt: skip
     columns = {}
     for r, c in seen:
@@ -119,7 +129,8 @@ def run_pieces(kernel, case, cuts=((0, None),), key_cuts=((0, None),)):
             case["dout"][:, rows], case["q"][:, rows], case["k"][:, keys], case["v"][:, keys], part[r, c][0],
             carries[r, c], part[r, c][1], case["scale"], result["out"][:, rows], result["lse"][:, :, rows],
             result["dq"][:, rows], result["dk"][:, keys], result["dv"][:, keys], result["dballot_q"][:, rows],
-            result["dballot_k"][:, keys], result["dweights"], **extra,
+            result["dballot_k"][:, keys], result["dweights"], fresh_rows=new_rows[r] == (r, c),
+            fresh_keys=new_keys[c] == (r, c), **extra,
         )  # fmt: skip
     for r, c in seen:
         later = [columns[p, c] for p in cuts if (p, c) in columns and p[0] // lag * lag >= r[1]]
@@ -132,7 +143,7 @@ def run_pieces(kernel, case, cuts=((0, None),), key_cuts=((0, None),)):
     return {name: x.cpu() for name, x in result.items()}
 
 
-def _part(case, rows, keys):
+def part_of(case, rows, keys):
     starts = case["starts"]
     ballot = Ballot(
         q=case["ballot_q"][:, rows[0] : rows[1]], k=case["ballot_k"][:, keys[0] : keys[1]], weights=case["weights"],

@@ -13,6 +13,7 @@ from ringattn.kernels.selective import tiled
 from ringattn.scoring.pieces import all_pieces
 from ringattn.testing import dense_attention, error, memory_cost, selection_bias, visibility
 from tests.processes import run_ranks
+from tests.ringattn.unwritten import watched
 
 WIDTH = 8
 TAU = 1.5
@@ -127,7 +128,8 @@ def attend(case, rank, world_size, group):
 def ring_worker(rank, world_size, cases, rows, keys):
     tiled._ROWS, tiled._KEYS = rows, keys
     group = dist.group.WORLD if world_size > 1 else None
-    results = [attend(case, rank, world_size, group) for case in cases]
+    with watched():
+        results = [attend(case, rank, world_size, group) for case in cases]
     return results if rank == 0 else None
 
 

@@ -19,6 +19,10 @@ class SelectiveKernel(Protocol):
 
     Sums, carries and gradients are in the accumulator dtype (fp32; fp64 for fp64 inputs). Methods ending in `_` add to
     what they are given, in place. Blocks are never empty, but rows and keys in them may see nothing.
+
+    The first block of some rows (keys) may find their large results in memory that nothing was written to. It is told
+    so by `fresh_rows` (`fresh_keys`), and then it reads none of that memory and writes all of it, zeros where nothing
+    is seen: no pass over it only to set zeros, none to read them.
     """
 
     name: str
@@ -43,6 +47,7 @@ class SelectiveKernel(Protocol):
         *,
         cost: Tensor | None = None,
         tau: float = 1.0,
+        fresh_rows: bool = False,
     ) -> None:
         """Merge the block into the running out [B, n, H, Dv] (normalised) and lse [B, H, n].
 
@@ -55,6 +60,7 @@ class SelectiveKernel(Protocol):
             out, lse: running results, changed in place; 0 and -inf where nothing has been seen.
             cost: [B, n] or None; raised by the sum over visible keys of min(F, tau) / tau.
             tau: see `cost`.
+            fresh_rows: `out` may hold anything, `lse` is -inf.
         """
 
     def backward_(
@@ -78,10 +84,13 @@ class SelectiveKernel(Protocol):
         *,
         dcost: Tensor | None = None,
         tau: float = 1.0,
+        fresh_rows: bool = False,
+        fresh_keys: bool = False,
     ) -> Tensor:
         """Add the block's gradients, except what its votes owe to later pieces; that is `suffix_`.
 
-        `out` and `lse` are those of whole rows (all blocks merged). Returns [B, m], column sums of dF over all rows.
+        `out` and `lse` are those of whole rows (all blocks merged). With `fresh_rows` dq may hold anything, with
+        `fresh_keys` dk and dv. Returns [B, m], column sums of dF over all rows.
         """
 
     def suffix_(

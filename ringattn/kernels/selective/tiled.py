@@ -65,7 +65,10 @@ class TiledSelective:
         *,
         cost: Tensor | None = None,
         tau: float = 1.0,
+        fresh_rows: bool = False,
     ) -> None:
+        if fresh_rows:
+            out.zero_()
         for keys in _key_tiles(k.shape[1]):
             keys_wide, values_wide = (x[:, keys].to(out.dtype) for x in (k, v))
             counted, waiting = carry[:, keys].clone(), torch.zeros_like(carry[:, keys])
@@ -107,7 +110,14 @@ class TiledSelective:
         *,
         dcost: Tensor | None = None,
         tau: float = 1.0,
+        fresh_rows: bool = False,
+        fresh_keys: bool = False,
     ) -> Tensor:
+        if fresh_rows:
+            dq.zero_()
+        if fresh_keys:
+            dk.zero_()
+            dv.zero_()
         wide = dq.dtype
         grad_groups, num_groups = dout.to(wide), k.shape[2]
         row_dot = rearrange((grad_groups * out).sum(-1), "b n (g r) -> b g r n", g=num_groups)

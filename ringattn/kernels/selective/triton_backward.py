@@ -55,6 +55,8 @@ class Backward:
     tau: float
     out: Tensor
     lse: Tensor
+    fresh_rows: bool
+    fresh_keys: bool
 
     @functools.cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -69,6 +71,7 @@ class Backward:
         fits = votes.groups == 1 or all(votes.group % rows == 0 for rows in (tiles.back_rows, tiles.query_rows))
         fits = fits or (votes.inner and votes.group % tiles.back_rows == 0)
         step = key_range(votes, tiles)
+        self._zero_what_no_launch_writes(end)
         for key_low in range(0, end, step):
             keys = (key_low, min(key_low + step, end))
             dot, base = self.rows
@@ -83,6 +86,20 @@ class Backward:
             else:
                 _Spans(call=self, table=table, total=total, keys=keys, sums=sums, summed=fits).run()
 
+    @property
+    def _shared(self) -> bool:
+        """Whether programs of several query heads add to the same keys."""
+        return self.q.shape[2] != self.k.shape[2]
+
+    def _zero_what_no_launch_writes(self, end: int) -> None:
+        """Of fresh results: rows before the first key, keys from `end` on, keys that several programs add to."""
+        if self.fresh_rows and self.votes.delta < 0:
+            self.dq[:, : -self.votes.delta].zero_()
+        written = 0 if self._shared else end
+        if self.fresh_keys and written < self.votes.m:
+            self.dk[:, written:].zero_()
+            self.dv[:, written:].zero_()
+
     def _from_table(self, table: Tensor, keys: tuple[int, int], sums: Tensor) -> None:
         """A range of keys whose biases are lines of the table: gradients of votes need no kernel of queries."""
 
@@ -92,7 +109,7 @@ class Backward:
 
         rows, base = (0, self.votes.n), self.rows[1]
         with Lanes(self.q.device, side=self.votes.tiles.side) as lanes:
-            summed = lanes.large(0, self.own_keys, table, None, base, rows, keys, sums)
+            summed = lanes.large(0, self.own_keys, table, None, base, rows, keys, sums, True)
             lanes.small(0, "ballot", cast, after=[summed])
             lanes.large(0, self.own_queries, table, None, base, rows, keys, None)
 
@@ -103,22 +120,24 @@ class Backward:
 
     def own_keys(
         self, biases: Tensor, least: Tensor | None, base: Tensor, rows: tuple[int, int], keys: tuple[int, int],
-        sums: Tensor | None,
+        sums: Tensor | None, first: bool,
     ) -> None:  # fmt: skip
-        """dk, dv and column sums of rows x keys."""
+        """dk, dv and column sums of rows x keys. `first`: no launch of this call was given these keys before."""
+        fresh = self.fresh_keys and first and not self._shared
         triton_backward_keys.launch(
             self.q, self.k, self.v, self.dout, self.rows[0], base, self.votes, biases, least, rows, keys, self.scale,
-            self.dk, self.dv, sums, self.dcost, self.tau,
+            self.dk, self.dv, sums, self.dcost, self.tau, fresh,
         )  # fmt: skip
 
     def own_queries(
         self, biases: Tensor, least: Tensor | None, base: Tensor, rows: tuple[int, int], keys: tuple[int, int],
         pairs: Tensor | None,
     ) -> None:  # fmt: skip
-        """dq and gradients of the bias of rows x keys."""
+        """dq and gradients of the bias of rows x keys. Every row comes once in a range of keys."""
+        fresh = self.fresh_rows and keys[0] == 0
         triton_backward_queries.launch(
             self.q, self.k, self.v, self.dout, self.rows[0], base, self.votes, biases, least, rows, keys, self.scale,
-            self.dq, pairs, self.dcost, self.tau,
+            self.dq, pairs, self.dcost, self.tau, fresh,
         )  # fmt: skip
 
 
@@ -165,12 +184,14 @@ class _Spans:
             keys = (low, min(low + span, end))
             sums = self.sums[:, :, low - start :] if self.summed else None
             added = None
-            for row_low in range(max(0, low - votes.delta) // unit * unit, votes.n, row_span):
+            starts = range(max(0, low - votes.delta) // unit * unit, votes.n, row_span)
+            for row_low in starts:
                 rows, slot = (row_low, min(row_low + row_span, votes.n)), self._take()
                 biases = slot.shaped(*self.key_shape)
                 fill = partial(votes.fill, self.table, start, self.least, biases, rows, keys, transposed=True)
                 filled = self.lanes.small(self.number, "fill", fill, after=[slot.free])
-                own = partial(self.call.own_keys, biases, self.least, self.base, rows, keys, sums)
+                first = row_low == starts.start
+                own = partial(self.call.own_keys, biases, self.least, self.base, rows, keys, sums, first)
                 slot.free = added = self.lanes.large(self.number, own, after=[filled, added])
 
     def _of_rows(self) -> None:

@@ -109,9 +109,9 @@ def _backward_keys_kernel(
     SHARE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, V_WIDTH: tl.constexpr, V_PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_COST: tl.constexpr, HAS_SUMS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, LOG2: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, LOG2: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """One key tile of one query head against rows row_low..row_high, added into DK, DV and SUMS."""
+    """One key tile of one query head against rows row_low..row_high, added into DK, DV (FRESH: written) and SUMS."""
     tile = tl.program_id(0)
     key_low = tl.multiple_of(key_low, KEYS)
     row_low = tl.multiple_of(row_low, ROWS)
@@ -177,7 +177,11 @@ def _backward_keys_kernel(
     e = tl.arange(0, V_PADDED)
     at_dv = DV + batch * dv_batch + shared * dv_head + j[:, None] * dv_row + e[None, :]
     inside_v = kept[:, None] & (e < V_WIDTH)[None, :]
-    if SHARE == 1:
+    if FRESH:
+        tl.static_assert(SHARE == 1, "programs of several heads add to these keys")
+        tl.store(at_dk, dk * scale, mask=inside)
+        tl.store(at_dv, dv, mask=inside_v)
+    elif SHARE == 1:
         tl.store(at_dk, tl.load(at_dk, mask=inside, other=0.0) + dk * scale, mask=inside)
         tl.store(at_dv, tl.load(at_dv, mask=inside_v, other=0.0) + dv, mask=inside_v)
     else:
@@ -214,9 +218,11 @@ def shifted(base: Tensor, least: Tensor) -> Tensor:
 def launch(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dot: Tensor, base: Tensor, votes: Votes, biases: Tensor,
     least: Tensor | None, rows: tuple[int, int], keys: tuple[int, int], scale: float, dk: Tensor, dv: Tensor,
-    sums: Tensor | None, dcost: Tensor | None, tau: float,
+    sums: Tensor | None, dcost: Tensor | None, tau: float, fresh: bool,
 ) -> None:  # fmt: skip
     """Rows x keys of one block, added into dk and dv; column sums of E into `sums` [B, groups, keys], if given.
+
+    `fresh`: dk and dv are written instead, all of these keys; only where each key head has one query head.
 
     `biases` is a table, or with `least` (the offsets of its rows) a buffer [B, keys, rows] of this range.
     """
@@ -247,6 +253,6 @@ def launch(
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BIAS=1 if least is None else 2,
         HAS_DOCUMENTS=documents is not None,
         HAS_COST=costs is not None, HAS_SUMS=sums is not None,
-        DESCRIPTORS=tiles.descriptors and describable(q, dout, k, v), LOG2=LOG2E,
+        DESCRIPTORS=tiles.descriptors and describable(q, dout, k, v), LOG2=LOG2E, FRESH=fresh,
         num_warps=tiles.back_warps, num_stages=tiles.back_stages,
     )  # fmt: skip

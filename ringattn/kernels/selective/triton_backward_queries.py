@@ -80,9 +80,9 @@ def _backward_queries_kernel(
     SHARE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, V_WIDTH: tl.constexpr, V_PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_COST: tl.constexpr, HAS_PAIRS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr, LOG2: tl.constexpr, HOLD: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr, LOG2: tl.constexpr, HOLD: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """One row tile of one head against keys key_low..key_high, added into DQ and PAIRS."""
+    """One row tile of one head against keys key_low..key_high, added into DQ (FRESH: written) and PAIRS."""
     key_low = tl.multiple_of(key_low, KEYS)
     # With pairs, programs of all heads of a tile run at the same time: what they add to stays in the cache.
     tile, tiles, line = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
@@ -155,16 +155,20 @@ def _backward_queries_kernel(
     d = tl.arange(0, PADDED)
     at_dq = DQ + batch * dq_batch + head.to(tl.int64) * dq_head + i.to(tl.int64)[:, None] * dq_row + d[None, :]
     inside = (i < end)[:, None] & (d < WIDTH)[None, :]
-    tl.store(at_dq, tl.load(at_dq, mask=inside, other=0.0) + dq * scale, mask=inside)
+    dq *= scale
+    if not FRESH:
+        dq += tl.load(at_dq, mask=inside, other=0.0)
+    tl.store(at_dq, dq, mask=inside)
 
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dot: Tensor, base: Tensor, votes: Votes, biases: Tensor,
     least: Tensor | None, rows: tuple[int, int], keys: tuple[int, int], scale: float, dq: Tensor,
-    pairs: Tensor | None, dcost: Tensor | None, tau: float,
+    pairs: Tensor | None, dcost: Tensor | None, tau: float, fresh: bool,
 ) -> None:  # fmt: skip
     """Rows x keys of one block, added into dq; E into `pairs` [B, rows, keys] of this range, if given.
 
+    `fresh`: dq is written instead, all of these rows.
     `biases` is a table, or with `least` (the offsets of its rows) a buffer [B, rows, keys] of this range.
     """
     tiles = votes.tiles
@@ -190,5 +194,6 @@ def launch(
         HAS_DOCUMENTS=documents is not None,
         HAS_COST=costs is not None, HAS_PAIRS=pairs is not None, DESCRIPTORS=descriptors,
         REDUCE=tiles.descriptors and pairs is not None, LOG2=LOG2E,
-        HOLD=tiles.hold and q.dtype != torch.float32, num_warps=tiles.query_warps, num_stages=tiles.query_stages,
+        HOLD=tiles.hold and q.dtype != torch.float32, FRESH=fresh,
+        num_warps=tiles.query_warps, num_stages=tiles.query_stages,
     )  # fmt: skip

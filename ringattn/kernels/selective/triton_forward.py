@@ -169,10 +169,12 @@ def _forward_kernel(
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, votes: Votes, carry: Tensor, scale: float, out: Tensor, lse: Tensor,
-    cost: Tensor | None, tau: float,
+    cost: Tensor | None, tau: float, fresh: bool,
 ) -> None:  # fmt: skip
     """Merge one block into `out` and `lse`; see `SelectiveKernel.forward_`."""
     n, m, tiles = votes.n, votes.m, votes.tiles
+    if fresh and votes.delta < 0:  # the kernel reads no `out` whose lse is -inf, and may not get to rows without a key
+        out[:, : -votes.delta].zero_()
     in_table = not votes.inner and (votes.groups == 1 or votes.group % tiles.rows == 0)
     step = key_range(votes, tiles)
     span = span_of(q, tiles)

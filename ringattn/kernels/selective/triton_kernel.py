@@ -64,25 +64,27 @@ class TritonSelective:
 
     def forward_(
         self, q: Tensor, k: Tensor, v: Tensor, ballot: Ballot, carry: Tensor, geometry: Geometry, scale: float,
-        out: Tensor, lse: Tensor, *, cost: Tensor | None = None, tau: float = 1.0,
+        out: Tensor, lse: Tensor, *, cost: Tensor | None = None, tau: float = 1.0, fresh_rows: bool = False,
     ) -> None:  # fmt: skip
         """Merge this block into the running `out` [B, n, H, Dv] and `lse` [B, H, n] in place, both fp32.
 
         `carry` [B, m]: votes of rows before this piece that count at its start. `cost` [B, n], if given, grows by the
-        sum over visible keys of min(F, tau) / tau.
+        sum over visible keys of min(F, tau) / tau. With `fresh_rows`, `out` is written without being read.
         """
         votes = Votes(ballot, geometry, self._tiles(q, geometry))
         with torch.cuda.device_of(q):
-            _described(q, triton_forward.forward, q, k, v, votes, carry, scale, out, lse, cost, tau)
+            _described(q, triton_forward.forward, q, k, v, votes, carry, scale, out, lse, cost, tau, fresh_rows)
 
     def backward_(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, ballot: Ballot, carry: Tensor, geometry: Geometry,
         scale: float, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dballot_q: Tensor,
         dballot_k: Tensor, dweights: Tensor, *, dcost: Tensor | None = None, tau: float = 1.0,
+        fresh_rows: bool = False, fresh_keys: bool = False,
     ) -> Tensor:  # fmt: skip
         """Add the block's gradients, all but the suffix of later pieces; returns column sums of dF, [B, m] fp32.
 
-        `out` and `lse` are those of the whole row. dq, dk, dv, dballot_q, dballot_k and dweights are fp32, in place.
+        `out` and `lse` are those of the whole row. dq, dk, dv, dballot_q, dballot_k and dweights are fp32, in place;
+        with `fresh_rows` dq is written without being read, with `fresh_keys` dk and dv.
         """
         votes = Votes(ballot, geometry, self._tiles(q, geometry))
         suffix = torch.zeros(q.shape[0], k.shape[1], dtype=torch.float32, device=q.device)
@@ -90,6 +92,7 @@ class TritonSelective:
             call = Backward(
                 dout=dout, q=q, k=k, v=v, votes=votes, carry=carry, scale=scale, dq=dq, dk=dk, dv=dv,
                 ballot=(dballot_q, dballot_k, dweights), suffix=suffix, dcost=dcost, tau=tau, out=out, lse=lse,
+                fresh_rows=fresh_rows, fresh_keys=fresh_keys,
             )  # fmt: skip
             _described(q, call.run)
         return suffix
