@@ -147,7 +147,8 @@ def test_the_order_follows_what_was_measured():
 
 
 def test_the_measured_lines_name_kernels_and_say_where_they_come_from():
-    assert order(tuple(KERNELS), measured.MEASURED, (9, 0), 128, backward=False)[:2] == ("cudnn", "flash")
+    for backward in (False, True):
+        assert order(tuple(KERNELS), measured.MEASURED, (9, 0), 128, backward=backward)[:2] == ("flash4", "cudnn")
     for rate in measured.MEASURED:
         assert rate.kernel in KERNELS
         assert rate.source
