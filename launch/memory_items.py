@@ -30,6 +30,10 @@ _INBOX_SLOTS = 3
 # that are under way, and their gradients. With these, 32k tokens per GPU come to what was measured (fitted).
 _QUERY_PARTS = 2.5
 _NEEDED_PART = 0.75
+# Votes of shallower layers while they count, in sizes of those votes in bf16: joined for a layer, sums and messages in
+# fp32, and the gradients of each layer's. Read off the allocations of a backward pass with nothing else in it.
+_VOTE_PARTS = 8.0
+_VOTE_PARTS_RING = 9.4
 # Layer inputs on the GPU while the others are on the host: in use, and on the way.
 _INPUTS_AT_HAND = 2
 # Rows and keys whose biases exist at once: `span` and `span_all` of the kernels for a GPU of 132 multiprocessors.
@@ -95,9 +99,11 @@ def kept_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[
     model, size, tokens = case.model, case.element_bytes, case.tokens
     inner = inner_plan(case.plan, case.ulysses)
     states = column_state_bytes(model, inner, recompute=True)  # of one layer
-    votes = layers * tokens * votes_bytes_per_token(model, size)
+    votes = tokens * votes_bytes_per_token(model, size)  # of one layer
     if votes:
-        yield Item(name="votes for deeper layers", device=votes)
+        # a layer that is not run again keeps those of all shallower ones, joined; the last layer's are for nobody
+        terms = min(layers, model.layers - 1) if memory.recompute else layers * (layers - 1) / 2
+        yield Item(name="votes for deeper layers", device=terms * votes)
     # selection keeps its output unrounded
     result = tokens * attention_result_bytes_per_token(model, _FP32 if model.selection else size)
     if not memory.recompute:
@@ -175,8 +181,12 @@ def feed_forward_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]
     yield Item(name="gradients inside a layer", device=tokens * (flight + inputs))
 
 
-def attention_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
-    """Gradients of queries and payload beside what the attention has kept, and what is under way around the ring."""
+def attention_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[Item]:
+    """Gradients of queries and payload beside what the attention has kept, and what is under way around the ring.
+
+    Args:
+        layers: It is the backward of the last of so many layers.
+    """
     model, size, tokens = case.model, case.element_bytes, case.tokens
     shape, inputs = attention_shape(model), model.dim * size
     yield from _gradient_items(case)
@@ -186,6 +196,10 @@ def attention_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
         yield Item(name="one layer again", device=tokens * again)
     gradients = shape.heads * (shape.score_dim + shape.value_dim) + shape.payload
     yield Item(name="gradients inside a layer", device=tokens * (gradients * size + inputs))
+    votes = (layers - 1) * tokens * votes_bytes_per_token(model, size)
+    if votes:
+        parts = _VOTE_PARTS if case.plan.cp_size == 1 else _VOTE_PARTS_RING
+        yield Item(name="votes joined, and gradients", device=parts * votes)
     yield from _ring_items(case, memory)
 
 
@@ -270,4 +284,6 @@ def peer_bytes(case: MemoryCase) -> float:
     ring = inner_plan(case.plan, case.ulysses).cp_size
     if not case.on_gpu or ring == 1 or ring > case.per_node:
         return 0.0
-    return (1 + min(_INBOX_SLOTS, ring - 1)) * _group_bytes(case)[1]
+    # of the deepest layer, whose payload has the keys of all others' votes
+    voting = (case.model.layers - 1) * case.tokens * votes_bytes_per_token(case.model, case.element_bytes) / 2
+    return (1 + min(_INBOX_SLOTS, ring - 1)) * (_group_bytes(case)[1] + voting)
