@@ -2,9 +2,9 @@
 
     python -m tools.bench_selection --tokens 16384,32768 --heads 16 --head-dim 128 --lag 1,128 --out runs/selection
 
-Batch 1, bf16, causal, one block of queries and keys: what a ring of one computes, by its own code. Times are medians
-of CUDA events around several passes in a row, and around single passes, where launches that the GPU waits for count
-too.
+Batch 1, bf16, causal, one block of queries and keys, kernel beside kernel: nothing of `ring_attention` around either.
+Times are medians of CUDA events around several passes in a row, and around single passes, where launches that the GPU
+waits for count too.
 "Extra memory" is the peak over a forward and a backward pass, outputs and gradients included, inputs not. Errors are
 against float64 at a small length; cuDNN's are those of plain attention.
 """
@@ -115,32 +115,39 @@ class _Case:
     def selective(
         self, lag: int, kernel: str = "triton"
     ) -> tuple[Callable[[], list[Tensor]], Callable[[list[Tensor]], list[Tensor]]]:
-        """The passes of a ring of one, those of `ring_attention` but for its casts to the dtype of the inputs."""
-        from ringattn import Plan, Selection
-        from ringattn.kernels import accumulator_dtype
-        from ringattn.kernels.selective import selective_problem
-        from ringattn.ring import Ring
-        from ringattn.scoring.attention import SelectiveAttention, selection_terms
-        from ringattn.scoring.expansion import Expansion
+        """The kernel's two passes of one block, into memory that nobody has set to zero, as in a ring of one."""
+        import torch
+
+        from ringattn.kernels.selective import pick_selective, selective_problem
+        from ringattn.kernels.selective.geometry import Ballot, Geometry
 
         q, k, v = self.q, self.k, self.v
         reason = selective_problem(kernel, q, k, v, q.shape[-1])
         if reason is not None:
             raise ConfigError(reason)
-        plan, selection = Plan(q.shape[1], 1), Selection(lag=lag, gain=GAIN)
-        ring, expansion = Ring(plan=plan, rank=0, transport=None), Expansion(None, plan, q.device)
-        work = SelectiveAttention(ring, expansion, kernel, self.scale, selection_terms(selection, q, k, self.scale))
-        ballot = (q[:, :, 0].unsqueeze(2), k[:, :, 0].unsqueeze(2), selection.weights(q, accumulator_dtype(q.dtype)))
+        chosen = pick_selective(kernel, q, k, v, q.shape[-1])
+        fp32: dict[str, Any] = {"device": q.device, "dtype": torch.float32}
+        batch, tokens, heads, _ = q.shape
+        weights = torch.full((1,), GAIN, **fp32)
+        ballot = Ballot(q=q[:, :, :1], k=k[:, :, :1], weights=weights, scales=(self.scale,))
+        geometry = Geometry(q_start=0, k_start=0, lag=lag, protect_first=True, q_documents=None, k_documents=None)
+        carry = torch.zeros(batch, tokens, **fp32)
 
         def forward() -> list[Tensor]:
-            out, lse, _, carries = work.forward(q, (k, v), *ballot, v.shape[-1])
-            return [out, lse, *carries]
+            out = torch.empty(batch, tokens, heads, v.shape[-1], **fp32)
+            lse = torch.full((batch, heads, tokens), -torch.inf, **fp32)
+            chosen.forward_(q, k, v, ballot, carry, geometry, self.scale, out, lse, fresh_rows=True)
+            return [out, lse]
 
         def backward(kept: list[Tensor]) -> list[Tensor]:
-            out, lse, *carries = kept
-            found = work.backward(self.dout, None, q, (k, v), *ballot, out, lse, carries)
-            found.q[:, :, 0] += found.ballot_q[:, :, 0]  # the votes come from head 0
-            return [found.q, *found.payload]
+            grads = [torch.empty(x.shape, **fp32) for x in (q, k, v)]
+            votes = [torch.zeros(x.shape, **fp32) for x in (ballot.q, ballot.k, weights)]
+            tensors = (self.dout, q, k, v, ballot, carry, geometry, self.scale, *kept, *grads, *votes)
+            chosen.backward_(*tensors, fresh_rows=True, fresh_keys=True)
+            # The votes come from head 0, whose gradient they join.
+            grads[0][:, :, :1] += votes[0]
+            grads[1][:, :, :1] += votes[1]
+            return grads
 
         return forward, backward
 
