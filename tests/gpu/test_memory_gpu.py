@@ -166,7 +166,7 @@ def test_copies_hide_behind_the_layers(way: str) -> None:
 
 
 def test_tiles_cost_little_on_rows_that_need_them() -> None:
-    """As the trainer runs them. Shorter rows pay more (docs/memory.md): what tiles repeat grows slower than attention."""
+    """As the trainer runs them. Shorter rows pay more (docs/memory.md)."""
     whole = seconds(qwen(4, 65_536, compiled=True, recompute=KEEP)[1])
     tiled = seconds(qwen(4, 65_536, compiled=True, recompute=KEEP, tile=8192)[1])
     print(f"in tiles {tiled:.3f} s a step, whole {whole:.3f} s")
