@@ -99,5 +99,4 @@ def expanded_at_home(model: ModelConfig, plan: ringattn.Plan, element_bytes: int
 
 def _share(shape: AttentionShape, degree: int) -> tuple[int, int]:
     """Query and key/value heads that a rank works on; all ranks have as many."""
-    query, key = (dealt(count, degree)[0] for count in (shape.heads, shape.key_heads))
-    return query.stop - query.start, key.stop - key.start
+    return dealt(shape.heads, degree).heads, dealt(shape.key_heads, degree).heads

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.arguments import check_group, default_scale, plain_call, prepare
+from ringattn.arguments import check_group, plain_call, prepare
 from ringattn.keeping import Results, kept_or_run, selectively_checkpointed
 from ringattn.kernels import accumulator_dtype
 from ringattn.operators import attend_by_operator
@@ -104,11 +104,10 @@ def _attend(
     transport: str | Transport,
     ulysses: int | Ulysses,
 ) -> Any:
-    rank = check_group(plan, group)
     options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand, "kernel": kernel}
     if ulysses != 1:
-        scale = default_scale(q) if scale is None else scale
-        return _with_heads_exchanged(ulysses, transport, group, q, k, v, plan, **(options | {"scale": scale}))
+        return _with_heads_exchanged(ulysses, transport, group, q, k, v, plan, **options)
+    rank = check_group(plan, group)
     call = prepare(q, k, v, plan, group, rank, transport=transport, **options)
     width, parameters = call.values.shape[-1], call.expansion.parameters
     if selection is None:
@@ -139,8 +138,10 @@ def _with_heads_exchanged(
     plan: Plan,
     **options: Any,
 ) -> Any:
-    from ringattn.ulysses import ulysses_attention, ulysses_of  # it calls ring_attention
+    from ringattn.ulysses import Ulysses, ulysses_attention, ulysses_of  # it calls ring_attention
 
+    if not isinstance(ulysses, Ulysses) or ulysses.group is not group:
+        check_group(plan, group)
     if group is None:
         raise ValueError(f"ring_attention: ulysses: needs a group of several ranks, got group=None and {ulysses!r}")
     if not isinstance(transport, str):

@@ -61,6 +61,8 @@ class Plan:
     _transports: dict[tuple[int, str], Any] = field(default_factory=dict, repr=False, compare=False)
     # What the ranks agreed on in the first call under this plan (see agreement.py).
     _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    # What Ulysses made of it, with whom and for which shapes (see ulysses.py).
+    _exchanged: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     # By which an operator finds this plan (see handles.py): every plan has its own.
     _handle: Tensor = field(init=False, repr=False, compare=False)
 
@@ -92,7 +94,10 @@ class Plan:
 
     def with_documents(self, documents: Sequence[int] | Tensor | None) -> Plan:
         """The same plan for another row with other documents. As a plan of its own, it is agreed between ranks anew."""
-        return replace(self, documents=documents, _blocks={}, _columns={}, _schedules={}, _starts={}, _agreed={})  # type: ignore[arg-type]
+        own: dict[str, Any] = {
+            name: {} for name in ("_blocks", "_columns", "_schedules", "_starts", "_agreed", "_exchanged")
+        }
+        return replace(self, documents=documents, **own)  # type: ignore[arg-type]
 
     def chunks(self, rank: int) -> tuple[range, ...]:
         """Chunks of global positions that `rank` holds, in storage order."""

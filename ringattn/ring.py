@@ -13,6 +13,7 @@ error does not grow with the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from ringattn.merge import RowSum
 from ringattn.plan import Plan
 from ringattn.schedule import Stop, own_tokens, plain_schedule
 from ringattn.transport import Passage, Payload, Transport
+
+_NO_RANGE = nullcontext()
 
 Schedule = tuple[Stop, ...]
 
@@ -77,7 +80,7 @@ def ring_forward(
         ring.enter(what, stop)
         held = passage.arrival(stop)
         if held is not None:
-            with torch.profiler.record_function(f"ring {what} {_named(stop)}"):
+            with _traced(what, stop):
                 visit(stop, held)
         held = None  # or the next payload would take room beside it
         passage.leave(stop)
@@ -112,11 +115,11 @@ def ring_backward(
         held = passage.arrival(stop)
         found: Payload | None = None
         if held is not None:
-            with torch.profiler.record_function(f"ring {what} {_named(stop)}"):
+            with _traced(what, stop):
                 found = visit(stop, held)
         if stop.hops != (0,):
             ring.now(f"{what} {_hops(stop)} gradients", "what ranks that were visited before give back")
-            with torch.profiler.record_function(f"ring {what} gradients of {_named(stop)}"):
+            with _traced(f"{what} gradients of", stop):
                 passage.give_back(stop, found, totals)
         elif found is not None:
             for total, part in zip(totals, found, strict=True):
@@ -134,9 +137,16 @@ def _hops(stop: Stop) -> str:
     return f"hop {stop.hops[0]}" if len(stop.hops) == 1 else f"hops {stop.hops[0]} to {stop.hops[-1]}"
 
 
-def _named(stop: Stop) -> str:
-    """For traces: "hop 2 from rank 1"."""
-    return f"{_hops(stop)} from {_ranks(stop)}"
+def named(what: str) -> AbstractContextManager[object]:
+    """A range of that name in traces. It costs host time, so there is none where nobody looks."""
+    return torch.profiler.record_function(what) if torch.autograd._profiler_enabled() else _NO_RANGE
+
+
+def _traced(what: str, stop: Stop) -> AbstractContextManager[object]:
+    """Named "ring forward hop 2 from rank 1"."""
+    if not torch.autograd._profiler_enabled():
+        return _NO_RANGE
+    return named(f"ring {what} {_hops(stop)} from {_ranks(stop)}")
 
 
 def _ranks(stop: Stop) -> str:

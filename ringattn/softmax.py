@@ -10,7 +10,7 @@ from torch import Tensor
 from ringattn.kernels import accumulator_dtype, pick_kernel
 from ringattn.mask import Block, Relation
 from ringattn.merge import RowMerge, RowSum
-from ringattn.ring import Ring, ring_backward, ring_forward
+from ringattn.ring import Ring, named, ring_backward, ring_forward
 from ringattn.schedule import Stop, joined_schedule, plain_schedule
 from ringattn.scoring.expansion import Expansion
 from ringattn.transport import Payload
@@ -40,6 +40,13 @@ class SoftmaxAttention:
 
     def forward(self, width: int, q: Tensor, payload: Payload) -> tuple[Tensor, Tensor]:
         """Out [B, S, H, Dv = width] in q's dtype, and lse [B, H, S] in the accumulator dtype."""
+        only = self._only_block()
+        if only is not None:
+            k, v = payload
+            kernel, causal = pick_kernel(self.kernel, q, k, v, masked=False), only.relation is Relation.CAUSAL
+            with named("ring forward hop 0 from rank 0"):
+                out, lse = kernel.forward(q, k, v, causal=causal, mask=None, scale=self.scale)
+            return out.contiguous(), lse.contiguous()
         out = torch.empty(*q.shape[:3], width, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulator_dtype(q.dtype), device=q.device)
         for heads, kv_heads in self._head_groups(q, payload):
@@ -49,6 +56,14 @@ class SoftmaxAttention:
 
     def backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, payload: Payload) -> tuple[Tensor, ...]:
         """Gradients of q and of the own payload, in their dtypes."""
+        only = self._only_block()
+        if only is not None:
+            k, v = payload
+            kernel = pick_kernel(self.kernel, q, k, v, masked=False, backward=True)
+            causal = only.relation is Relation.CAUSAL
+            with named("ring backward hop 0 from rank 0"):
+                gradients = kernel.backward(dout, q, k, v, out, lse, causal=causal, mask=None, scale=self.scale)
+            return tuple(x.to(q.dtype) for x in gradients)
         groups = list(self._head_groups(q, payload))
         if len(groups) == 1:
             return self._backward(dout, q, payload, out, lse, None)
@@ -136,6 +151,14 @@ class SoftmaxAttention:
                 cut=cut,
             )
         return plan._schedules[key]
+
+    def _only_block(self) -> Block | None:
+        """The block that is all the work of a ring of one, if it is one and unmasked: nothing to merge or copy."""
+        plan = self.ring.plan
+        if plan.cp_size > 1 or not self.expansion.plain:
+            return None
+        blocks = plan.blocks(0, 0)
+        return blocks[0] if len(blocks) == 1 and blocks[0].relation is not Relation.PARTIAL else None
 
     def _mask(self, block: Block, stop: Stop, device: torch.device) -> Tensor | None:
         if block.relation is not Relation.PARTIAL:

@@ -7,15 +7,22 @@ r-th rank for striped. So the inner ring of r needs no plan of another kind.
 
 from __future__ import annotations
 
-Spans = tuple[slice, ...]
-"""For each member of a team, the heads of a tensor that it works on; members may share heads."""
+from typing import NamedTuple
 
 
-def dealt(heads: int, degree: int) -> Spans:
+class Dealt(NamedTuple):
+    """Heads among the members of a team: cut into `runs` of `heads` each, every run for `copies` members in a row."""
+
+    runs: int
+    copies: int
+    heads: int
+
+
+def dealt(heads: int, degree: int) -> Dealt:
     """Each member's share of the heads; where there are fewer than members, one that it shares with others."""
     if heads % degree:
-        return tuple(slice(j * heads // degree, j * heads // degree + 1) for j in range(degree))
-    return tuple(slice(j * heads // degree, (j + 1) * heads // degree) for j in range(degree))
+        return Dealt(heads, degree // heads, 1)
+    return Dealt(degree, 1, heads // degree)
 
 
 def team_of(layout: str, size: int, degree: int, rank: int) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ Source: Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509; crossed with a ring:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -23,13 +22,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.agreement import DTYPES, agree
+from ringattn.arguments import check_group, default_scale
 from ringattn.attention import ring_attention
+from ringattn.exchanged import Exchanged, ExchangedAttention
 from ringattn.head_exchange import HeadExchange, ToHeads, ToTokens
-from ringattn.kernels import accumulator_dtype
+from ringattn.kernels import accumulator_dtype, check_kernel
 from ringattn.plan import Plan
-from ringattn.scoring.expansion import Expand
+from ringattn.ring import Ring
+from ringattn.scoring.expansion import Expand, Expansion
 from ringattn.scoring.selection import Selection, Votes
-from ringattn.teams import dealt, degree_problem, heads_problem, ring_of, team_of
+from ringattn.softmax import SoftmaxAttention
+from ringattn.teams import degree_problem, heads_problem, ring_of, team_of
 from ringattn.transport import RingStats, Transport, make_transport
 
 
@@ -52,10 +55,8 @@ class Ulysses:
     transport: Transport | None
     timeout: Callable[[], timedelta] | None
     stats: RingStats
-    # Without documents; and the inner plan of the plan attended to last: layers come one after the other with the same.
-    _base: Plan | None = None
-    _last: tuple[Plan, Plan] | None = None
-    _orders: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _base: Plan | None = None  # the inner plan made last, without documents
+    _exchanges: dict[tuple[int, torch.device], HeadExchange] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -63,38 +64,40 @@ class Ulysses:
 
     def inner_plan(self, plan: Plan) -> Plan:
         """The plan of the ring of r, whose shards are the teams' tokens."""
-        if self._last is None or self._last[0] is not plan:
+        if self not in plan._exchanged:
             rings = self.size // self.degree
             base = Plan(plan.seq_len, rings, plan.layout, plan.causal, plan.window, plan.sinks)
             if self._base != base:
                 self._base = base
             assert self._base is not None
             # Derived plans share what is costly. Each is agreed anew, as `plan` itself is, on all ranks alike.
-            self._last = (plan, self._base.with_documents(plan.documents))
-        return self._last[1]
+            plan._exchanged[self] = self._base.with_documents(plan.documents)
+        inner: Plan = plan._exchanged[self]
+        return inner
 
     def exchange(self, plan: Plan, device: torch.device) -> HeadExchange:
-        """This rank's team and its tokens under `plan`."""
-        rank = dist.get_rank(self.group)
-        team = team_of(self.layout, self.size, self.degree, rank)
+        """What this rank's team does with rows of the plan's length."""
         key = (plan.seq_len, device)
-        if key not in self._orders:
-            gathered = torch.cat([plan.positions(other) for other in team])
-            order = gathered.argsort()
+        if key not in self._exchanges:
+            rank = dist.get_rank(self.group)
+            team = team_of(self.layout, self.size, self.degree, rank)
             ring_rank = ring_of(self.layout, self.size, self.degree, rank).index(rank)
-            assert torch.equal(gathered[order], self.inner_plan(plan).positions(ring_rank))
-            self._orders[key] = (order.to(device), order.argsort().to(device))
-        order, inverse = self._orders[key]
-        return HeadExchange(
-            group=self.group,
-            team=team,
-            member=team.index(rank),
-            tokens=tuple(plan.shard_len(other) for other in team),
-            order=order,
-            inverse=inverse,
-            stats=self.stats,
-            timeout=self.timeout,
-        )
+            with torch.inference_mode(False):  # of use to any later caller
+                gathered = torch.cat([plan.positions(other) for other in team])
+                order = gathered.argsort()
+                assert torch.equal(gathered[order], self.inner_plan(plan).positions(ring_rank))
+                sorted_already = torch.equal(gathered[order], gathered)
+                self._exchanges[key] = HeadExchange(
+                    group=self.group,
+                    team=team,
+                    member=team.index(rank),
+                    tokens=tuple(plan.shard_len(other) for other in team),
+                    order=None if sorted_already else order.to(device),
+                    inverse=None if sorted_already else order.argsort().to(device),
+                    stats=self.stats,
+                    timeout=self.timeout,
+                )
+        return self._exchanges[key]
 
 
 def make_ulysses(
@@ -183,22 +186,18 @@ def ulysses_attention(
         ValueError: heads or plan do not fit (in a group of several ranks: TopologyError, on all of them).
         TopologyError, PeerError: as in `ring_attention`.
     """
-    rank = dist.get_rank(ulysses.group)
-    scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     if expand is not None:
-        k, v = expand(k, v, plan.positions(rank, q.device))
-    problem = _problem(q, k, v, plan, rank, ulysses, selection)
-    if ulysses.size > 1:
-        scoring = "no selection" if selection is None else f"selection head {selection.head}, lag {selection.lag}"
-        agree(q, k, v, plan, ulysses.group, problem, scale, f"ulysses of degree {ulysses.degree}, {scoring}")
-    elif problem is not None:
-        raise ValueError(problem)
+        k, v = expand(k, v, plan.positions(dist.get_rank(ulysses.group), q.device))
+    if selection is None:
+        return ExchangedAttention.apply(_exchanged(q, k, v, plan, ulysses, scale, kernel), q, k, v)
+    _check(q, k, v, plan, ulysses, scale, kernel, selection)
     exchange = ulysses.exchange(plan, q.device)
-    shares = [dealt(x.shape[2], ulysses.degree) for x in (q, k, v)]
     ballots = _ballots(q, k, selection)
-    everywhere = (slice(0, 1),) * ulysses.degree
-    spans = (*shares, *(everywhere for _ in ballots))
-    team_q, team_k, team_v, *team_ballots = ToHeads.apply(exchange, spans, q, k, v, *ballots)
+    tensors = (q, k, v, *ballots)
+    there = exchange.parcel([(x, x.shape[3]) for x in tensors])
+    back = exchange.parcel([(q, v.shape[3])])
+    team_q, team_k, team_v, *team_ballots = ToHeads.apply(exchange, there, *tensors)
     found = ring_attention(
         team_q,
         team_k,
@@ -206,17 +205,64 @@ def ulysses_attention(
         ulysses.inner_plan(plan),
         ulysses.ring_group,
         scale=scale,
-        selection=None if selection is None else _carried(selection, team_ballots, q, scale),
+        selection=_carried(selection, team_ballots, q, scale),
         kernel=kernel,
         transport=ulysses.transport or "auto",
     )
     out, cost = found if isinstance(found, tuple) else (found, None)
-    out = ToTokens.apply(exchange, (shares[0],), out)[0]
-    if cost is None:
-        return out
-    first = sum(exchange.tokens[: exchange.member])  # the cost is the same on the whole team: each takes its tokens'
-    own = exchange.inverse[first : first + exchange.tokens[exchange.member]]
-    return out, cost.index_select(1, own)
+    out = ToTokens.apply(exchange, back, out)[0]
+    return out if cost is None else (out, exchange.own(cost))  # the cost is the same on the whole team
+
+
+def _exchanged(q: Tensor, k: Tensor, v: Tensor, plan: Plan, ulysses: Ulysses, scale: float, kernel: str) -> Exchanged:
+    """What plain calls like this one need, found in the plan from the second one on: no check is made again."""
+    tensors = (q, k, v)
+    key = (ulysses, scale, kernel, *((x.shape, x.dtype, x.device) for x in tensors))
+    found: Exchanged | None = plan._exchanged.get(key)
+    if found is None:
+        _check(q, k, v, plan, ulysses, scale, kernel, None)
+        exchange, inner, ring = ulysses.exchange(plan, q.device), ulysses.inner_plan(plan), ulysses.ring_group
+        # What the inner ring would have to agree on follows from what all ranks have agreed on here.
+        inner_rank = 0 if ring is None else dist.get_rank(ring)
+        work = SoftmaxAttention(
+            Ring(plan=inner, rank=inner_rank, transport=ulysses.transport),
+            Expansion(None, inner, q.device),
+            kernel,
+            scale,
+        )
+        found = plan._exchanged[key] = Exchanged(
+            exchange=exchange,
+            there=exchange.parcel([(x, x.shape[3]) for x in tensors]),
+            back=exchange.parcel([(q, v.shape[3])]),
+            work=work,
+            width=v.shape[3],
+        )
+    return found
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    ulysses: Ulysses,
+    scale: float,
+    kernel: str,
+    selection: Selection | None,
+) -> None:
+    """Raise on all ranks if the arguments of one do not fit, or not those of the others."""
+    rank = check_group(plan, ulysses.group)
+    problem = _problem(q, k, v, plan, rank, ulysses, selection)
+    if problem is None and selection is None:  # else by the inner ring, whose tables of kernels are others
+        try:
+            check_kernel(kernel, q, k, v)
+        except ValueError as error:
+            problem = str(error)
+    if ulysses.size > 1:
+        scoring = "no selection" if selection is None else f"selection head {selection.head}, lag {selection.lag}"
+        agree(q, k, v, plan, ulysses.group, problem, scale, f"ulysses of degree {ulysses.degree}, {scoring}")
+    elif problem is not None:
+        raise ValueError(problem)
 
 
 def _problem(
@@ -237,6 +283,8 @@ def _problem(
         )
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"ulysses: q, k, v need one dtype of fp64, fp32, bf16, fp16; got {q.dtype}, {k.dtype}, {v.dtype}"
+    if not q.device == k.device == v.device:
+        return f"ulysses: q, k, v need one device, got {q.device}, {k.device}, {v.device}"
     if selection is not None and selection.head >= q.shape[2]:
         return f"ulysses: selection head {selection.head} does not exist, q has {q.shape[2]} heads"
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:

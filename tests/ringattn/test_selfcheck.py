@@ -131,8 +131,8 @@ def swapped_heads_worker(rank, world_size, degree):
 
     right = HeadExchange.to_tokens
 
-    def swapped(self, tensors, spans):
-        return [x.flip(2) if len(tensors) == 1 else x for x in right(self, tensors, spans)]
+    def swapped(self, parcel, tensors):
+        return [x.flip(2) if len(tensors) == 1 else x for x in right(self, parcel, tensors)]
 
     HeadExchange.to_tokens = swapped
     with pytest.raises(ringattn.SelfCheckError) as caught:
