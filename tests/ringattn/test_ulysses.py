@@ -134,8 +134,8 @@ def selection_tensors():
     return problem(case), votes, [torch.tensor([x], dtype=torch.float64) for x in (0.1, 0.2)]
 
 
-def selection_worker(rank, world_size, degree):
-    plan = ringattn.Plan(37, world_size, documents=(0, 14, 37))
+def selection_worker(rank, world_size, degree, layout):
+    plan = ringattn.Plan(37, world_size, layout, documents=(0, 14, 37))
     ulysses = ulysses_of(degree, plan, dist.group.WORLD)
     assert ulysses_of(degree, plan.with_documents(None), dist.group.WORLD) is ulysses
     tensors, votes, factors = selection_tensors()
@@ -152,8 +152,8 @@ def selection_worker(rank, world_size, degree):
     return [ringattn.unshard(x, plan, dist.group.WORLD) for x in found[:-2]] + found[-2:]
 
 
-@pytest.mark.parametrize(("size", "degree"), [(2, 2), (4, 2)])
-def test_selection_with_its_head_on_another_rank(size, degree):
+@pytest.mark.parametrize(("size", "degree", "layout"), [(2, 2, "zigzag"), (4, 2, "zigzag"), (2, 2, "contiguous")])
+def test_selection_with_its_head_on_another_rank(size, degree, layout):
     tensors, votes, factors = selection_tensors()
 
     def dense(q, k, v, selection):
@@ -162,7 +162,7 @@ def test_selection_with_its_head_on_another_rank(size, degree):
         return out, memory_cost(bias, visibility(37, documents=(0, 14, 37)), SELECTION["memory_tau"])
 
     expected = scored(dense, *tensors, votes, *factors)
-    for found in run_ranks(selection_worker, size, degree):
+    for found in run_ranks(selection_worker, size, degree, layout):
         for number, (actual, truth) in enumerate(zip(found, expected, strict=True)):
             assert error(actual, truth) <= 1e-10, (number, error(actual, truth))
 
