@@ -16,7 +16,7 @@ from ringattn.schedule import plain_schedule
 from ringattn.scoring.attention import SelectiveAttention, selection_terms
 from ringattn.scoring.expansion import Expand, Expansion
 from ringattn.scoring.pieces import all_pieces
-from ringattn.scoring.selection import Selection
+from ringattn.scoring.selection import Selection, selection_problem
 from ringattn.transport import Transport, transport_of
 
 _PARTS = 4  # queries looked at per chunk
@@ -54,22 +54,30 @@ def selection_statistics(
 ) -> SelectionStatistics:
     """Look at F of one layer for a few queries of every rank, without attention: about 1 / (2 H) of its forward.
 
-    A collective of the ring. Arguments as in `ring_attention`, which checks them; call it with the same ones first.
+    A collective of the ring. Arguments as in `ring_attention`, which checks tensors and what the ranks must have in
+    common; call it with the same ones first. Sums are fp32 (fp64 for fp64 inputs), whatever autocast says.
 
     Returns:
         The same on every rank.
+
+    Raises:
+        ValueError: a selection that does not fit q, k or the plan.
     """
     rank = 0 if group is None else dist.get_rank(group)
     channel = transport_of(transport, plan, group) if group is not None and plan.cp_size > 1 else None
     ring = Ring(plan=plan, rank=rank, transport=channel)
     keys, _ = Expansion(expand, plan, q.device).forward(plain_schedule(plan, rank)[0], (k, v))
+    problem = selection_problem(selection, plan, q, keys, rank)
+    if problem is not None:
+        raise ValueError(f"selection_statistics: {problem}")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     terms = selection_terms(selection, q, keys, scale)
     pieces = all_pieces(plan, selection.lag, parts=_PARTS)
     work = SelectiveAttention(ring, Expansion(None, plan, q.device), kernel, scale, terms, pieces=pieces)
     ballot_q = torch.stack([q[:, :, selection.head], *(votes.q for votes in selection.earlier)], dim=2)
     ballot_k = torch.stack([keys[:, :, terms.key_head], *(votes.k for votes in selection.earlier)], dim=2)
-    carries = work.carries(ballot_q, ballot_k, selection.weights(q, accumulator_dtype(q.dtype)))
+    with torch.autocast(q.device.type, enabled=False):
+        carries = work.carries(ballot_q, ballot_k, selection.weights(q, accumulator_dtype(q.dtype)))
 
     last = max(0, math.ceil(math.log(max(plan.seq_len, 2), 4)))
     edges = torch.tensor([4**power for power in range(last + 1)], device=q.device)
