@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.launch.engine import toy
-from tests.launch.engine.test_engines import CLIP, bad_step, micros_of, resume, same_bits, train
+from tests.launch.engine.test_engines import CLIP, bad_step, micros_of, train
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -35,11 +35,11 @@ def on_gpu(rank: int, world_size: int, port: int, kinds: tuple[str, ...]) -> dic
         for precision in ("fp32", "bf16"):
             torch.cuda.reset_peak_memory_stats()
             engine = toy.start(kind, device="cuda", precision=precision, clip_norm=CLIP)
-            fresh = toy.whole(engine.state())
-            bad = bad_step(engine, fresh)
+            fresh = toy.own(engine.state())
+            bad = bad_step(engine)
             history = train(engine, range(4))
-            trained = toy.whole(engine.state())
-            resume(engine, fresh)
+            trained = toy.own(engine.state())
+            toy.fill(engine, fresh)
             again = train(engine, range(4))
             found[f"{kind} {precision}"] = {
                 "backend": dist.get_backend(engine.topology.world_group),
@@ -47,7 +47,7 @@ def on_gpu(rank: int, world_size: int, port: int, kinds: tuple[str, ...]) -> dic
                 "bad": bad,
                 "history": history,
                 "agreed": toy.same_on_all_ranks([number for pair in history for number in pair]),
-                "resumed": again == history and same_bits(toy.whole(engine.state()), trained),
+                "resumed": toy.holds(engine, trained) and again == history,
                 "peak": torch.cuda.max_memory_allocated(),
             }
             engine.close()

@@ -29,9 +29,10 @@ def train(engine: Engine, steps: range) -> list[tuple[float, float]]:
     return [toy.engine_step(engine, step, micros=micros_of(step)) for step in steps]
 
 
-def bad_step(engine: Engine, before: dict[str, torch.Tensor]) -> dict[str, Any]:
+def bad_step(engine: Engine) -> dict[str, Any]:
     """A step with NaN on the last rank only, dropped; then one dropped half way."""
     topology = engine.topology
+    before = toy.own(engine.state())
     spoil = math.nan if topology.rank == topology.world_size - 1 else 1.0
     _, norm = toy.engine_step(engine, 1, micros=2, spoil=spoil, finish=False)
     named = [name for names in topology.gather_objects(engine.bad_gradients()) for name in names]
@@ -41,50 +42,33 @@ def bad_step(engine: Engine, before: dict[str, torch.Tensor]) -> dict[str, Any]:
     except NumericsError:
         refused = True
     engine.discard()
-    unchanged = {"nan": same_bits(toy.whole(engine.state()), before)}
+    unchanged = {"nan": toy.holds(engine, before)}
     loss_sum = engine.forward(**toy.inputs(2, topology.rank, topology.world_size, 0))
     engine.backward(loss_sum, 5, last=False)
     engine.discard()
     engine.forward(**toy.inputs(2, topology.rank, topology.world_size, 0))
     engine.discard()
-    unchanged["half"] = same_bits(toy.whole(engine.state()), before)
+    unchanged["half"] = toy.holds(engine, before)
     return {"norm": norm, "agreed": toy.same_on_all_ranks([norm]), "named": named, "refused": refused, **unchanged}
-
-
-def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def resume(engine: Engine, saved: dict[str, torch.Tensor]) -> None:
-    """Fill the engine's state in place, as a checkpoint does, and load it."""
-    state = engine.state()
-    rank, world_size = engine.topology.rank, engine.topology.world_size
-    for key, tensor in state.items():
-        if isinstance(tensor, toy.DTensor):
-            rows = -(-tensor.shape[0] // world_size)
-            tensor.to_local().copy_(saved[key][rows * rank : rows * (rank + 1)])
-        else:
-            tensor.copy_(saved[key])
-    engine.load(state)
 
 
 def check_engine(rank: int, world_size: int, kinds: tuple[str, ...], steps: int) -> dict[str, Any]:
     found = {}
     for kind in kinds:
         engine = toy.start(kind.removesuffix(UNTIED), tied=not kind.endswith(UNTIED), clip_norm=CLIP)
-        fresh = toy.whole(engine.state())
-        bad = bad_step(engine, fresh)
+        fresh, initial = toy.whole(engine.state()), toy.own(engine.state())
+        bad = bad_step(engine)
         train(engine, range(1))
         after_one = toy.whole(engine.state())
-        resume(engine, fresh)
+        toy.fill(engine, initial)
         with torch.no_grad():
             evaluation = float(engine.forward(**toy.inputs(0, 0, world_size, 0)))
         half = steps // 2
         history = train(engine, range(half))
-        saved = toy.whole(engine.state())
+        saved = toy.own(engine.state())
         history += train(engine, range(half, steps))
-        final = toy.whole(engine.state())
-        resume(engine, saved)
+        final = toy.own(engine.state())
+        toy.fill(engine, saved)
         again = train(engine, range(half, steps))
         found[kind] = {
             "fresh": fresh,
@@ -93,7 +77,7 @@ def check_engine(rank: int, world_size: int, kinds: tuple[str, ...], steps: int)
             "evaluation": evaluation,
             "history": history,
             "agreed": toy.same_on_all_ranks([number for pair in history for number in pair]),
-            "resumed": again == history[half:] and same_bits(toy.whole(engine.state()), final),
+            "resumed": toy.holds(engine, final) and again == history[half:],
         }
         engine.close()
     return found if rank == 0 else {}
