@@ -92,6 +92,8 @@ def _scoring_description(selection: Selection | None, expand: Expand | None) -> 
     expansion = "no expand" if expand is None else "with expand"
     if selection is None:
         return f"no selection, {expansion}"
+    if not isinstance(selection, Selection):  # refused, by `selection_problem`
+        return f"a {type(selection).__name__} for a selection, {expansion}"
     gain = "learned" if isinstance(selection.gain, Tensor) else f"{float(selection.gain):g}"
     return (
         f"selection head {selection.head}, lag {selection.lag}, gain {gain}, protect_first {selection.protect_first}, "

@@ -81,8 +81,11 @@ class Expansion:
         owner = getattr(self._expand, "__self__", self._expand)  # a bound method is a new object every time
         check = torch.is_grad_enabled() and owner not in self._plan._checked
         # This graph is looked at and dropped; a checkpoint around the call must not count what it would save.
-        with torch.set_grad_enabled(check), self._as_called(), saved_tensors_hooks(_same, _same):
-            result = self._expand(k.detach(), v.detach(), self._plan.positions(rank, self._device))
+        try:
+            with torch.set_grad_enabled(check), self._as_called(), saved_tensors_hooks(_same, _same):
+                result = self._expand(k.detach(), v.detach(), self._plan.positions(rank, self._device))
+        except ValueError as error:  # it refuses its input, perhaps on this rank only: the others must hear of it
+            return k, v, f"expand: {error}"
         if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
             return k, v, f"expand: expected a pair of tensors (keys, values), got {type(result).__name__}"
         hidden = _hidden_leaves(result, self.parameters) if check else 0

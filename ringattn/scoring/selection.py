@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringattn.agreement import DTYPES
 from ringattn.plan import Plan
 
 
@@ -38,8 +39,10 @@ class Votes:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, Tensor) or self.weight.numel() != 1 or not self.weight.is_floating_point():
-            raise ValueError(f"Votes: weight: expected a one-element float tensor, got {_shown(self.weight)}")
+        if not _is_factor(self.weight):
+            raise ValueError(
+                f"Votes: weight: expected a one-element tensor of fp64, fp32, bf16 or fp16, got {_shown(self.weight)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +61,8 @@ class Selection:
             of min(F, memory_tau) / memory_tau, for the memory loss; differentiable.
 
     Raises:
-        ValueError: head below 0, lag below 1, a gain that is not a finite number or a one-element tensor.
+        ValueError: head below 0, lag below 1, a gain that is neither a finite number nor a one-element tensor of fp64,
+            fp32, bf16 or fp16, a protect_first that is no bool, an `earlier` that is no tuple of Votes.
     """
 
     head: int = 0
@@ -76,10 +80,15 @@ class Selection:
                 "Selection: lag: expected an integer of at least 1 (1 is the exact form) and below 2^31, "
                 f"got {self.lag!r}"
             )
+        if not isinstance(self.protect_first, bool):
+            raise ValueError(f"Selection: protect_first: expected True or False, got {self.protect_first!r}")
+        if not isinstance(self.earlier, tuple) or not all(isinstance(votes, Votes) for votes in self.earlier):
+            raise ValueError(f"Selection: earlier: expected a tuple of Votes, got {_shown_all(self.earlier)}")
         if isinstance(self.gain, Tensor):
-            if self.gain.numel() != 1 or not self.gain.is_floating_point():
+            if not _is_factor(self.gain):
                 raise ValueError(
-                    f"Selection: gain: expected a number or a one-element float tensor, got {_shown(self.gain)}"
+                    "Selection: gain: expected a number or a one-element tensor of fp64, fp32, bf16 or fp16, "
+                    f"got {_shown(self.gain)}"
                 )
         elif not _is_number(self.gain, (int, float)) or not math.isfinite(self.gain):
             raise ValueError(f"Selection: gain: expected a finite number or a one-element tensor, got {self.gain!r}")
@@ -98,6 +107,17 @@ def _is_number(x: object, kind: type | tuple[type, ...]) -> bool:
     return isinstance(x, kind) and not isinstance(x, bool)
 
 
+def _is_factor(x: object) -> bool:
+    return isinstance(x, Tensor) and x.numel() == 1 and x.dtype in DTYPES
+
+
+def _shown_all(x: object) -> str:
+    """The types of what is in a sequence: votes are tensors, which nobody wants to read."""
+    if not isinstance(x, (tuple, list)):
+        return repr(x)
+    return f"a {type(x).__name__} of {', '.join(sorted({type(item).__name__ for item in x})) or 'nothing'}"
+
+
 def _shown(x: object) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
@@ -112,6 +132,8 @@ def selection_problem(selection: Selection, plan: Plan, q: Tensor, keys: Tensor,
         keys: the expanded keys of this shard, [B, S, G, D].
         rank: rank in the ring, whose shard the earlier votes must cover.
     """
+    if not isinstance(selection, Selection):
+        return f"selection: expected a ringattn.Selection or None, got {type(selection).__name__}"
     if selection.head >= q.shape[2]:
         return f"selection head {selection.head} does not exist, q has {q.shape[2]} heads (0 to {q.shape[2] - 1})"
     if not plan.causal:

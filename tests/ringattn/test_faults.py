@@ -18,6 +18,10 @@ def qkv(tokens, heads=4, groups=2, width=8, dtype=torch.float32, batch=1):
     return [torch.randn(batch, tokens, h, width, dtype=dtype, requires_grad=True) for h in (heads, groups, groups)]
 
 
+def in_float8(tensors):
+    return [x.detach().to(torch.float8_e4m3fn) for x in tensors]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -30,6 +34,7 @@ def qkv(tokens, heads=4, groups=2, width=8, dtype=torch.float32, batch=1):
         (lambda q, k, v: (q[:, :, :3], k, v), "multiple of key/value heads, got 3 and 2"),
         (lambda q, k, v: (q, k.double(), v), "one dtype of fp64, fp32, bf16, fp16; got torch.float32, torch.float64"),
         (lambda q, k, v: (q.int(), k.int(), v.int()), "one dtype"),
+        (lambda *tensors: in_float8(tensors), "one dtype of fp64, fp32, bf16, fp16; got torch.float8_e4m3fn"),
     ],
 )
 def test_bad_tensors(change, message):
@@ -58,10 +63,14 @@ def disagree_worker(rank, world_size, kind):
         tensors = qkv(tokens + 1)
     if kind == "documents":
         plan = plan.with_documents([0, 8 + rank, 24])
+    if kind == "float8":
+        tensors = in_float8(tensors)
     scale = 2.0 if rank == 1 and kind == "scale" else None
+    transport = ringattn.make_transport("p2p", dist.group.WORLD)
     try:
-        ringattn.ring_attention(*tensors, plan, dist.group.WORLD, scale=scale)
+        ringattn.ring_attention(*tensors, plan, dist.group.WORLD, scale=scale, transport=transport)
     except ringattn.TopologyError as error:
+        assert transport.stats.take().bytes_sent == 0
         return str(error)
     return "nothing was raised"
 
@@ -75,9 +84,10 @@ def disagree_worker(rank, world_size, kind):
         ("length", "rank 1"),
         ("scale", "rank 1: .*scale 2"),
         ("documents", "rank 2: .*documents"),
+        ("float8", "q, k, v need one dtype of fp64, fp32, bf16, fp16; got torch.float8_e4m3fn"),
     ],
 )
-def test_ranks_that_disagree_all_raise(kind, expected):
+def test_ranks_that_disagree_or_cannot_all_raise_before_any_hop(kind, expected):
     for message in run_ranks(disagree_worker, 3, kind):
         assert re.search(expected, message), message
 

@@ -16,6 +16,7 @@ from ringattn.testing import dense_attention, error, within_twice
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[2]
+FLOAT8 = torch.float8_e4m3fn
 
 
 def pieces(seq_len, cp_size, layout, lag):
@@ -72,7 +73,14 @@ def votes(seq_len=8, width=8, dtype=torch.float32, weight=None):
         ({"gain": float("nan")}, "gain: expected a finite number or a one-element tensor, got nan"),
         ({"gain": "learned"}, "gain: expected a finite number or a one-element tensor, got 'learned'"),
         ({"memory_tau": "x"}, "memory_tau: expected a number above 0"),
-        ({"gain": torch.ones(2)}, r"gain: .* one-element float tensor, got torch.float32 of shape \(2,\)"),
+        ({"gain": torch.ones(2)}, r"gain: .* one-element tensor of fp64, .*, got torch.float32 of shape \(2,\)"),
+        ({"gain": torch.ones(1, dtype=torch.long)}, "gain: .* of fp64, fp32, bf16 or fp16, got torch.int64"),
+        ({"gain": torch.ones(1).to(FLOAT8)}, "gain: .* of fp64, fp32, bf16 or fp16, got torch.float8_e4m3fn of shape"),
+        ({"protect_first": "no"}, "protect_first: expected True or False, got 'no'"),
+        ({"protect_first": 0}, "protect_first: expected True or False, got 0"),
+        ({"earlier": [1]}, "earlier: expected a tuple of Votes, got a list of int"),
+        ({"earlier": (1, "x")}, "earlier: expected a tuple of Votes, got a tuple of int, str"),
+        ({"earlier": 3}, "earlier: expected a tuple of Votes, got 3"),
         ({"memory_tau": 0.0}, "memory_tau: expected a number above 0"),
     ],
 )
@@ -100,10 +108,34 @@ def test_a_selection_that_does_not_fit(selection, plan, kernel, message):
         )
 
 
-@pytest.mark.parametrize(("weight", "shown"), [(torch.ones(3), r"torch.float32 of shape \(3,\)"), (0.5, "0.5")])
+@pytest.mark.parametrize(
+    ("weight", "shown"),
+    [
+        (torch.ones(3), r"torch.float32 of shape \(3,\)"),
+        (0.5, "0.5"),
+        (torch.ones(1).to(FLOAT8), r"torch.float8_e4m3fn of shape \(1,\)"),
+    ],
+)
 def test_a_weight_of_votes_is_one_number(weight, shown):
-    with pytest.raises(ValueError, match=f"Votes: weight: expected a one-element float tensor, got {shown}"):
+    expected = f"Votes: weight: expected a one-element tensor of fp64, fp32, bf16 or fp16, got {shown}"
+    with pytest.raises(ValueError, match=expected):
         votes(weight=weight)
+
+
+@pytest.mark.parametrize("look", [ringattn.ring_attention, ringattn.selection_statistics])
+def test_a_selection_is_a_selection(look):
+    expected = f"{look.__name__}: selection: expected a ringattn.Selection or None, got dict"
+    with pytest.raises(ValueError, match=expected):
+        look(*tensors(), ringattn.Plan(8, 1), selection={"head": 0})
+
+
+def raising_on_rank_1(rank):
+    def expand(k, v, positions):
+        if rank == 1:
+            raise ValueError(f"no token at position {int(positions[0])}")
+        return k, v
+
+    return expand
 
 
 def refused_worker(rank, world_size, kind):
@@ -114,6 +146,10 @@ def refused_worker(rank, world_size, kind):
     expand = (lambda k, v, positions: (k, v)) if kind == "expand" and rank == 1 else None
     if kind == "wrong expand":
         expand = lambda k, v, positions: (k[..., : 8 - 2 * rank], v)  # noqa: E731
+    if kind == "raising expand":
+        expand = raising_on_rank_1(rank)
+    if kind == "dict" and rank == 1:
+        selection = {"head": 0}
     try:
         ringattn.ring_attention(q, k, v, plan, torch.distributed.group.WORLD, selection=selection, expand=expand)
     except ringattn.TopologyError as error:
@@ -128,12 +164,26 @@ def refused_worker(rank, world_size, kind):
         ("lag", "what differs: scoring"),
         ("absent", "what differs: scoring"),
         ("expand", "what differs: scoring"),
-        ("wrong expand", "rank 1: expand: expected keys of q's width 8, got 6|what differs: problem"),
     ],
 )
 def test_all_ranks_refuse_before_any_hop(kind, message):
     for text in run_ranks(refused_worker, 2, kind):
         assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("wrong expand", "rank 1: expand: expected keys of q's width 8, got 6"),
+        ("raising expand", "rank 1: expand: no token at position 2"),
+        ("dict", "rank 1: selection: expected a ringattn.Selection or None, got dict"),
+    ],
+)
+def test_what_one_rank_refuses_the_others_hear_of(kind, message):
+    told, refused = run_ranks(refused_worker, 2, kind)
+    assert message in refused
+    assert "what differs: problem" in told
+    assert "rank 1: arguments refused there" in told
 
 
 class Mix(nn.Module):
@@ -167,6 +217,7 @@ def test_an_expansion_with_gradients_the_ring_cannot_see_is_refused():
         (lambda k, v, p: (k[..., :4], v), "expected keys of q's width 8, got 4"),
         (lambda k, v, p: (k.double(), v), "in q's dtype torch.float32, got torch.float64"),
         (lambda k, v, p: (k[:, :, [0, 1, 0]], v[:, :, [0, 1, 0]]), "query heads must be a multiple"),
+        (raising_on_rank_1(1), "ring_attention: expand: no token at position 0"),
     ],
 )
 def test_an_expansion_of_the_wrong_shape_is_refused(expand, message):
