@@ -11,6 +11,8 @@ from tests.launch.runs import losses, settings, train_worker, write_corpus
 from tests.processes import run_ranks
 
 KINDS: dict[str, dict[str, Any]] = {
+    "mha": {"kv_heads": 4},
+    "mqa": {"kv_heads": 1},
     "gqa": {},
     "mla": {"latent_dim": 12, "rope_dim": 4, "qk_norm": False},
     "tpa": {"query_rank": 3, "key_rank": 2, "value_rank": 2, "qk_norm": False},

@@ -69,6 +69,8 @@ def test_the_bytes_are_those_that_the_transport_counts():
 
 
 KINDS = {
+    "mha": {"kv_heads": 4},
+    "mqa": {"kv_heads": 1},
     "gqa": {},
     "mla": {"latent_dim": 12, "rope_dim": 4, "qk_norm": False},
     "tpa": {"query_rank": 3, "key_rank": 2, "value_rank": 1, "qk_norm": False},
@@ -184,6 +186,8 @@ def rows_of(text):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
+        ("mha", ("mha: 4 query and 4 key/value heads of 8", "64 elements, 256 bytes per layer", "4,112")),
+        ("mqa", ("mqa: 4 query and 1 key/value heads of 8", "16 elements, 64 bytes per layer", "2,576")),
         ("gqa", ("gqa: 4 query and 2 key/value heads of 8", "32 elements, 128 bytes per layer", "3,088")),
         ("mla", ("a latent of 12 and a rotary key of 4 become 2 keys of 8 + 4", "16 elements, 64 bytes", "3,468")),
         ("tpa", ("queries, keys and values of rank 3, 2 and 1", "30 elements, 120 bytes", "3,136")),
@@ -195,7 +199,7 @@ def test_every_kind_is_described(kind, expected):
     rows = dict(rows_of(text))
     assert all(part in text for part in expected)
     assert rows["parameters per layer"].startswith(expected[2])
-    assert ("expanded keys and values" in text) == (kind != "gqa")
+    assert ("expanded keys and values" in text) == (kind in ("mla", "tpa", "sas"))
     assert "FLOP causal" in rows["FLOPs per token"]
     assert "selection" not in text
 
