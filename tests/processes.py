@@ -66,6 +66,7 @@ def _rank_main(
             world_size=world_size,
             timeout=timedelta(seconds=30),
         )
+        dist.barrier()  # else a worker that ends at once hangs up on ranks that still connect
         value = worker(rank, world_size, *args)
     except BaseException as caught:
         error, trace = caught, traceback.format_exc()
