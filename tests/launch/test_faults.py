@@ -7,6 +7,7 @@ the names are the rows of the fault matrix in docs/failures.md.
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -121,6 +122,19 @@ def preempted_run(corpus, folder):
     return run
 
 
+@pytest.fixture(scope="module")
+def stopped_once(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    preempted_run(corpus, folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """The folder of a run that was stopped after step 5, a copy for each test."""
+    return shutil.copytree(stopped_once, tmp_path / "stopped")
+
+
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
@@ -131,12 +145,11 @@ def preempted_run(corpus, folder):
     ],
 )
 def test_rows_12_and_13_resume_under_another_cp_dp_layout_engine_and_degree(
-    corpus, tmp_path, clean, world_size, changes
+    corpus, stopped, clean, world_size, changes
 ):
-    preempted_run(corpus, tmp_path)
-    run = short_run(corpus, tmp_path, **changes)
+    run = short_run(corpus, stopped, **changes)
     assert run_ranks(train_worker, world_size, [run]) == [[EXIT_DONE]] * world_size
-    for found, expected in zip(losses(tmp_path), losses(clean), strict=True):
+    for found, expected in zip(losses(stopped), losses(clean), strict=True):
         assert abs(found - expected) <= 1e-5 * abs(expected)
 
 
@@ -263,18 +276,18 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def test_rows_7_and_9_a_damaged_checkpoint_is_refused_and_the_one_before_used(corpus, tmp_path, clean, capfd):
-    run = preempted_run(corpus, tmp_path)
-    folders = sorted((tmp_path / "checkpoints").iterdir())
+def test_rows_7_and_9_a_damaged_checkpoint_is_refused_and_the_one_before_used(corpus, stopped, clean, capfd):
+    run = short_run(corpus, stopped)
+    folders = sorted((stopped / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-000003", "step-000005"]
     flip_a_bit(next(folders[1].glob("*.distcp")))
     assert run_ranks(train_worker, 2, [run]) == [[EXIT_DONE]] * 2
-    assert_same_bits(tmp_path, clean)
-    for folder in (tmp_path / "checkpoints").glob("step-*"):
+    assert_same_bits(stopped, clean)
+    for folder in (stopped / "checkpoints").glob("step-*"):
         if folder != folders[1]:  # that one is damaged already
             flip_a_bit(next(folder.glob("*.distcp")))
     assert run_ranks(train_worker, 2, [run]) == [[EXIT_CHECKPOINT]] * 2
-    assert read_status(tmp_path).exit_status == EXIT_CHECKPOINT
+    assert read_status(stopped).exit_status == EXIT_CHECKPOINT
 
 
 @pytest.mark.slow
@@ -290,11 +303,10 @@ def test_row_11_changed_data_is_refused_unless_accepted(corpus, tmp_path):
     assert run_ranks(train_worker, 2, [run]) == [[EXIT_DONE]] * 2
 
 
-def test_another_model_is_refused_with_a_table(corpus, tmp_path):
-    preempted_run(corpus, tmp_path)
-    run = short_run(corpus, tmp_path, model__ffn_dim=64)
+def test_another_model_is_refused_with_a_table(corpus, stopped):
+    run = short_run(corpus, stopped, model__ffn_dim=64)
     assert run_ranks(train_worker, 2, [run]) == [[EXIT_CHECKPOINT]] * 2
-    assert "ffn_dim: checkpoint 48, now 64" in read_status(tmp_path).message
+    assert "ffn_dim: checkpoint 48, now 64" in read_status(stopped).message
 
 
 def test_row_25_a_second_run_in_the_folder_is_refused_by_name_of_the_holder(corpus, tmp_path, capfd):

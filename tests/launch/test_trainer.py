@@ -75,7 +75,14 @@ def test_held_out_bits_per_byte_do_not_depend_on_dp_or_cp(corpus, tmp_path):
 @pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_bf16_stays_near_fp32(corpus, tmp_path, engine):
     runs = [
-        settings(corpus, tmp_path / precision, engine__name=engine, engine__precision=precision, optim__steps=10)
+        settings(
+            corpus,
+            tmp_path / precision,
+            engine__name=engine,
+            engine__precision=precision,
+            optim__steps=6,
+            optim__rows_per_step=2,
+        )
         for precision in ("fp32", "bf16")
     ]
     assert run_ranks(train_worker, 2, runs) == [[EXIT_DONE] * 2] * 2
