@@ -4,6 +4,8 @@ Faults are planted by replacing methods inside the worker processes; the product
 the names are the rows of the fault matrix in docs/failures.md.
 """
 
+import contextlib
+import io
 import os
 import random
 import resource
@@ -315,6 +317,12 @@ def test_row_25_a_second_run_in_the_folder_is_refused_by_name_of_the_holder(corp
     assert read_status(tmp_path) is None  # the status is the holder's
 
 
+def talking_worker(rank, world_size, nested):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = train_worker(rank, world_size, [nested])
+    return status, said.getvalue()
+
+
 def test_row_33_a_finished_run_says_so_and_touches_nothing(corpus, clean):
     def listing():
         return {
@@ -324,7 +332,10 @@ def test_row_33_a_finished_run_says_so_and_touches_nothing(corpus, clean):
         }
 
     before = listing()
-    assert run_ranks(train_worker, 2, [short_run(corpus, clean)]) == [[EXIT_DONE]] * 2
+    (status, said), other = run_ranks(talking_worker, 2, short_run(corpus, clean))
+    assert status == [EXIT_DONE]
+    assert said.startswith("already complete")
+    assert other == ([EXIT_DONE], "")
     assert listing() == before
     told = read_status(clean)
     assert (told.outcome, told.step) == ("complete", STEPS)
