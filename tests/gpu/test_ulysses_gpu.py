@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 
 import ringattn
+from ringattn.kernels import KERNELS
+from ringattn.parcel import Parcel
 from ringattn.testing import error, within_twice
 from ringattn.ulysses import make_ulysses, ulysses_attention
 from tests.gpu.test_ring_gpu import attend, needs_gpus, oracle, problem
@@ -13,7 +15,8 @@ from tests.processes import run_ranks
 pytestmark = pytest.mark.gpu
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
-MASKS = ({}, {"documents": (0, 100, 101, 257)})
+# Uneven shards, whose sizes are sent along, with and without documents; and even ones.
+ROWS = ((257, {}), (257, {"documents": (0, 100, 101, 257)}), (256, {}))
 
 
 def exchanged(tensors, plan, ulysses, rank):
@@ -29,9 +32,9 @@ def worker(rank, world_size, degree, cases):
     group = dist.new_group(backend="nccl")
     made = {layout: make_ulysses(group, degree, layout=layout) for layout in LAYOUTS}
     results = []
-    for layout, dtype, mask in cases:
-        plan = ringattn.Plan(257, world_size, layout=layout, **mask)
-        results.append(exchanged(problem(dtype), plan, made[layout], rank))
+    for layout, dtype, (length, mask) in cases:
+        plan = ringattn.Plan(length, world_size, layout=layout, **mask)
+        results.append(exchanged(problem(dtype, seq_len=length), plan, made[layout], rank))
     torch.cuda.synchronize()
     return results, made["zigzag"].stats.take().exposed_seconds
 
@@ -39,19 +42,53 @@ def worker(rank, world_size, degree, cases):
 @pytest.mark.parametrize(("world_size", "degree"), [(2, 2), (4, 2), (4, 4)])
 def test_ulysses_over_nccl(world_size, degree):
     needs_gpus(world_size)
-    cases = [(layout, dtype, mask) for layout in LAYOUTS for dtype in (torch.bfloat16, torch.float64) for mask in MASKS]
+    cases = [(layout, dtype, row) for layout in LAYOUTS for dtype in (torch.bfloat16, torch.float64) for row in ROWS]
     results, exposed = run_ranks(worker, world_size, degree, cases, timeout=300)[0]
     assert 0 < exposed < 60
-    for (layout, dtype, mask), found in zip(cases, results, strict=True):
-        tensors = problem(dtype)
+    for (layout, dtype, (length, mask)), found in zip(cases, results, strict=True):
+        tensors = problem(dtype, seq_len=length)
         truth = oracle(tensors, mask)
-        alone = attend(tensors, ringattn.Plan(257, 1, **mask), None, 0, "auto")
+        alone = attend(tensors, ringattn.Plan(length, 1, **mask), None, 0, "auto")
         for label, actual, same, expected in zip(("out", "dq", "dk", "dv"), found, alone, truth, strict=True):
             if dtype == torch.float64:
                 assert error(actual, expected) <= 1e-10, (layout, mask, label)
             else:
                 errors = error(actual, expected), error(same, expected)
                 assert within_twice(actual, same, expected, floor=1e-3), (layout, mask, label, errors)
+
+
+def peak_bytes(step):
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = step()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "flash3", "flash4"])
+def test_block_kernels_take_heads_where_the_exchange_put_them(name):
+    """No copy is made of what lies between other heads, and none of what goes home."""
+    q, k, v, dout = problem(torch.bfloat16, heads=(8, 2), seq_len=2048, width=128)
+    kernel = KERNELS[name]
+    if kernel.unsupported(q, k, v, masked=False) is not None:
+        pytest.skip(kernel.unsupported(q, k, v, masked=False))
+    parcel = Parcel([(8, 128), (2, 128), (2, 128)], degree=1, batch=1, tokens=2048, team_tokens=2048, dtype=q.dtype)
+    options = {"causal": True, "mask": None, "scale": 0.1}
+    found = []
+    for tensors in ((q, k, v), parcel.heads_of(parcel.for_members((q, k, v)))):
+        for _ in range(2):  # libraries prepare themselves
+            (out, lse), forward = peak_bytes(lambda own=tensors: kernel.forward(*own, **options))
+            step = lambda own=tensors, rest=(out, lse): kernel.backward(dout, *own, *rest, **options)  # noqa: E731
+            gradients, backward = peak_bytes(step)
+        assert out.is_contiguous()
+        found.append(((out, *gradients), forward, backward))
+    (expected, *alone), (actual, *between) = found
+    for a, b in zip(actual, expected, strict=True):
+        assert error(a.double(), b.double()) <= 2e-2 * b.double().abs().max().item()
+    smallest_copy = k.nbytes
+    assert between[0] < alone[0] + smallest_copy, (alone, between)
+    assert between[1] < alone[1] + smallest_copy, (alone, between)
 
 
 SHAPE = {"heads": 16, "kv_heads": 4, "head_dim": 128, "documents": True}
