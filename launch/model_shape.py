@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from launch.config import Config
+from launch.errors import DataError
 from model.config import ModelConfig, preset
 
 
@@ -12,7 +11,7 @@ def model_of(config: Config) -> ModelConfig:
     """The model's shape, its vocabulary from the tokenizer where the configuration leaves that open.
 
     Raises:
-        DataError: the tokenizer folder, which decides the vocabulary, cannot be loaded.
+        DataError: the tokenizer folder, which decides the vocabulary, is missing or cannot be loaded.
     """
     overrides = config.model.overrides()
     if "vocab_size" not in overrides:
@@ -26,6 +25,10 @@ def _vocabulary(config: Config) -> int:
         return 257
     if name == "bpe":
         return config.data.bpe_vocab  # at most: a small corpus may not have so many merges
-    from launch.data.tokenizer import FolderTokenizer
+    from launch.data.tokenizer import FolderTokenizer, check_tokenizer_folder
 
-    return FolderTokenizer(Path(name)).vocab_size
+    try:
+        folder = check_tokenizer_folder(name)
+    except DataError as error:
+        raise DataError(f"{error}; to see a plan (--plan) without it, set model.vocab_size") from None
+    return FolderTokenizer(folder).vocab_size

@@ -194,6 +194,21 @@ def test_missing_data_ends_with_65_and_leaves_no_run_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_without_the_tokenizer_folder_says_what_is_missing_and_ends_with_65(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", config, "--plan", "--nproc", "2", f"data.tokenizer={tmp_path}/tok"]
+    assert cli.main(words) == 65
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("error: data.tokenizer: expected bytes, bpe or a Hugging Face tokenizer folder, got ")
+    assert f"'{tmp_path}/tok', which is no folder" in line
+    assert "download one with `hf download NAME --local-dir FOLDER`" in line
+    assert line.endswith("; to see a plan (--plan) without it, set model.vocab_size")
+    assert cli.main([*words, "model.vocab_size=300"]) == 0
+
+
 def test_a_run_folder_that_cannot_be_used_ends_with_73(
     config: str, jobs: list[LocalJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
