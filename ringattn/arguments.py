@@ -74,11 +74,6 @@ def prepare(
     return Call(ring=ring, expansion=expansion, scale=scale, keys=keys, values=values)
 
 
-def plain_call(selection: Selection | None, expand: Expand | None, ulysses: object) -> bool:
-    """Whether these options ask for what the operators can do: softmax attention of what travels, by the ring."""
-    return selection is None and expand is None and isinstance(ulysses, int) and ulysses == 1
-
-
 def default_scale(q: Tensor) -> float:
     """1 / sqrt(D), whatever shape q has: shapes are checked later."""
     return 1.0 / math.sqrt(max(1, q.shape[-1]))

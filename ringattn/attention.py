@@ -10,15 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.arguments import check_group, plain_call, prepare
-from ringattn.keeping import Results, kept_or_run, selectively_checkpointed
+from ringattn.arguments import check_group, prepare
+from ringattn.keeping import kept_or_run, selectively_checkpointed
 from ringattn.kernels import accumulator_dtype
-from ringattn.operators import attend_by_operator
-from ringattn.passes import run_backward, run_forward
+from ringattn.operator_calls import attend_by_operator, can_be_found
+from ringattn.passes import run_backward, run_forward, run_selective_backward, run_selective_forward, selective_work
 from ringattn.plan import Plan
 from ringattn.ring import Ring
-from ringattn.schedule import plain_schedule
-from ringattn.scoring.attention import SelectiveAttention, selection_terms
+from ringattn.scoring.attention import SelectiveAttention
 from ringattn.scoring.expansion import Expand, Expansion
 from ringattn.scoring.selection import Selection
 from ringattn.softmax import SoftmaxAttention
@@ -85,8 +84,8 @@ def ring_attention(
         from ringattn.traced import traced_attention  # not before: it imports the compiler
 
         return traced_attention(_attend, q, k, v, plan, group, **options)
-    if selectively_checkpointed() and plain_call(selection, expand, ulysses):
-        return attend_by_operator(q, k, v, plan, group, kernel=kernel, scale=scale, transport=transport)
+    if selectively_checkpointed() and can_be_found(expand):
+        return attend_by_operator(q, k, v, plan, group, **options)
     return _attend(q, k, v, plan, group, **options)
 
 
@@ -113,11 +112,7 @@ def _attend(
     if selection is None:
         work = SoftmaxAttention(call.ring, call.expansion, kernel, call.scale)
         return _RingAttention.apply(work, width, q, k, v, *parameters)
-    terms = selection_terms(selection, q, call.keys, call.scale)
-    selective = SelectiveAttention(call.ring, call.expansion, kernel, call.scale, terms)
-    own_keys = call.keys[:, :, terms.key_head].detach()
-    if expand is not None:
-        own_keys = own_keys.clone()  # a view would keep the expanded keys of all heads until the backward
+    selective, own_keys = selective_work(call, selection, q, kernel)
     earlier_q, earlier_k = (
         torch.stack([getattr(votes, name) for votes in selection.earlier], dim=2) if selection.earlier else None
         for name in ("q", "k")
@@ -198,18 +193,10 @@ class _SelectiveRingAttention(torch.autograd.Function):
         weights: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        ballot_q = _ballot(q[:, :, work.terms.head], earlier_q)
-        ballot_k = _ballot(own_keys, earlier_k)
-        payload = (k, v) if earlier_k is None else (k, v, earlier_k)
-
-        def forward() -> Results:
-            with torch.autocast(q.device.type, enabled=False):
-                out, lse, cost, carries = work.forward(q, payload, ballot_q, ballot_k, weights, width)
-            return out, lse, cost, *carries
-
+        inputs = (q, k, v, own_keys, earlier_q, earlier_k, weights)
+        forward = partial(run_selective_forward, work, width, *inputs)
         out, lse, cost, *carries = kept_or_run(work.expansion, forward)
-        # Not rounded: what rounding would change in rowsum(out * dout) adds up over whole rows in the votes' gradients.
-        ctx.save_for_backward(q, k, v, own_keys, earlier_q, earlier_k, weights, out, lse, *carries)
+        ctx.save_for_backward(*inputs, out, lse, *carries)
         ctx.work = work
         ctx.set_materialize_grads(False)
         return out.to(q.dtype), cost
@@ -219,39 +206,8 @@ class _SelectiveRingAttention(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, dout: Tensor | None, dcost: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, own_keys, earlier_q, earlier_k, weights, out, lse, *carries = ctx.saved_tensors
         work: SelectiveAttention = ctx.work
-        head, key_head = work.terms.head, work.terms.key_head
-        ballot_q = _ballot(q[:, :, head], earlier_q)
-        ballot_k = _ballot(own_keys, earlier_k)
-        payload = (k, v) if earlier_k is None else (k, v, earlier_k)
-        dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout.to(q.dtype)
         work.expansion.start_backward()
-        with torch.autocast(q.device.type, enabled=False):
-            found = work.backward(dout, dcost, q, payload, ballot_q, ballot_k, weights, out, lse, carries)
-            dk, dv = found.payload[:2]
-            # What the own keys of the selection head owe to later pieces; with one piece that is nothing.
-            if len(work.pieces) > 1 and work.expansion.plain:
-                dk[:, :, key_head] += found.ballot_k[:, :, 0]
-            elif len(work.pieces) > 1:
-                # These keys were made from the own payload here: their late gradients go back through that.
-                local = plain_schedule(work.ring.plan, work.ring.rank)[0]
-                with work.expansion.backward(local, payload) as visiting:
-                    visiting.sums[0].running()[:, :, key_head] += found.ballot_k[:, :, 0]
-                dk, dv = (x + late for x, late in zip((dk, dv), visiting.payload_gradients, strict=True))
-        found.q[:, :, head] += found.ballot_q[:, :, 0]
-        earlier: tuple[Tensor | None, Tensor | None] = (None, None)
-        if earlier_k is not None:
-            earlier = (
-                found.ballot_q[:, :, 1:].to(q.dtype),
-                (found.payload[2] + found.ballot_k[:, :, 1:]).to(q.dtype),
-            )
+        dq, dk, dv, *votes = run_selective_backward(work, dout, dcost, *ctx.saved_tensors)
         parameters = work.expansion.finished_parameter_gradients()
-        own = (found.q.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None)
-        return None, None, *own, *earlier, found.weights, *parameters
-
-
-def _ballot(own: Tensor, earlier: Tensor | None) -> Tensor:
-    """[B, S, R, Dz]: the own term first."""
-    own = own.unsqueeze(2)
-    return own if earlier is None else torch.cat([own, earlier], dim=2)
+        return None, None, dq, dk, dv, None, *votes, *parameters

@@ -19,6 +19,7 @@ from torch import Tensor
 _next = itertools.count(1)
 _owners: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_given: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
 
 
 def new_handle(owner: Any) -> Tensor:
@@ -65,13 +66,14 @@ def owner_of(handle: Tensor | int, what: str) -> Any:
     return owner
 
 
-def give_handle(transport: Any) -> None:
-    """Have `transport_handle` find a handle on this transport."""
-    if not hasattr(transport, "_ringattn_handle"):
-        transport._ringattn_handle = new_handle(transport)
+def give_handle(owner: Any) -> None:
+    """Have `handle_of` find a handle on this object; one that came with a copy of another object is replaced."""
+    known = _given.get(owner)
+    if known is None or getattr(owner, "_ringattn_handle", None) is not known:
+        owner._ringattn_handle = _given[owner] = new_handle(owner)
 
 
-def transport_handle(transport: Any) -> Tensor:
+def handle_of(owner: Any) -> Tensor:
     """The handle that `give_handle` gave. A plain attribute: traced code reads it without knowing its value."""
-    handle: Tensor = transport._ringattn_handle
+    handle: Tensor = owner._ringattn_handle
     return handle

@@ -1,14 +1,19 @@
-"""Plain attention forward and backward as one step each, for `torch.autograd.Function` and operators alike."""
+"""Attention forward and backward as one step each, for `torch.autograd.Function` and operators alike."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ringattn.arguments import Call
+from ringattn.schedule import plain_schedule
+from ringattn.scoring.attention import SelectiveAttention, selection_terms
+from ringattn.scoring.selection import Selection
 from ringattn.softmax import SoftmaxAttention
 from ringattn.transport import Payload, Step
 
@@ -43,3 +48,89 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def selective_work(call: Call, selection: Selection, q: Tensor, kernel: str) -> tuple[SelectiveAttention, Tensor]:
+    """Selective attention of a call, and the own keys [B, S, Dz] of the selection head, without a graph."""
+    terms = selection_terms(selection, q, call.keys, call.scale)
+    own_keys = call.keys[:, :, terms.key_head].detach()
+    if not call.expansion.plain:
+        own_keys = own_keys.clone()  # a view would keep the expanded keys of all heads until the backward
+    return SelectiveAttention(call.ring, call.expansion, kernel, call.scale, terms), own_keys
+
+
+def run_selective_forward(
+    work: SelectiveAttention,
+    width: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_keys: Tensor,
+    earlier_q: Tensor | None,
+    earlier_k: Tensor | None,
+    weights: Tensor,
+) -> tuple[Any, ...]:
+    """Out [B, S, H, Dv = width] and lse [B, H, S] in the accumulator dtype, cost [B, S] (or None), and the carries.
+
+    Args:
+        own_keys: of the selection head, [B, S, Dz].
+        earlier_q, earlier_k: [B, S, R - 1, Dz], votes of earlier layers, or None.
+        weights: [R].
+    """
+    payload = (k, v) if earlier_k is None else (k, v, earlier_k)
+    ballots = _ballot(q[:, :, work.terms.head], earlier_q), _ballot(own_keys, earlier_k)
+    with _no_autocast(q.device):
+        out, lse, cost, carries = work.forward(q, payload, *ballots, weights, width)
+    return out, lse, cost, *carries
+
+
+def run_selective_backward(
+    work: SelectiveAttention,
+    dout: Tensor | None,
+    dcost: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_keys: Tensor,
+    earlier_q: Tensor | None,
+    earlier_k: Tensor | None,
+    weights: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *carries: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, earlier_q, earlier_k (in their dtypes) and weights; out, lse, carries as forward gave them.
+
+    Out must not have been rounded: what rounding would change in rowsum(out * dout) adds up over whole rows in the
+    votes' gradients.
+    """
+    head, key_head = work.terms.head, work.terms.key_head
+    payload = (k, v) if earlier_k is None else (k, v, earlier_k)
+    ballots = _ballot(q[:, :, head], earlier_q), _ballot(own_keys, earlier_k)
+    dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout.to(q.dtype)
+    with _no_autocast(q.device):
+        found = work.backward(dout, dcost, q, payload, *ballots, weights, out, lse, list(carries))
+        dk, dv = found.payload[:2]
+        # What the own keys of the selection head owe to later pieces; with one piece that is nothing.
+        if len(work.pieces) > 1 and work.expansion.plain:
+            dk[:, :, key_head] += found.ballot_k[:, :, 0]
+        elif len(work.pieces) > 1:
+            # These keys were made from the own payload here: their late gradients go back through that.
+            local = plain_schedule(work.ring.plan, work.ring.rank)[0]
+            with work.expansion.backward(local, payload) as visiting:
+                visiting.sums[0].running()[:, :, key_head] += found.ballot_k[:, :, 0]
+            dk, dv = (x + late for x, late in zip((dk, dv), visiting.payload_gradients, strict=True))
+    found.q[:, :, head] += found.ballot_q[:, :, 0]
+    earlier: tuple[Tensor | None, Tensor | None] = (None, None)
+    if earlier_k is not None:
+        earlier = (
+            found.ballot_q[:, :, 1:].to(q.dtype),
+            (found.payload[2] + found.ballot_k[:, :, 1:]).to(q.dtype),
+        )
+    return found.q.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *earlier, found.weights
+
+
+def _ballot(own: Tensor, earlier: Tensor | None) -> Tensor:
+    """[B, S, R, Dz]: the own term first."""
+    own = own.unsqueeze(2)
+    return own if earlier is None else torch.cat([own, earlier], dim=2)

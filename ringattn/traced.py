@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn import handles, operators
-from ringattn.arguments import plain_call
+from ringattn import handles, operator_calls
 from ringattn.plan import Plan
+from ringattn.scoring.expansion import Expand, ExpansionModule
+
+if TYPE_CHECKING:
+    from ringattn.ulysses import Ulysses
 
 # Before, only objects of some types could be arguments of a function that is called instead of traced.
 _CALLS_WITH_OBJECTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
@@ -25,25 +28,39 @@ def traced_attention(
     v: Tensor,
     plan: Plan,
     group: dist.ProcessGroup | None,
+    *,
+    expand: Expand | None,
+    ulysses: int | Ulysses,
     **options: Any,
 ) -> Any:
-    """The operator for plain attention; else `eager`, at the price of a break in the graph."""
-    if not plain_call(options["selection"], options["expand"], options["ulysses"]):
-        return torch._dynamo.disable(eager)(q, k, v, plan, group, **options)
-    transport = options["transport"]
-    if not isinstance(transport, str) and _CALLS_WITH_OBJECTS:
-        _give_handle(transport)
-    number = 0 if group is None else _group_number(group)
-    return operators.call_operator(q, k, v, plan, number, options["kernel"], options["scale"], transport)
+    """The operator; `eager`, at the price of a break in the graph, where the operator could not find an object."""
+    options |= {"expand": expand, "ulysses": ulysses}
+    known = expand is None or isinstance(expand, ExpansionModule)
+    if (known or operator_calls.can_be_found(expand)) if _CALLS_WITH_OBJECTS else (known and isinstance(ulysses, int)):
+        return operator_calls.attend_by_operator(q, k, v, plan, group, **options, untraced=_UNTRACED)
+    return torch._dynamo.disable(eager)(q, k, v, plan, group, **options)
 
 
 @torch._dynamo.assume_constant_result
-def _group_number(group: dist.ProcessGroup) -> int:
-    """Guarded by the group's identity: with another group the caller is compiled again."""
-    return operators.group_number(getattr(group, "real_obj", group))  # some versions hand over a stand-in
+def _number_of(owner: Any) -> int:
+    """Guarded by the identity of group or Ulysses: with another one the caller is compiled again."""
+    return handles.number_of(getattr(owner, "real_obj", owner))  # of groups some versions hand over a stand-in
 
 
 @torch._dynamo.assume_constant_result
-def _give_handle(transport: Any) -> bool:
-    handles.give_handle(transport)
+def _give_handle(owner: Any) -> bool:
+    """Guarded by the identity of a transport or a module."""
+    handles.give_handle(owner)
     return True
+
+
+@torch._dynamo.assume_constant_result
+def _width_by_trial(*arguments: Any) -> int:
+    return operator_calls.width_by_trial(*arguments)
+
+
+def _give_nothing(owner: Any) -> bool:
+    return False
+
+
+_UNTRACED = operator_calls.Untraced(_number_of, _give_handle if _CALLS_WITH_OBJECTS else _give_nothing, _width_by_trial)

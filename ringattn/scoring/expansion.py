@@ -8,13 +8,15 @@ the usual reduction over ranks completes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ringattn.handles import give_handle
 from ringattn.kernels import accumulator_dtype
 from ringattn.merge import RowSum
 from ringattn.plan import Plan
@@ -22,6 +24,26 @@ from ringattn.schedule import Stop
 
 Expand = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(k [B, S, ...], v [B, S, ...], positions [S]) -> (keys [B, S, G, D], values [B, S, G, Dv])."""
+
+
+class ExpansionModule(nn.Module):
+    """A module to be given as `expand` that torch.compile takes as an input: one graph serves all that are alike.
+
+    Any module can be given; others are compiled for one by one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        give_handle(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of copies and pickles: they have handles of their own."""
+        super().__setstate__(state)
+        give_handle(self)
+
+    def value_width(self, v: Tensor) -> int:
+        """Dv of the values that it makes of a payload `v`."""
+        raise NotImplementedError
 
 
 class Visiting:
@@ -58,10 +80,8 @@ class Expansion:
         self._device = device
         self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
         self._own: tuple[int, tuple[Tensor, Tensor]] | None = None
-        owner = expand if isinstance(expand, nn.Module) else getattr(expand, "__self__", None)
-        self.parameters: tuple[nn.Parameter, ...] = ()
-        if isinstance(owner, nn.Module):
-            self.parameters = tuple(p for p in owner.parameters() if p.requires_grad)
+        owner = owner_module(expand)
+        self.parameters = () if owner is None else trainable_parameters(owner)
         self.parameter_gradients: list[Tensor | None] = []
 
     def own(self, rank: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str | None]:
@@ -88,14 +108,9 @@ class Expansion:
             return k, v, f"expand: {error}"
         if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
             return k, v, f"expand: expected a pair of tensors (keys, values), got {type(result).__name__}"
-        hidden = _hidden_leaves(result, self.parameters) if check else 0
-        if hidden:
-            return (
-                k,
-                v,
-                f"expand: it uses {hidden} tensors with gradients that the ring cannot see, so that these gradients "
-                "would be lost; pass an nn.Module that owns them as parameters, or a method of one",
-            )
+        problem = hidden_problem(result, self.parameters) if check else None
+        if problem is not None:
+            return k, v, problem
         if check:
             self._plan._checked.add(owner)
         self._own = (rank, (result[0].detach(), result[1].detach()))
@@ -174,6 +189,19 @@ class Expansion:
         return torch.autocast(self._device.type, dtype=dtype, enabled=enabled)
 
 
+def owner_module(expand: Expand | None) -> nn.Module | None:
+    """The module that `expand` is, or is a method of; None if there is none."""
+    if isinstance(expand, nn.Module):
+        return expand
+    owner = getattr(expand, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def trainable_parameters(owner: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Those that take gradients, in their order."""
+    return tuple(parameter for parameter in owner.parameters() if parameter.requires_grad)
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 
@@ -183,9 +211,9 @@ def _added(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total + part
 
 
-def _hidden_leaves(result: tuple[Tensor, Tensor], known: tuple[nn.Parameter, ...]) -> int:
-    """How many leaves of the result's graph are not among the known parameters."""
-    known_ids = {id(parameter) for parameter in known}
+def hidden_problem(result: Sequence[Tensor], known: Sequence[Tensor]) -> str | None:
+    """What is wrong if the graph of what `expand` made has leaves that are not among the known tensors, or None."""
+    known_ids = {id(x) for x in known}
     waiting = [x.grad_fn for x in result if x.grad_fn is not None]
     seen, hidden = set(waiting), 0
     while waiting:
@@ -196,4 +224,9 @@ def _hidden_leaves(result: tuple[Tensor, Tensor], known: tuple[nn.Parameter, ...
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
-    return hidden
+    if not hidden:
+        return None
+    return (
+        f"expand: it uses {hidden} tensors with gradients that the ring cannot see, so that these gradients would be "
+        "lost; pass an nn.Module that owns them as parameters, or a method of one"
+    )

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ringattn.scoring.cost import check_sizes
+from ringattn.scoring.expansion import ExpansionModule
 from ringattn.scoring.rotary import RotaryFn, check_rotary
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class LatentExpansion(nn.Module):
+class LatentExpansion(ExpansionModule):
     """MLA: (latent, rotary key, positions) -> keys [B, S, H, Dn + Dr] and values [B, S, H, Dv].
 
     The model norms the latent before it travels, and gives queries [B, S, H, Dn + Dr] as [without | with RoPE].
@@ -77,8 +78,12 @@ class LatentExpansion(nn.Module):
             values = F.linear(latent, self.value.weight.to(k.dtype)).unflatten(-1, (self.heads, -1))
             return torch.cat((keys, rotary.expand(-1, -1, self.heads, -1)), dim=-1), values
 
+    def value_width(self, v: Tensor) -> int:
+        """See `ExpansionModule`."""
+        return self.value.out_features // self.heads
 
-class FactorExpansion(nn.Module):
+
+class FactorExpansion(ExpansionModule):
     """TPA: (factors of k, factors of v, positions) -> keys [B, S, H, D] and values [B, S, H, Dv]. No parameters.
 
     Args:
@@ -107,6 +112,10 @@ class FactorExpansion(nn.Module):
         if self.rope is not None:
             check_rotary("FactorExpansion", "D", k.shape[3] - self.heads)
         return combine_factors(k, self.heads, self.rope, positions), combine_factors(v, self.heads)
+
+    def value_width(self, v: Tensor) -> int:
+        """See `ExpansionModule`."""
+        return v.shape[-1] - self.heads
 
 
 def combine_factors(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ringattn.scoring.cost import check_simulated
+from ringattn.scoring.expansion import ExpansionModule
 from ringattn.scoring.rotary import Rope, RotaryFn, check_rotary
 from ringattn.scoring.simulated_layers import KERNELS, FeatureExpansion, HeadExpansion, expand
 
@@ -143,7 +144,7 @@ class _QueryExpansion(nn.Module):
             return expand(q, self.heads, self.features, self.rope, positions, self.kernel)
 
 
-class _KeyValueExpansion(nn.Module):
+class _KeyValueExpansion(ExpansionModule):
     def __init__(
         self, kv_heads: int, simulated: int, dim: int, simulated_dim: int, size: int, rope: RotaryFn | None, kernel: str
     ) -> None:
@@ -160,6 +161,10 @@ class _KeyValueExpansion(nn.Module):
         with torch.autocast(k.device.type, enabled=False):
             keys = expand(k, self.key_heads, self.key_features, self.rope, positions, self.kernel)
             return keys, expand(v, self.value_heads, None, None, positions, self.kernel)
+
+    def value_width(self, v: Tensor) -> int:
+        """See `ExpansionModule`."""
+        return v.shape[-1]
 
 
 def _check(what: str, *, heads: int, width: int, positions: Tensor, **tensors: Tensor) -> None:
