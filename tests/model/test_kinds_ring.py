@@ -75,7 +75,7 @@ def worker(rank: int, world_size: int, cases: list[tuple[str, str | None, str, b
     return problems
 
 
-@pytest.mark.parametrize("cp_size", [2, 3])
+@pytest.mark.parametrize("cp_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_ring_equals_one_process(cp_size: int) -> None:
     cases = [(name, selection, "zigzag", selection == "learned") for name, selection in FAST]
     cases.append(("sas", "learned", "contiguous", True))
