@@ -118,7 +118,8 @@ def test_the_summary_says_what_counts() -> None:
     assert "agree with those of cp 1 to 1.0e-07 (relative)" in text
     assert "1 of 6 points were not measured (1 out of memory): softmax cp 4 at 4,096." in text
     assert "quiet machine" not in text
-    text = "\n".join(summary_sentences(report(GPU_ROWS)))
+    made = report(GPU_ROWS)
+    text = "\n".join(summary_sentences(made))
     assert "selective 2.25 times (at 32,768 tokens, cp 4)" in text
     assert (
         "On as many GPUs a step of transformers + FSDP2 + torch's context_parallel (rival) takes 2.50 times ours"
@@ -126,7 +127,7 @@ def test_the_summary_says_what_counts() -> None:
     )
     assert "torch's part of GPU memory +10% to +10%, a GPU's memory in use -4% to -4%" in text
     assert "step time -10% to -10%" in text
-    figures = {figure.value: figure.label for figure in key_figures(report(GPU_ROWS))}
+    figures = {figure.value: figure.label for figure in key_figures(made)}
     assert figures["32k"].startswith("tokens: longest row trained (softmax, cp 4, 20 GiB allocated on a GPU)")
     assert figures["400 ms"] == "a step over 32,768 tokens (softmax, cp 4)"
     assert figures["40.0%"].startswith("best MFU, causal count")
@@ -138,13 +139,14 @@ def test_the_summary_says_what_counts() -> None:
 def test_a_disturbed_point_comes_first_in_the_summary(change: dict[str, Any]) -> None:
     """Steady other work slows all timings alike, so agreement between them proves nothing."""
     steps = (replace(CPU_ROWS[0], **change), *CPU_ROWS[1:])
-    first, *others = summary_sentences(report(steps))
+    made = report(steps)
+    first, *others = summary_sentences(made)
     assert first.startswith("Not reliable: other work disturbed 1 of 5 measured points (softmax cp 1 at 1,024)")
     assert not any("Cost of cp" in sentence and "1,024" in sentence for sentence in others), "its yardstick is gone"
     assert any("at 4,096 tokens" in sentence for sentence in others)
     labels = [figure.label for figure in key_figures(report((steps[0], steps[2])))]
     assert not any("cost of cp" in label for label in labels)
-    assert re.findall(r"\| \d \| ([\d,]+ \*) \|", render_markdown(report(steps), [])) == ["1,024 *"]
+    assert re.findall(r"\| \d \| ([\d,]+ \*) \|", render_markdown(made, [])) == ["1,024 *"]
 
 
 def test_the_csv_has_every_point_and_full_precision() -> None:
@@ -223,8 +225,9 @@ def test_the_markdown_table_is_whole(written: list[Path]) -> None:
 
 @pytest.mark.parametrize("steps", [(replace(CPU, status="failed", note="no"),), CPU_ROWS[2:3]])
 def test_few_points_make_a_report_too(steps: tuple[StepRow, ...]) -> None:
-    assert not re.search(r"\bnan\b|\binf\b|None", render_markdown(report(steps), []))
-    plots, overview = draw_plots(report(steps))
+    made = report(steps)
+    assert not re.search(r"\bnan\b|\binf\b|None", render_markdown(made, []))
+    plots, overview = draw_plots(made)
     assert [plot.name for plot in plots][-1] == "longest", "the planner knows it without any measurement"
     assert (len(plots) > 1) == (steps[0].seconds is not None)
     assert overview.startswith(b"\x89PNG")
