@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -24,7 +26,6 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
         "torch._dynamo",
-        "torch._inductor.compile_fx",  # what deepspeed loads before its first engine, 1.3 s
         "einops",
         # A rank would spend 0.4 s on these, 0.1 s on pytest for its test's module, and there are hundreds.
         "ringattn",
@@ -32,7 +33,9 @@ _CONTEXT.set_forkserver_preload(
         "launch.train",
         "launch.trainer",
         "pytest",
-        "datasets",  # 0.9 s for each leader of a run
+        # Inductor counts the GPUs when it is loaded, and what is forked after that cannot use them. Without it,
+        # deepspeed's first engine takes 1.3 s to load it; `datasets` takes each leader of a run 0.9 s.
+        *([] if torch.cuda.is_available() else ["torch._inductor.compile_fx", "datasets"]),
     ]
 )
 
@@ -51,7 +54,6 @@ class Outcome:
 def _rank_main(
     pipe: Any, worker: Callable[..., Any], rank: int, world_size: int, store: str, args: tuple[Any, ...]
 ) -> None:
-    import torch
     import torch.distributed as dist
 
     gc.freeze()  # what the server has loaded stays: a collection took 0.3 s, and deepspeed and benchmarks ask for them
