@@ -58,9 +58,9 @@ class UlyssesLine:
 
 @dataclass(frozen=True, kw_only=True)
 class UlyssesRates:
-    """Where exchanging heads for tokens was measured: on GPUs with `gpu` in their name."""
+    """Where exchanging heads for tokens was measured: on GPUs with one of `gpus` in their name."""
 
-    gpu: str
+    gpus: tuple[str, ...]
     lines: tuple[UlyssesLine, ...]
 
 
@@ -114,7 +114,8 @@ class RatesFile:
         """The part about exchanging heads for tokens."""
         lines = self._get("ulysses.lines", list)
         found = tuple(self._ulysses_line(f"ulysses.lines[{number}]", line) for number, line in enumerate(lines))
-        return UlyssesRates(gpu=str(self._get("ulysses.gpu", str)), lines=found)
+        gpus = tuple(str(name) for name in self._get("ulysses.gpus", list))
+        return UlyssesRates(gpus=gpus, lines=found)
 
     def _ulysses_line(self, name: str, line: Any) -> UlyssesLine:
         known = [field.name for field in fields(UlyssesLine)]

@@ -88,7 +88,7 @@ def planned_facts(config: Config, cp: int) -> RingFacts:
     if config.run.device == "cpu":
         return RingFacts(gpus=(), hosts=1, documents=None)
     if not torch.cuda.is_available():
-        return RingFacts(gpus=(RatesFile().ulysses().gpu,), hosts=1, documents=None, assumed=True)
+        return RingFacts(gpus=RatesFile().ulysses().gpus[:1], hosts=1, documents=None, assumed=True)
     hosts = -(-cp // torch.cuda.device_count())
     return RingFacts(gpus=(torch.cuda.get_device_name(),), hosts=hosts, documents=None)
 
@@ -105,7 +105,7 @@ def choose_ulysses(
     table, tokens, shape = rates.ulysses(), -(-config.data.seq_len // cp), attention_shape(model)
     if cp == 1:
         return UlyssesChoice(degree=1, reason="one process holds the whole row")
-    where = f"if this runs on {table.gpu} GPUs of one host: " if facts.assumed else ""
+    where = f"if this runs on {' or '.join(table.gpus)} GPUs of one host: " if facts.assumed else ""
     problem = next(_unmeasured(config, model, shape, facts, table, rates.dtypes), None)
     if problem is not None:
         return UlyssesChoice(degree=1, reason=f"nothing was measured {problem}")
@@ -141,8 +141,8 @@ def _unmeasured(
     parallel, precision = config.parallel, config.engine.precision
     if not facts.gpus:
         yield "on CPUs"
-    if not all(table.gpu in name for name in facts.gpus):
-        yield f"on {', '.join(facts.gpus)}, only on {table.gpu}"
+    if not all(any(known in name for known in table.gpus) for name in facts.gpus):
+        yield f"on {', '.join(facts.gpus)}, only on {' and '.join(table.gpus)}"
     if facts.hosts > 1:
         yield f"in rings over {facts.hosts} hosts"
     if precision not in dtypes:

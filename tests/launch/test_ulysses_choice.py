@@ -54,7 +54,7 @@ def pick(
 def rates_of(tmp_path: Path, *lines: dict[str, Any], **changes: Any) -> RatesFile:
     """The shipped file with other lines."""
     found = yaml.safe_load(H100.read_text())
-    found["ulysses"] = {"gpu": "H100", "lines": list(lines), **changes}
+    found["ulysses"] = {"gpus": ["H100", "H200"], "lines": list(lines), **changes}
     path = tmp_path / "rates.yaml"
     path.write_text(yaml.safe_dump(found))
     return RatesFile(path)
@@ -67,14 +67,18 @@ def line(fastest: dict[int, int], **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "documents", "degree"),
-    [  # tokens per rank; the table of docs/benchmarks-attention.md
+    [  # tokens per rank; measured with 1 (graphs off) and 4 documents
         (2048, EQUAL, 3.0, 4),
-        (7700, EQUAL, 3.0, 4),
-        (7701, EQUAL, 3.0, 1),
+        (7500, EQUAL, 3.0, 4),
+        (7501, EQUAL, 3.0, 1),
+        (8192, EQUAL, 4.4, 4),
+        (8193, EQUAL, 4.4, 1),
         (32_768, EQUAL, 3.0, 1),
         (65_536, EQUAL, 3.0, 1),  # longer than anything measured
-        (6900, GROUPED, 4.4, 4),
-        (6901, GROUPED, 4.4, 1),
+        (6500, GROUPED, 3.4, 4),
+        (6501, GROUPED, 3.4, 1),
+        (8000, GROUPED, 4.4, 4),
+        (8001, GROUPED, 4.4, 1),
         (4096, EQUAL, 1.4, 1),  # most rows are one document: graphs
         (4096, EQUAL, 1.6, 4),
         (4096, EQUAL, 4.6, 1),  # five documents: nobody measured it
@@ -107,7 +111,7 @@ def test_one_document_by_configuration_keeps_the_ring() -> None:
     ("changes", "reason"),
     [
         ({"gpus": ()}, "nothing was measured on CPUs"),
-        ({"gpus": ("NVIDIA H200",)}, "nothing was measured on NVIDIA H200, only on H100"),
+        ({"gpus": ("NVIDIA B200",)}, "nothing was measured on NVIDIA B200, only on H100 and H200"),
         ({"gpus": ("NVIDIA A100", "NVIDIA H100")}, "nothing was measured on NVIDIA A100, NVIDIA H100, only on H100"),
         ({"hosts": 2}, "nothing was measured in rings over 2 hosts"),
         ({"settings": config(engine={"precision": "fp32"})}, "nothing was measured in fp32"),
@@ -199,7 +203,7 @@ def test_no_refused_heads_are_ever_picked(tmp_path: Path) -> None:
             r"lines\[1\]: expected degrees that divide 4 ranks, got {100: 3}",
         ),
         ({"lines": 3}, "ulysses.lines: expected list, got 3"),
-        ({"gpu": 3}, "ulysses.gpu: expected str, got 3"),
+        ({"gpus": 3}, "ulysses.gpus: expected list, got 3"),
     ],
 )
 def test_a_wrong_file_of_rates_says_where(bad: dict[str, Any], message: str, tmp_path: Path) -> None:
