@@ -63,10 +63,10 @@ def prepare(
     scale = default_scale(q) if scale is None else scale
     expansion = Expansion(expand, plan, q.device)
     keys, values, problem = _expanded(q, k, v, plan, rank, expansion)
-    problem = problem or _scoring_problem(q, keys, values, plan, rank, kernel, selection)
+    problem = problem or scoring_problem(q, keys, values, plan, kernel, selection)
     channel = None
     if group is not None and plan.cp_size > 1:
-        agree(q, k, v, plan, group, problem, scale, _scoring_description(selection, expand))
+        agree(q, k, v, plan, group, problem, scale, scoring_description(selection, expand))
         channel = transport_of(transport, plan, group)
     elif problem is not None:
         raise ValueError(f"ring_attention: {problem}")
@@ -79,7 +79,7 @@ def default_scale(q: Tensor) -> float:
     return 1.0 / math.sqrt(max(1, q.shape[-1]))
 
 
-def _scoring_description(selection: Selection | None, expand: Expand | None) -> str:
+def scoring_description(selection: Selection | None, expand: Expand | None) -> str:
     """Selection and expansion in words that must be equal on all ranks, and are in all layers of most models.
 
     Not among them: the value of a learned gain, and how many layers' votes came before.
@@ -132,11 +132,12 @@ def _expanded(
     return keys, values, None
 
 
-def _scoring_problem(
-    q: Tensor, keys: Tensor, values: Tensor, plan: Plan, rank: int, kernel: str, selection: Selection | None
+def scoring_problem(
+    q: Tensor, keys: Tensor, values: Tensor, plan: Plan, kernel: str, selection: Selection | None
 ) -> str | None:
+    """Why a ring of this plan cannot score these queries, expanded keys and values so, or None."""
     if selection is not None:
-        problem = selection_problem(selection, plan, q, keys, rank)
+        problem = selection_problem(selection, plan, q, keys)
         return problem or selective_problem(kernel, q, keys, values, q.shape[-1])
     try:
         check_kernel(kernel, q, keys, values)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ringattn.arguments import check_group, prepare
 from ringattn.keeping import kept_or_run, selectively_checkpointed
 from ringattn.kernels import accumulator_dtype
-from ringattn.operator_calls import attend_by_operator, can_be_found
+from ringattn.operator_calls import attend_by_operator, can_take
 from ringattn.passes import run_backward, run_forward, run_selective_backward, run_selective_forward, selective_work
 from ringattn.plan import Plan
 from ringattn.ring import Ring
@@ -83,13 +83,13 @@ def ring_attention(
     if torch.compiler.is_compiling():
         from ringattn.traced import traced_attention  # not before: it imports the compiler
 
-        return traced_attention(_attend, q, k, v, plan, group, **options)
-    if selectively_checkpointed() and can_be_found(expand):
+        return traced_attention(q, k, v, plan, group, **options)
+    if selectively_checkpointed() and can_take(selection, expand):
         return attend_by_operator(q, k, v, plan, group, **options)
-    return _attend(q, k, v, plan, group, **options)
+    return eager_attention(q, k, v, plan, group, **options)
 
 
-def _attend(
+def eager_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -103,6 +103,7 @@ def _attend(
     transport: str | Transport,
     ulysses: int | Ulysses,
 ) -> Any:
+    """`ring_attention` where nothing traces it."""
     options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand, "kernel": kernel}
     if ulysses != 1:
         return _with_heads_exchanged(ulysses, transport, group, q, k, v, plan, **options)

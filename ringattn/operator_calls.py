@@ -32,9 +32,13 @@ class Untraced(NamedTuple):
     width_by_trial: Callable[..., int]
 
 
-def can_be_found(expand: Expand | None) -> bool:
-    """Whether an operator can find `expand`: not a function, which traced code may make, and nobody keeps."""
-    return expand is None or owner_module(expand) is not None
+def can_take(selection: object, expand: Expand | None) -> bool:
+    """Whether an operator can: no `expand` that is a function (traced code may make one, and nobody keeps it).
+
+    Nor what is no selection at all, which an eager call refuses in words.
+    """
+    known = selection is None or isinstance(selection, Selection)
+    return known and (expand is None or owner_module(expand) is not None)
 
 
 def attend_by_operator(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn import handles, operator_calls
+from ringattn.attention import eager_attention
 from ringattn.plan import Plan
 from ringattn.scoring.expansion import Expand, ExpansionModule
+from ringattn.scoring.selection import Selection
 
 if TYPE_CHECKING:
     from ringattn.ulysses import Ulysses
@@ -21,24 +22,31 @@ if TYPE_CHECKING:
 _CALLS_WITH_OBJECTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
+_EAGER = torch._dynamo.disable(
+    eager_attention,
+    reason="ring_attention takes part in a graph with an nn.Module (or a method of one) as expand and a "
+    "ringattn.Selection (or None) as selection; with anything else it runs eagerly",
+)
+
+
 def traced_attention(
-    eager: Callable[..., Any],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     plan: Plan,
     group: dist.ProcessGroup | None,
     *,
+    selection: Selection | None,
     expand: Expand | None,
     ulysses: int | Ulysses,
     **options: Any,
 ) -> Any:
-    """The operator; `eager`, at the price of a break in the graph, where the operator could not find an object."""
-    options |= {"expand": expand, "ulysses": ulysses}
+    """The operator; where it could not take an object an eager call, at the price of a break in the graph."""
+    options |= {"selection": selection, "expand": expand, "ulysses": ulysses}
     known = expand is None or isinstance(expand, ExpansionModule)
-    if (known or operator_calls.can_be_found(expand)) if _CALLS_WITH_OBJECTS else (known and isinstance(ulysses, int)):
+    if operator_calls.can_take(selection, expand) and (_CALLS_WITH_OBJECTS or (known and isinstance(ulysses, int))):
         return operator_calls.attend_by_operator(q, k, v, plan, group, **options, untraced=_UNTRACED)
-    return torch._dynamo.disable(eager)(q, k, v, plan, group, **options)
+    return _EAGER(q, k, v, plan, group, **options)
 
 
 @torch._dynamo.assume_constant_result

@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.agreement import DTYPES, agree
-from ringattn.arguments import check_group, default_scale
+from ringattn.arguments import check_group, default_scale, scoring_description, scoring_problem
 from ringattn.attention import ring_attention
 from ringattn.exchanged import Exchanged, ExchangedAttention
 from ringattn.head_exchange import HeadExchange, ToHeads, ToTokens
-from ringattn.kernels import accumulator_dtype, check_kernel
+from ringattn.kernels import accumulator_dtype
 from ringattn.plan import Plan
 from ringattn.ring import Ring
-from ringattn.scoring.expansion import Expand, Expansion
+from ringattn.scoring.expansion import Expand, Expansion, expand_checked
 from ringattn.scoring.selection import Selection, Votes
 from ringattn.softmax import SoftmaxAttention
 from ringattn.teams import degree_problem, heads_problem, ring_of, team_of
@@ -187,11 +187,13 @@ def ulysses_attention(
         TopologyError, PeerError: as in `ring_attention`.
     """
     scale = default_scale(q) if scale is None else scale
+    problem = None
     if expand is not None:
-        k, v = expand(k, v, plan.positions(dist.get_rank(ulysses.group), q.device))
-    if selection is None:
-        return ExchangedAttention.apply(_exchanged(q, k, v, plan, ulysses, scale, kernel), q, k, v)
-    _check(q, k, v, plan, ulysses, scale, kernel, selection)
+        k, v, problem = expand_checked(expand, k, v, plan.positions(dist.get_rank(ulysses.group), q.device))
+    if selection is None and problem is None:
+        return ExchangedAttention.apply(_exchanged(q, k, v, plan, ulysses, scale, kernel, expand), q, k, v)
+    _check(q, k, v, plan, ulysses, scale, kernel, selection, expand, problem)
+    assert selection is not None  # or there was a problem, which has been raised
     exchange = ulysses.exchange(plan, q.device)
     ballots = _ballots(q, k, selection)
     tensors = (q, k, v, *ballots)
@@ -214,13 +216,15 @@ def ulysses_attention(
     return out if cost is None else (out, exchange.own(cost))  # the cost is the same on the whole team
 
 
-def _exchanged(q: Tensor, k: Tensor, v: Tensor, plan: Plan, ulysses: Ulysses, scale: float, kernel: str) -> Exchanged:
+def _exchanged(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, ulysses: Ulysses, scale: float, kernel: str, expand: Expand | None
+) -> Exchanged:
     """What plain calls like this one need, found in the plan from the second one on: no check is made again."""
     tensors = (q, k, v)
     key = (ulysses, scale, kernel, *((x.shape, x.dtype, x.device) for x in tensors))
     found: Exchanged | None = plan._exchanged.get(key)
     if found is None:
-        _check(q, k, v, plan, ulysses, scale, kernel, None)
+        _check(q, k, v, plan, ulysses, scale, kernel, None, expand)
         exchange, inner, ring = ulysses.exchange(plan, q.device), ulysses.inner_plan(plan), ulysses.ring_group
         # What the inner ring would have to agree on follows from what all ranks have agreed on here.
         inner_rank = 0 if ring is None else dist.get_rank(ring)
@@ -249,26 +253,22 @@ def _check(
     scale: float,
     kernel: str,
     selection: Selection | None,
+    expand: Expand | None,
+    problem: str | None = None,
 ) -> None:
-    """Raise on all ranks if the arguments of one do not fit, or not those of the others."""
+    """Raise on all ranks if there is a problem on one: with `expand`, what it made, the others' arguments."""
     rank = check_group(plan, ulysses.group)
-    problem = _problem(q, k, v, plan, rank, ulysses, selection)
-    if problem is None and selection is None:  # else by the inner ring, whose tables of kernels are others
-        try:
-            check_kernel(kernel, q, k, v)
-        except ValueError as error:
-            problem = str(error)
+    problem = problem or _problem(q, k, v, plan, rank, ulysses)
+    problem = problem or scoring_problem(q, k, v, ulysses.inner_plan(plan), kernel, selection)
     if ulysses.size > 1:
-        scoring = "no selection" if selection is None else f"selection head {selection.head}, lag {selection.lag}"
-        agree(q, k, v, plan, ulysses.group, problem, scale, f"ulysses of degree {ulysses.degree}, {scoring}")
+        scoring = f"ulysses of degree {ulysses.degree}, {scoring_description(selection, expand)}"
+        agree(q, k, v, plan, ulysses.group, problem, scale, scoring)
     elif problem is not None:
         raise ValueError(problem)
 
 
-def _problem(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, ulysses: Ulysses, selection: Selection | None
-) -> str | None:
-    """What is wrong on this rank; what the inner ring would find is left to it."""
+def _problem(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, ulysses: Ulysses) -> str | None:
+    """What is wrong with the tensors on this rank."""
     if (plan.cp_size, plan.layout) != (ulysses.size, ulysses.layout):
         return (
             f"ulysses: made for {ulysses.size} ranks and layout {ulysses.layout}, the plan has cp_size {plan.cp_size} "
@@ -285,8 +285,6 @@ def _problem(
         return f"ulysses: q, k, v need one dtype of fp64, fp32, bf16, fp16; got {q.dtype}, {k.dtype}, {v.dtype}"
     if not q.device == k.device == v.device:
         return f"ulysses: q, k, v need one device, got {q.device}, {k.device}, {v.device}"
-    if selection is not None and selection.head >= q.shape[2]:
-        return f"ulysses: selection head {selection.head} does not exist, q has {q.shape[2]} heads"
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         return f"ulysses: query heads must be a multiple of key/value heads, got {q.shape[2]} and {k.shape[2]}"
     return heads_problem(q.shape[2], k.shape[2], ulysses.size, ulysses.degree)

@@ -101,19 +101,16 @@ class Expansion:
         owner = getattr(self._expand, "__self__", self._expand)  # a bound method is a new object every time
         check = torch.is_grad_enabled() and owner not in self._plan._checked
         # This graph is looked at and dropped; a checkpoint around the call must not count what it would save.
-        try:
-            with torch.set_grad_enabled(check), self._as_called(), saved_tensors_hooks(_same, _same):
-                result = self._expand(k.detach(), v.detach(), self._plan.positions(rank, self._device))
-        except ValueError as error:  # it refuses its input, perhaps on this rank only: the others must hear of it
-            return k, v, f"expand: {error}"
-        if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
-            return k, v, f"expand: expected a pair of tensors (keys, values), got {type(result).__name__}"
-        problem = hidden_problem(result, self.parameters) if check else None
+        with torch.set_grad_enabled(check), self._as_called(), saved_tensors_hooks(_same, _same):
+            positions = self._plan.positions(rank, self._device)
+            keys, values, problem = expand_checked(self._expand, k.detach(), v.detach(), positions)
+        if check and problem is None:
+            problem = hidden_problem((keys, values), self.parameters)
         if problem is not None:
             return k, v, problem
         if check:
             self._plan._checked.add(owner)
-        self._own = (rank, (result[0].detach(), result[1].detach()))
+        self._own = (rank, (keys.detach(), values.detach()))
         return *self._own[1], None
 
     def forget_own(self) -> None:
@@ -187,6 +184,17 @@ class Expansion:
     def _as_called(self) -> AbstractContextManager[object]:
         enabled, dtype = self._autocast
         return torch.autocast(self._device.type, dtype=dtype, enabled=enabled)
+
+
+def expand_checked(expand: Expand, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, str | None]:
+    """Keys, values and None; or k, v and what is wrong, perhaps on this rank only: the others must hear of it."""
+    try:
+        result = expand(k, v, positions)
+    except ValueError as error:  # it refuses its input
+        return k, v, f"expand: {error}"
+    if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
+        return k, v, f"expand: expected a pair of tensors (keys, values), got {type(result).__name__}"
+    return *result, None
 
 
 def owner_module(expand: Expand | None) -> nn.Module | None:

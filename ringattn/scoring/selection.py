@@ -122,15 +122,14 @@ def _shown(x: object) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
-def selection_problem(selection: Selection, plan: Plan, q: Tensor, keys: Tensor, rank: int) -> str | None:
+def selection_problem(selection: Selection, plan: Plan, q: Tensor, keys: Tensor) -> str | None:
     """Why this selection cannot be honoured under this plan and these queries, or None.
 
     Args:
         selection: what was asked for.
         plan: its layout and mask.
-        q: [B, S, H, D].
+        q: [B, S, H, D], the shard that earlier votes must cover.
         keys: the expanded keys of this shard, [B, S, G, D].
-        rank: rank in the ring, whose shard the earlier votes must cover.
     """
     if not isinstance(selection, Selection):
         return f"selection: expected a ringattn.Selection or None, got {type(selection).__name__}"
@@ -145,7 +144,7 @@ def selection_problem(selection: Selection, plan: Plan, q: Tensor, keys: Tensor,
             "selection needs runs of consecutive positions, which the striped layout does not have (the votes that "
             "reach a chunk are a prefix over earlier chunks); use layout='zigzag' or 'contiguous'"
         )
-    expected = (q.shape[0], plan.shard_len(rank), keys.shape[-1])
+    expected = (*q.shape[:2], keys.shape[-1])
     for number, votes in enumerate(selection.earlier):
         for name, x in (("q", votes.q), ("k", votes.k)):
             if tuple(x.shape) != expected or x.dtype != q.dtype or x.device != q.device:

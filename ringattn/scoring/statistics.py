@@ -67,7 +67,7 @@ def selection_statistics(
     channel = transport_of(transport, plan, group) if group is not None and plan.cp_size > 1 else None
     ring = Ring(plan=plan, rank=rank, transport=channel)
     keys, _ = Expansion(expand, plan, q.device).forward(plain_schedule(plan, rank)[0], (k, v))
-    problem = selection_problem(selection, plan, q, keys, rank)
+    problem = selection_problem(selection, plan, q, keys)
     if problem is not None:
         raise ValueError(f"selection_statistics: {problem}")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale

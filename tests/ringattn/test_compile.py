@@ -3,6 +3,7 @@
 import copy
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -100,6 +101,17 @@ def test_errors_are_those_of_eager():
         compiled(short, short, short, plan)
     with pytest.raises(ValueError, match="kernel"):
         compiled(*[torch.randn(1, LENGTH, 2, 8)] * 3, plan, kernel="none")
+
+
+@pytest.mark.parametrize("way", ["compiled", "selective"])
+def test_what_is_no_selection_is_refused_as_in_eager(way):
+    x, plan = torch.randn(1, LENGTH, 2, 8, requires_grad=True), ringattn.Plan(LENGTH, 1)
+    calls = {
+        "compiled": torch.compile(ringattn.ring_attention, backend="aot_eager"),
+        "selective": partial(checkpoint, ringattn.ring_attention, use_reentrant=False, context_fn=SELECTIVE),
+    }
+    with pytest.raises(ValueError, match=r"ring_attention: selection: expected a ringattn.Selection or None, got dict"):
+        calls[way](x, x, x, plan, selection={"head": 0})
 
 
 def checkpoint_worker(rank, world_size):

@@ -148,6 +148,65 @@ def test_a_kernel_that_one_rank_cannot_have_is_refused_on_all():
     assert "kernel: 'cudnn' cannot do this: it runs on CUDA, the tensors are on cpu" in own[1]
 
 
+def refusing(k, v, positions):
+    raise ValueError(f"no token at position {int(positions[0])}")
+
+
+def votes(tokens):
+    x = torch.zeros(1, tokens, 8, dtype=torch.float64)
+    return (ringattn.Votes(q=x, k=x, weight=torch.ones(1)),)
+
+
+ON_ONE_RANK = {
+    "expand: no token at position 6": {"expand": refusing},
+    "expand: expected a pair of tensors (keys, values), got Tensor": {"expand": lambda k, v, positions: k},
+    "expected q [B, S, H, D], k [B, S, G, D]": {"expand": lambda k, v, positions: (k[:, 1:], v)},
+    "selection: expected a ringattn.Selection or None, got dict": {"selection": {"head": 0}},
+    "selection head 12 does not exist, q has 12 heads (0 to 11)": {"selection": ringattn.Selection(head=12)},
+    "kernel: with selection expected auto or one of triton, tiled, got 'cudnn'": {
+        "selection": ringattn.Selection(),
+        "kernel": "cudnn",
+    },
+    "selection.earlier[0].q: expected torch.float64 of shape [1, 12, 8]": {
+        "selection": ringattn.Selection(earlier=votes(11))
+    },
+}
+
+
+def one_refuses_worker(rank, world_size):
+    """What the ranks are told where rank 1 alone is given what it must refuse; nothing may have been sent."""
+    told = []
+    for wrong in ON_ONE_RANK.values():
+        right = {"expand": lambda k, v, positions: (k, v)} if "expand" in wrong else {}
+        right |= {"selection": ringattn.Selection()} if "selection" in wrong else {}
+        plan, ulysses = ringattn.Plan(24, world_size), make_ulysses(dist.group.WORLD, 2)
+        own = [ringattn.shard(x, plan, rank) for x in qkv(24)[:3]]
+        with pytest.raises(ringattn.TopologyError) as caught:
+            ringattn.ring_attention(*own, plan, dist.group.WORLD, ulysses=ulysses, **(wrong if rank else right))
+        assert ulysses.stats.take().bytes_sent == 0
+        told.append(str(caught.value))
+    return told
+
+
+def test_what_one_rank_refuses_the_others_hear_of():
+    others, own = run_ranks(one_refuses_worker, 2)
+    for message, heard, refused in zip(ON_ONE_RANK, others, own, strict=True):
+        assert f"ring_attention: rank 1: {message}" in refused.replace("ulysses: ", ""), refused
+        assert "rank 1: arguments refused there" in heard, heard
+
+
+def gains_worker(rank, world_size):
+    plan = ringattn.Plan(24, world_size)
+    own = [ringattn.shard(x, plan, rank) for x in qkv(24)[:3]]
+    selection = ringattn.Selection(gain=1.0 + rank)
+    with pytest.raises(ringattn.TopologyError, match=f"what differs: scoring(.|\n)*gain {1 + rank}"):
+        ringattn.ring_attention(*own, plan, dist.group.WORLD, ulysses=2, selection=selection)
+
+
+def test_votes_that_count_differently_on_two_ranks_of_a_team_are_refused():
+    run_ranks(gains_worker, 2)
+
+
 def strided_worker(rank, world_size):
     """q, k and v cut from one projection, and a gradient that is one number seen from everywhere."""
     plan = ringattn.Plan(20, world_size)
