@@ -192,6 +192,15 @@ class Plan:
                 break
         return needed
 
+    def recurs(self, block: Block) -> bool:
+        """Whether rows with other documents have blocks of this size too: its rows and keys are whole chunks, about."""
+        if self.documents is None:
+            return True
+        chunk = max(1, self.seq_len // (self.cp_size * (2 if self.layout == "zigzag" else 1)))
+        sizes = (block.q_stop - block.q_start, block.k_stop - block.k_start)
+        # Chunks differ by one token, and so do a striped rank's rows and the keys that they see of another's.
+        return all(0 < count >= abs(size - count * chunk) for size in sizes for count in (round(size / chunk),))
+
     def visible_pairs(self, rank: int, source: int) -> int:
         """Number of (query, key) pairs of `rank` against `source`; 4 * H * D FLOPs each, forward."""
         total = 0

@@ -83,7 +83,8 @@ class SoftmaxAttention:
                 rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
                 here = (q[:, rows], k[:, keys], v[:, keys])
                 mask = self._mask(block, stop, q.device)
-                kernel = pick_kernel(self.kernel, *here, mask is not None)
+                recurs = self.ring.plan.recurs(block)
+                kernel = pick_kernel(self.kernel, *here, mask is not None, recurs=recurs)
                 causal = block.relation is Relation.CAUSAL
                 merged.add(rows, *kernel.forward(*here, causal=causal, mask=mask, scale=self.scale))
 
@@ -116,7 +117,8 @@ class SoftmaxAttention:
                         lse_rows[span] = lse[:, mine, rows].contiguous()
                     here = (q[:, rows, mine], visiting.keys[:, keys], visiting.values[:, keys])
                     mask = self._mask(block, stop, q.device)
-                    kernel = pick_kernel(self.kernel, *here, mask is not None, backward=True)
+                    recurs = self.ring.plan.recurs(block)
+                    kernel = pick_kernel(self.kernel, *here, mask is not None, backward=True, recurs=recurs)
                     causal = block.relation is Relation.CAUSAL
                     rest = (out[:, rows, mine], lse_rows[span])
                     found = kernel.backward(

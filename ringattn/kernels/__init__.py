@@ -23,6 +23,8 @@ class Kernel(Protocol):
     """
 
     name: str
+    plans: bool
+    """Whether each new size of a block costs it much of the host's time, once per process."""
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         """Why this kernel cannot do such a block, or None if it can."""
@@ -60,6 +62,12 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+# Operations. cuDNN takes about half a second to plan for a size (0.44 s forward, 0.55 s backward on a B200 with torch
+# 2.11: github.com/modelscope/FunASR/issues/3704). On an H100 it gains 1.4 s per 10^15 operations on flash (`measured`),
+# in each of some 28 layers that use the plan.
+_WORTH_A_PLAN = 1.2e13
+
+
 def check_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse a name that does not exist, or a kernel that could do nothing with these shards.
 
@@ -75,19 +83,33 @@ def check_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"kernel: {name!r} cannot do this: {reason}; use kernel='auto' or 'reference'")
 
 
-def pick_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, masked: bool, *, backward: bool = False) -> Kernel:
+def pick_kernel(
+    name: str, q: Tensor, k: Tensor, v: Tensor, masked: bool, *, backward: bool = False, recurs: bool = True
+) -> Kernel:
     """The kernel for one pass over a block: `name` (see `check_kernel`) if it can do it, else the best that can.
 
     A named kernel thus leaves masked or tiny blocks that it does not support, and only those, to another. Any kernel's
-    backward pass may follow any other's forward pass.
+    backward pass may follow any other's forward pass. Under "auto" a block of a size that does not recur
+    (`Plan.recurs`) is not given to a kernel that `plans`, unless it is so large that this pays.
     """
     if name != "auto" and KERNELS[name].unsupported(q, k, v, masked) is None:
         return KERNELS[name]
     capability = measured.capability(q.device) if q.device.type == "cuda" else None
+    planned: Kernel | None = None
     for candidate in _order(capability, max(q.shape[-1], v.shape[-1]), backward):
-        if KERNELS[candidate].unsupported(q, k, v, masked) is None:
-            return KERNELS[candidate]
+        kernel = KERNELS[candidate]
+        if kernel.unsupported(q, k, v, masked) is not None:
+            continue
+        if kernel.plans and not recurs and _flops(q, k, v, backward) < _WORTH_A_PLAN:
+            planned = planned or kernel
+        else:
+            return planned if planned is not None and candidate == "reference" else kernel
     raise AssertionError("the reference kernel supports everything")
+
+
+def _flops(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> float:
+    """Of a block all of whose pairs are seen."""
+    return (5.0 if backward else 2.0) * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] * (q.shape[3] + v.shape[3])
 
 
 @cache

@@ -14,6 +14,7 @@ class CpuFlashKernel:
     """`aten._scaled_dot_product_flash_attention_for_cpu`: fp64, fp32, bf16; grouped heads; masks as a bias."""
 
     name = "cpu"
+    plans = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         if q.device.type != "cpu":

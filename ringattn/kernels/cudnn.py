@@ -12,6 +12,7 @@ class CudnnKernel:
     """`aten._scaled_dot_product_cudnn_attention`: bf16 and fp16 on compute capability 9.0, no masks, grouped heads."""
 
     name = "cudnn"
+    plans = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         if q.device.type != "cuda":

@@ -12,6 +12,7 @@ class FlashKernel:
     """`aten._flash_attention_forward`: bf16 and fp16, compute capability 8.0 and later, no masks, grouped heads."""
 
     name = "flash"
+    plans = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         if q.device.type != "cuda":

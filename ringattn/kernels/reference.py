@@ -16,6 +16,7 @@ class ReferenceKernel:
     """Softmax attention written out. Slow, exact, without preconditions."""
 
     name = "reference"
+    plans = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         return None

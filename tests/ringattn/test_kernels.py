@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ringattn import kernels
+import ringattn
+from ringattn import Plan, kernels
 from ringattn.kernels import KERNELS, check_kernel, measured, pick_kernel
 from ringattn.kernels.measured import Rate, order
 from ringattn.testing import within_twice
@@ -155,6 +156,69 @@ def test_the_measured_lines_name_kernels_and_say_where_they_come_from():
     lines = [(rate.capability, rate.head_dim, rate.kernel) for rate in measured.MEASURED]
     assert len(set(lines)) == len(lines)
     assert set(KERNELS) > measured.ON_EVIDENCE
+
+
+class Able:
+    """A kernel that can do everything, by name alone."""
+
+    def __init__(self, name, plans=False):
+        self.name, self.plans = name, plans
+
+    def unsupported(self, q, k, v, masked):
+        return "it has no masks" if masked and self.name != "reference" else None
+
+
+def test_a_kernel_that_plans_gets_sizes_that_recur_and_large_ones(monkeypatch):
+    def picked(n, *names, masked=False, **how):
+        monkeypatch.setattr(kernels, "KERNELS", {name: Able(name, plans=name == "planner") for name in names})
+        kernels._order.cache_clear()
+        q = torch.empty(1, n, 16, 128, device="meta")
+        return pick_kernel("auto", q, q[:, :, :4], q[:, :, :4], masked, **how).name
+
+    monkeypatch.setattr(measured, "MEASURED", ())
+    try:
+        names = ("planner", "other", "reference")
+        assert picked(3000, *names) == "planner"
+        assert picked(3000, *names, recurs=False) == "other"
+        assert picked(3000, *names, recurs=False, backward=True) == "other"
+        assert picked(65_536, *names, recurs=False) == "planner"
+        assert picked(30_000, *names, recurs=False) == "other"
+        assert picked(30_000, *names, recurs=False, backward=True) == "planner", "more operations, more to gain"
+        assert picked(3000, "planner", "reference", recurs=False) == "planner", "the reference is slower than a plan"
+        assert picked(3000, *names, masked=True, recurs=False) == "reference"
+    finally:
+        kernels._order.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("tokens", [4096, 4099])
+def test_blocks_of_whole_chunks_recur_whatever_the_documents(layout, tokens):
+    plain = Plan(tokens, 4, layout)
+    cut = (0, 1234, 1301, tokens)
+    packed = plain.with_documents(cut)
+    whole = [block for rank in range(4) for source in range(4) for block in plain.blocks(rank, source)]
+    assert all(plain.recurs(block) and packed.recurs(block) for block in whole)
+    found = [block for rank in range(4) for source in range(4) for block in packed.blocks(rank, source)]
+    assert all(plain.recurs(block) for block in found)
+    others = [block for block in found if not packed.recurs(block)]
+    assert others
+    sizes = {(block.q_stop - block.q_start, block.k_stop - block.k_start) for block in whole}
+    for block in others:
+        assert (block.q_stop - block.q_start, block.k_stop - block.k_start) not in sizes
+
+
+def test_the_ring_says_which_blocks_recur(monkeypatch):
+    told = []
+
+    def spy(*arguments, recurs=True, **how):
+        told.append((arguments[1].shape[1], arguments[2].shape[1], how.get("backward", False), recurs))
+        return pick_kernel(*arguments, **how)
+
+    monkeypatch.setattr("ringattn.softmax.pick_kernel", spy)
+    q = torch.randn(1, 1024, 2, 8, requires_grad=True)
+    plan = Plan(1024, 1, documents=(0, 200, 1024))
+    ringattn.ring_attention(q, q, q, plan, group=None).sum().backward()
+    assert told == [(n, n, backward, False) for backward in (False, True) for n in (200, 824)]
 
 
 def test_each_pass_gets_its_own_kernel(monkeypatch):
