@@ -1,17 +1,67 @@
-"""The model of a configuration."""
+"""The model of a configuration in its engine, with its first weights."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
 from launch.config import Config
+from launch.engine import Engine, build_engine
+from launch.engine.plain import own_rows
 from launch.memory_choice import layer_memory
+from launch.topology import Topology
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.initial import Rows
 from model.pointwise import PLAIN, Pointwise
+from ringattn.transport.peer_memory import host_name
+
+# More would not be faster: what is drawn has to be written somewhere, on GPUs through one link. They also need a chunk
+# of host memory each, 16 MiB.
+_MOST_THREADS = 32
 
 
-def build_decoder(config: Config, model: ModelConfig, device: torch.device) -> Decoder:
-    """A decoder of shape `model`, run as `config.memory` (resolved) and `config.engine` say; its values are not set."""
+def build_model(config: Config, model: ModelConfig, topology: Topology) -> Engine:
+    """A decoder of shape `model`, run as `config.memory` (resolved) and `config.engine` say. Collective.
+
+    Its first weights depend on `run.seed` and the shape alone, not on engine or world size. With `fsdp` no rank ever
+    holds the whole model: it is sharded while it has no storage, and each rank draws the rows that are its own.
+    DeepSpeed's `zero` shards what is whole, on the host; `ddp` stays whole.
+    """
+    device, name = topology.device, config.engine.name
     compiled = device.type == "cuda" if config.engine.compile == "auto" else config.engine.compile
-    return Decoder(model, layer_memory(config), Pointwise("inductor") if compiled else PLAIN)
+    # Without storage also where it is whole a moment later: torch's modules would draw values that nobody wants.
+    with torch.device("meta"):
+        decoder = Decoder(model, layer_memory(config), Pointwise("inductor") if compiled else PLAIN)
+    assert not list(decoder.buffers()), "first values are known for parameters only"
+    threads = drawing_threads(topology)
+    if name == "fsdp":
+        engine = build_engine(name, decoder, topology=topology, config=config)
+        own = {name: own_rows(parameter) for name, parameter in decoder.named_parameters()}
+        rows = {name: Rows(values=values, first=first) for name, (values, first) in own.items()}
+        decoder.init_rows(rows, config.run.seed, threads)
+        return engine
+    # DeepSpeed casts before it moves a model to the GPU, which then never holds it in fp32.
+    decoder.to_empty(device="cpu" if name == "zero" else device)
+    decoder.init_weights(config.run.seed, threads)
+    return build_engine(name, decoder, topology=topology, config=config)
+
+
+def drawing_threads(topology: Topology) -> int:
+    """Threads of this rank that draw first weights: its share of the cores it may run on. Collective.
+
+    torch's own number of threads says nothing here: torchrun sets it to 1. Slurm gives each task cores of its own,
+    other launchers give all of them to everyone, so the ranks of this host that may run on the same cores are counted.
+    """
+    mine = _usable_cores()
+    everyone = topology.gather_objects((host_name(), mine))
+    sharing = sum(host == host_name() and not mine.isdisjoint(cores) for host, cores in everyone)
+    return max(1, min(_MOST_THREADS, len(mine) // sharing))
+
+
+def _usable_cores() -> frozenset[int]:
+    try:
+        return frozenset(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return frozenset(range(os.cpu_count() or 1))

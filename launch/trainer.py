@@ -20,8 +20,8 @@ from launch.carrier import Carrier, make_carrier
 from launch.checkpoint import CheckpointStore, Found, checkpoint_bytes
 from launch.config import Config
 from launch.data import Corpus, open_corpus
-from launch.decoder import build_decoder
-from launch.engine import Engine, build_engine
+from launch.decoder import build_model
+from launch.engine import Engine
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, OutOfMemory, WriteError, everywhere
 from launch.heartbeat import Heartbeat
 from launch.memory_choice import MemoryPlan, device_facts, plan_memory, with_memory
@@ -283,10 +283,7 @@ class Trainer:
             self.config = with_ulysses(self.config, choice)
             self._say(f"parallel.ulysses: {choice.line()}")
         self._plan_memory(model)
-        decoder = build_decoder(self.config, model, self.topology.device)
-        decoder.init_weights(self.config.run.seed)
-        engine = build_engine(self.config.engine.name, decoder, topology=self.topology, config=self.config)
-        return model, engine
+        return model, build_model(self.config, model, self.topology)
 
     def _plan_memory(self, model: ModelConfig) -> None:
         """Before the model is built: what cannot fit is refused while nothing is allocated."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.attend import AttentionFn
 from model.attention_kinds import build_attention
 from model.config import ModelConfig
-from model.initial import initial_value
+from model.initial import Rows, write_initial_values
 from model.layers import DecoderLayer, RMSNorm
 from model.loss import IGNORED_LABEL, tiled_cross_entropy
 from model.memory import LayerRunner, Memory
@@ -134,26 +134,35 @@ class Decoder(nn.Module):
                         f"{self.config.vocab_size} entries; make model.vocab_size at least the tokenizer's"
                     )
 
-    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """First values of all parameters, one full fp32 CPU tensor at a time.
-
-        Each parameter has its own generator, seeded by (seed, its name): values depend neither on order nor on how an
-        engine shards, and a rank may skip what it does not hold. See `model.initial` for the values.
+    def initial_values(self, seed: int, threads: int = 1) -> Iterator[tuple[str, Tensor]]:
+        """First values of all parameters, one full fp32 CPU tensor at a time; see `model.initial`.
 
         Yields:
             (name as in named_parameters() of the bare module, values).
         """
-        for name in self._full_shapes:
-            yield name, initial_value(name, self._full_shapes, seed=seed, config=self.config)
+        for name, shape in self._full_shapes.items():
+            values = torch.empty(shape, dtype=torch.float32, device="cpu")
+            self.init_rows({name: Rows(values=values)}, seed, threads)
+            yield name, values
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Write `initial_values(seed)` into the parameters, which must be whole (not yet sharded by an engine)."""
+    def init_weights(self, seed: int, threads: int = 1) -> None:
+        """Write the first values of all parameters, which must be whole (not yet sharded by an engine).
+
+        Raises:
+            ValueError: One of them is not.
+        """
         parameters = dict(self.named_parameters())
-        for name, values in self.initial_values(seed):
-            if parameters[name].shape != values.shape:
+        for name, shape in self._full_shapes.items():
+            if parameters[name].shape != shape:
                 raise ValueError(
-                    f"init_weights: {name} has shape {list(parameters[name].shape)} instead of {list(values.shape)}; "
-                    "call it before the engine shards the module, or distribute initial_values(seed)"
+                    f"init_weights: {name} has shape {list(parameters[name].shape)} instead of {list(shape)}; "
+                    "call it before the engine shards the module, or init_rows with the rows that are here"
                 )
-            parameters[name].copy_(values)
+        self.init_rows({name: Rows(values=parameter) for name, parameter in parameters.items()}, seed, threads)
+
+    def init_rows(self, rows: Mapping[str, Rows], seed: int, threads: int = 1) -> None:
+        """Write first values into some rows of some parameters: the same ones that `init_weights` writes there.
+
+        Values depend neither on order nor on how an engine shards: see `model.initial` for them and the arguments.
+        """
+        write_initial_values(rows, self._full_shapes, seed=seed, config=self.config, threads=threads)

@@ -1,10 +1,16 @@
-"""First values of parameters, from a parameter's name and shape alone, so that no module need exist or be whole."""
+"""First values of parameters, from a parameter's name and shape alone, so that no module need exist or be whole.
+
+A parameter is drawn in chunks of `CHUNK` elements of its flat form, each with a generator of its own: chunks can be
+drawn by any thread on any rank, in any order, and a rank draws only those that reach into its rows.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,13 +18,29 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.kinds import attention_shape
 
+CHUNK = 2**22  # elements; the values of a longer parameter depend on it
 _STD = 0.02  # GPT-2
 _RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight")
 _FACTORS = ("q_factors.weight", "k_factors.weight", "v_factors.weight")
 
 
-def initial_value(name: str, shapes: Mapping[str, tuple[int, ...]], *, seed: int, config: ModelConfig) -> Tensor:
-    """First value of one parameter, fp32 on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some rows of a parameter: `values` [n, ...], contiguous, of any dtype and device, from row `first` on."""
+
+    values: Tensor
+    first: int = 0
+
+
+def write_initial_values(
+    rows: Mapping[str, Rows],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    seed: int,
+    config: ModelConfig,
+    threads: int = 1,
+) -> None:
+    """Write first values, drawn in fp32 on the CPU, in place.
 
     - matrices: normal, std 0.02; those that write to the residual stream 0.02 / sqrt(2 layers) (GPT-2, section 2.3)
     - norms: ones
@@ -28,30 +50,90 @@ def initial_value(name: str, shapes: Mapping[str, tuple[int, ...]], *, seed: int
     - expansions of "sas", weights and biases: uniform within 1 / sqrt(fan in), as torch initialises Conv1d and Linear
 
     Args:
-        name: As in `named_parameters()` of the bare decoder.
+        rows: What to write, by the parameter's name in `named_parameters()` of the bare decoder.
         shapes: Of all parameters by name, unsharded.
-        seed: Each parameter has its own generator, seeded by (seed, name).
+        seed: A value depends on it, on the parameter's name and on its place there, and on nothing else.
         config: The shape of the decoder.
+        threads: That draw at a time, at most. Each needs up to one chunk (16 MiB) beside what is written.
     """
+    # Taken here: "no gradient" is a state of this thread, and the others would be refused writing into a parameter.
+    detached = {name: Rows(values=part.values.detach(), first=part.first) for name, part in rows.items()}
+    pieces = [piece for name, part in detached.items() for piece in _pieces(name, part, shapes[name])]
+    threads = min(threads, len(pieces))
+    if threads <= 1:
+        for piece in pieces:
+            piece.write(shapes, seed, config)
+        return
+    # torch lets other threads run while it draws, and draws in the thread that asks: its own threads do not matter.
+    with ThreadPoolExecutor(threads, thread_name_prefix="first-weights") as pool:
+        for _ in pool.map(lambda piece: piece.write(shapes, seed, config), pieces):
+            pass  # an error comes out here
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """What of one chunk is wanted: `target` takes its elements from `skip` on."""
+
+    name: str
+    chunk: int
+    skip: int
+    target: Tensor
+
+    def write(self, shapes: Mapping[str, tuple[int, ...]], seed: int, config: ModelConfig) -> None:
+        size = min(CHUNK, math.prod(shapes[self.name]) - self.chunk * CHUNK)
+        wide = self.target.dtype == torch.float32 and self.target.device.type == "cpu"
+        if wide and len(self.target) == size:
+            _draw(self.target, self.name, self.chunk, shapes, seed, config)
+            return
+        # Always the whole chunk: what a generator gives to the last elements depends on how many are asked for.
+        values = torch.empty(size, dtype=torch.float32, device="cpu")
+        _draw(values, self.name, self.chunk, shapes, seed, config)
+        self.target.copy_(values[self.skip : self.skip + len(self.target)])
+
+
+def _pieces(name: str, rows: Rows, shape: tuple[int, ...]) -> Iterator[_Piece]:
+    flat = rows.values.view(-1)
+    begin = rows.first * math.prod(shape[1:])
+    end = begin + len(flat)
+    assert end <= math.prod(shape), f"{name}: rows from {rows.first} on, {list(rows.values.shape)}, of {list(shape)}"
+    place = begin
+    while place < end:
+        chunk, skip = divmod(place, CHUNK)
+        stop = min(end, (chunk + 1) * CHUNK)
+        yield _Piece(name=name, chunk=chunk, skip=skip, target=flat[place - begin : stop - begin])
+        place = stop
+
+
+def _draw(
+    values: Tensor, name: str, chunk: int, shapes: Mapping[str, tuple[int, ...]], seed: int, config: ModelConfig
+) -> None:
+    """Fill `values` (flat, fp32, on the CPU) with one whole chunk."""
     shape = shapes[name]
     if name.endswith("selector.gain"):
         assert config.selection is not None
-        return torch.full(shape, config.selection.gain_start)
-    if name.endswith("selector.gamma"):
-        return torch.zeros(shape)
-    # hash() of a string differs between processes; a digest does not
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    if ".simulated." in name:
+        values.fill_(config.selection.gain_start)
+    elif name.endswith("selector.gamma"):
+        values.zero_()
+    elif ".simulated." in name:
         weight = shapes[name.removesuffix(".bias") + ".weight"] if name.endswith(".bias") else shape
         bound = 1 / math.sqrt(math.prod(weight[1:]))
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if len(shape) == 1:
-        return torch.ones(shape)
-    values = torch.empty(shape).normal_(0.0, _std(name, config), generator=generator)
+        values.uniform_(-bound, bound, generator=_generator(seed, name, chunk))
+    elif len(shape) == 1:
+        values.fill_(1.0)
+    else:
+        values.normal_(0.0, _std(name, config), generator=_generator(seed, name, chunk))
     if name.endswith("attention.k_proj.weight") and config.selection is not None and config.selection.zero_key_init:
-        values[_selection_rows(config)] = 0.0
-    return values
+        zeros = _selection_rows(config)
+        begin, end = (max(0, row * shape[1] - chunk * CHUNK) for row in (zeros.start, zeros.stop))
+        values[begin:end] = 0.0
+
+
+def _generator(seed: int, name: str, chunk: int) -> torch.Generator:
+    # The first chunk's key is what it was before there were chunks, so that small models keep their values.
+    key = f"{seed}:{name}" if chunk == 0 else f"{seed}:{name}:{chunk}"
+    # hash() of a string differs between processes; a digest does not
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _std(name: str, config: ModelConfig) -> float:

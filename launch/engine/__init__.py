@@ -20,7 +20,8 @@ def build_engine(name: str, module: nn.Module, *, topology: Topology, config: Co
 
     Args:
         name: Usually `config.engine.name`.
-        module: Initialised to the same fp32 weights on every rank; the engine moves, casts or shards it in place.
+        module: Initialised to the same fp32 weights on every rank, see `Engine`; the engine moves, casts or shards it
+            in place.
         topology: This process and its groups.
         config: Of this run; `engine` and `optim` are read.
 

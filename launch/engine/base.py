@@ -35,8 +35,9 @@ class Engine(ABC):
     evaluates.
 
     Args:
-        module: Initialised to the same fp32 weights on every rank; `module.layers`, where it has them, are the units
-            in which FSDP gathers weights. `module(**inputs)` returns a scalar loss sum.
+        module: Initialised to the same fp32 weights on every rank (or, for FSDP, without storage); `module.layers`,
+            where it has them, are the units in which FSDP gathers weights. `module(**inputs)` returns a scalar loss
+            sum.
         topology: This process and its groups.
         config: Of this run; `engine` and `optim` are read.
     """

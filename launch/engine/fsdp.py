@@ -23,6 +23,8 @@ class FsdpEngine(PlainEngine):
 
     With `memory.optimizer: host` the shards of weights, gradients and AdamW state are in host memory, and AdamW runs
     there. A layer's weights come to the GPU whenever they are gathered, its reduced gradient goes back.
+
+    A module on the meta device is sharded before it has storage; the caller then writes each rank's own rows.
     """
 
     def __init__(self, module: nn.Module, topology: Topology, config: Config) -> None:
@@ -39,6 +41,8 @@ class FsdpEngine(PlainEngine):
         for layer in getattr(module, "layers", ()):
             fully_shard(layer, mesh=topology.world_mesh, mp_policy=policy, offload_policy=offload)
         fully_shard(module, mesh=topology.world_mesh, mp_policy=policy, offload_policy=offload)
+        if any(parameter.is_meta for parameter in module.parameters()):  # no rank has to hold the whole model, ever
+            module.to_empty(device="cpu" if config.memory.optimizer == "host" else topology.device)
         super().__init__(module, topology, config)
         self._fsdp = cast(FSDPModule, module)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from launch.engine.base import Engine, build_adamw, fill_adamw_state, state_names
 
@@ -68,6 +68,18 @@ class PlainEngine(Engine):
             local_tensor(live).copy_(local_tensor(state[key]))
         for parameter in self._parameters.values():
             self._optimizer.state[parameter]["step"].fill_(float(state["optim.step"]))
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a DTensor as FSDP cuts it, without a copy, and the number of the first; else all rows, 0."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), 0
+    assert tensor.placements == (Shard(0),), tensor.placements
+    most = -(-tensor.shape[0] // tensor.device_mesh.size())
+    first = min(most * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    mine = local_tensor(tensor.detach())
+    assert len(mine) == min(most, tensor.shape[0] - first), (mine.shape, first, tensor.shape)
+    return mine, first
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

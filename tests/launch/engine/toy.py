@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from launch.config import Config
+from launch.decoder import build_model
 from launch.engine import Engine, build_engine
 from launch.errors import LaunchError
 from launch.memory_choice import layer_memory
 from launch.topology import Topology
-from model import Decoder, preset
+from model import Decoder, ModelConfig, preset
 
 __all__ = ["DTensor", "LaunchError", "build_engine"]
 
@@ -41,7 +42,8 @@ def toy_config(
     if name == "zero":
         engine["zero_stage"] = int(kind[-1])
     rows = {"steps": 20, "lr": 0.003, "rows_per_step": 12, "clip_norm": None, **optim}
-    run = {"dir": "unused", "device": device}
+    run = {"dir": "unused", "device": device, "seed": SEED}
+    engine["compile"] = False
     return Config.model_validate(
         {
             "run": run,
@@ -54,10 +56,14 @@ def toy_config(
     )
 
 
-def toy_module(config: Config, *, tied: bool) -> Decoder:
+def toy_shape(*, tied: bool) -> ModelConfig:
     """Sizes are odd on purpose: most tensors divide by no world size."""
-    shape = preset("test", vocab_size=37, layers=2, dim=18, heads=3, kv_heads=1, head_dim=6, ffn_dim=26, tied_head=tied)
-    module = Decoder(shape, layer_memory(config))
+    return preset("test", vocab_size=37, layers=2, dim=18, heads=3, kv_heads=1, head_dim=6, ffn_dim=26, tied_head=tied)
+
+
+def toy_module(config: Config, *, tied: bool) -> Decoder:
+    """The decoder in this process alone, whole."""
+    module = Decoder(toy_shape(tied=tied), layer_memory(config))
     module.init_weights(SEED)
     return module
 
@@ -141,9 +147,7 @@ class Reference:
 def start(kind: str, *, tied: bool = True, **settings: Any) -> Engine:
     """A fresh toy engine in this process's world."""
     config = toy_config(kind, **settings)
-    return build_engine(
-        config.engine.name, toy_module(config, tied=tied), topology=Topology.start(config), config=config
-    )
+    return build_model(config, toy_shape(tied=tied), Topology.start(config))
 
 
 def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
