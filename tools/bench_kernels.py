@@ -6,7 +6,8 @@
 Batch 1. A kernel must first be right: rows that see a full and then a causal block, merged, and the gradients of both
 from the out and lse of the whole row, against the dense definition in float64; masked blocks it must refuse, or do
 right. Then a causal and a full block of --tokens queries and keys are timed, each pass by itself; on CUDA as replayed
-graphs, in which the host's work is hidden ("host" is what a forward and a backward call take when launched one by one).
+graphs, in which the host's work is hidden ("host" is what a forward and a backward call take when launched one by one,
+"new size" what they take more where they meet a length for the first time, which each row of documents brings).
 Ends with 1 if a kernel is wrong.
 
 The lines belong into ringattn/kernels/measured.py, those of one device all from one run.
@@ -19,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from statistics import median
+from time import perf_counter
 from typing import Annotated
 
 import torch
@@ -81,6 +84,7 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     tflops: dict[tuple[str, str], float] = field(default_factory=dict)  # by pass and "causal", "full" or "both"
     host_ms: float = 0.0
+    new_size_ms: float = 0.0
 
 
 @app.command()
@@ -206,6 +210,7 @@ def time_blocks(row: Row, kernel: Kernel, tensors: tuple[Tensor, ...], repeats: 
         row.tflops |= {(what, block): flops[block] / ms[what, block] / 1e9 for block in BLOCKS}
         row.tflops[what, "both"] = sum(flops.values()) / sum(ms[what, block] for block in BLOCKS) / 1e9
     row.host_ms = _host_ms(kernel, row.sizes, repeats)
+    row.new_size_ms = _new_size_ms(kernel, row.sizes)
 
 
 def _host_ms(kernel: Kernel, sizes: Sizes, repeats: int) -> float:
@@ -219,10 +224,36 @@ def _host_ms(kernel: Kernel, sizes: Sizes, repeats: int) -> float:
     return time_eager(step, q.device, repeats)
 
 
+def _new_size_ms(kernel: Kernel, sizes: Sizes) -> float:
+    """What a forward and a backward call over a length that is new take more than the same calls again."""
+    found = []
+    for tokens in (301, 402, 503, 605, 707):
+        q, k, v, dout = sizes.draw(tokens)
+
+        def step(q: Tensor = q, k: Tensor = k, v: Tensor = v, dout: Tensor = dout) -> float:
+            began = perf_counter()
+            out, lse = kernel.forward(q, k, v, causal=True, mask=None, scale=sizes.scale)
+            kernel.backward(dout, q, k, v, out, lse, causal=True, mask=None, scale=sizes.scale)
+            if q.is_cuda:
+                torch.cuda.synchronize()
+            return 1e3 * (perf_counter() - began)
+
+        found.append(step() - min(step() for _ in range(3)))
+    return max(0.0, median(found))
+
+
 def show(rows: list[Row]) -> None:
     """Print the table; why a kernel has no times stands in its line."""
     places = [(what, block) for what in PASSES for block in BLOCKS]
-    titles = ["D", "kernel", *(f"{what} {block}" for what, block in places), "host ms", "worst error", "masks"]
+    titles = [
+        "D",
+        "kernel",
+        *(f"{what} {block}" for what, block in places),
+        "host ms",
+        "new size ms",
+        "worst error",
+        "masks",
+    ]
     widths = [max(9, len(title)) for title in titles]
     print("TFLOP/s by kernel, pass and block:")
     print("  ".join(title.rjust(width) for title, width in zip(titles, widths, strict=True)))
@@ -230,7 +261,7 @@ def show(rows: list[Row]) -> None:
         cells = [str(row.sizes.head_dim), row.kernel]
         if row.status == "ok":
             cells += [f"{row.tflops[place]:.3g}" for place in places]
-            cells += [f"{row.host_ms:.3g}", f"{max(row.errors.values()):.1e}", row.masks]
+            cells += [f"{row.host_ms:.3g}", f"{row.new_size_ms:.3g}", f"{max(row.errors.values()):.1e}", row.masks]
         line = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
         print(line if row.status == "ok" else f"{line}  {row.status}: {row.note}")
 
