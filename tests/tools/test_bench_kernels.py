@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import ClassVar
+
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -82,6 +85,22 @@ def test_a_kernel_that_fails_does_not_hide_the_others(monkeypatch: pytest.Monkey
     assert result.exit_code == 0, result.output
     assert "failing  failed: RuntimeError: planted fault" in result.output
     assert result.output.splitlines()[-1].split()[1] == "cpu"
+
+
+def test_what_a_new_size_costs_is_told_apart_from_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Planning(Spoilt):
+        seen: ClassVar[set[int]] = set()
+
+        def forward(self, q, k, v, **options):  # type: ignore[no-untyped-def]
+            if q.shape[1] not in self.seen:
+                time.sleep(0.1)
+                self.seen.add(q.shape[1])
+            return super().forward(q, k, v, **options)
+
+    monkeypatch.setitem(KERNELS, "planning", Planning("none"))
+    assert 80 <= measure("planning", SIZES, check_tokens=6, repeats=1).new_size_ms < 400
+    monkeypatch.setitem(KERNELS, "steady", Spoilt("none"))
+    assert measure("steady", SIZES, check_tokens=6, repeats=1).new_size_ms < 80
 
 
 def test_rates_count_the_pairs_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
