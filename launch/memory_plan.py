@@ -196,7 +196,8 @@ def estimate_memory(case: MemoryCase, memory: MemoryConfig) -> MemoryEstimate:
             Item(name="libraries", device=LIBRARIES_DEVICE_BYTES if case.on_gpu else 0.0, host=libraries),
             Item(name="peer memory of the ring", device=peer_bytes(case)),
         ),
-        start=(Item(name="whole model in fp32", host=_FP32 * parameters),),
+        # see launch.decoder: the other engines start where the weights will stay
+        start=(Item(name="whole model in fp32", host=_FP32 * parameters),) if case.engine == "zero" else (),
         per_node=case.per_node,
         on_gpu=case.on_gpu,
     )

@@ -355,6 +355,15 @@ def test_what_is_asked_for_is_refused_only_if_it_is_hopeless() -> None:
         plan_memory(config(8_388_608, "llama-3-8b", memory={"auto": True}), 4, machine(), preset("llama-3-8b"))
 
 
+@pytest.mark.parametrize(("engine", "whole"), [("ddp", 0), ("fsdp", 0), ("zero", 4 * 8_030_261_248)])
+def test_only_zero_starts_with_a_whole_model_on_the_host(engine: str, whole: int) -> None:
+    case = gpu_case(65_536, "llama-3-8b", engine={"name": engine, "precision": "bf16", "zero_stage": 3})
+    found = estimate_memory(case, MemoryConfig())
+    assert found.host_peaks_at_start == (whole > 0)
+    at_start = found.host_bytes - sum(item.host for item in found.outside)
+    assert at_start == (whole or sum(item.host for item in found.always))
+
+
 def test_on_a_cpu_only_the_host_counts() -> None:
     facts = DeviceFacts(device_bytes=None, host_bytes=4 * GIB)
     plan = plan_memory(config(4096, "test", "fp32", memory={"auto": True}), 2, facts, preset("test"))

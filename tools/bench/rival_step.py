@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from launch.config import Config
 from launch.data import IGNORED, Row
+from launch.decoder import drawing_threads
 from launch.engine.base import decay_groups
 from launch.topology import Topology
 from model.config import ModelConfig
@@ -89,7 +90,7 @@ class Rival:
         bare = build_model(shape, longest)
         with torch.device("meta"):
             ours = Decoder(shape)
-        load_weights(bare, ours.initial_values(config.run.seed))
+        load_weights(bare, ours.initial_values(config.run.seed, drawing_threads(topology)))
         if compiled:
             for part in bare.modules():
                 if type(part).__name__.endswith(("MLP", "RMSNorm")):

@@ -1,0 +1,138 @@
+"""The start of a model in real processes: the same weights however it is sharded, and no rank that holds it whole."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from launch import decoder
+from launch.engine import plain
+from launch.topology import Topology
+from model import initial
+from model.config import SelectionConfig
+from model.decoder import Decoder
+from tests.launch.engine import toy
+from tests.model.kinds import kind
+from tests.model.live_bytes import LiveBytes
+from tests.processes import run_ranks
+
+CHUNK = 50  # rows begin and end anywhere inside of a chunk
+SHAPES = {
+    "toy": toy.toy_shape(tied=False),
+    # convolutions, and parameters of one row, which most ranks hold none of; zeros in some rows
+    "sas": kind("sas", SelectionConfig(gain="learned", gain_start=0.25)),
+    "zeros": kind("gqa", SelectionConfig(head=2, zero_key_init=True), qk_norm=False),
+}
+KINDS = ("ddp", "fsdp", "fsdp host")
+
+
+def start_all(rank: int, world_size: int) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """This rank's first weights, of every kind of engine and shape."""
+    initial.CHUNK = CHUNK
+    decoder._usable_cores = lambda: frozenset(range(2 * world_size))  # two threads each
+    found = {}
+    for kind_name in KINDS:
+        config = toy.toy_config(kind_name)
+        topology = Topology.start(config)
+        for name, shape in SHAPES.items():
+            state = decoder.build_model(config, shape, topology).state()
+            found[kind_name, name] = toy.own({key: value for key, value in state.items() if key.startswith("model.")})
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_engine_starts_with_the_same_weights(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = run_ranks(start_all, world_size)
+    monkeypatch.setattr(initial, "CHUNK", CHUNK)
+    for name, shape in SHAPES.items():
+        module = Decoder(shape)
+        module.init_weights(toy.SEED)
+        wanted = {f"model.{key}": parameter.detach() for key, parameter in module.named_parameters()}
+        assert max(math.ceil(values.numel() / CHUNK) for values in wanted.values()) > 10
+        for kind_name in KINDS:
+            assert all(found[kind_name, name].keys() == wanted.keys() for found in ranks)
+            for key, values in wanted.items():
+                parts = [found[kind_name, name][key] for found in ranks]
+                if kind_name == "ddp":
+                    assert all(torch.equal(part, values) for part in parts), key
+                else:
+                    assert torch.equal(torch.cat(parts), values), (kind_name, key)
+
+
+class _OnThisRank(LiveBytes):
+    """Of a sharded tensor counts what this rank has, of one without storage nothing."""
+
+    def _note(self, x: Tensor) -> None:
+        x = plain.local_tensor(x)
+        if not x.is_meta:
+            super()._note(x)
+
+
+def bytes_of_start(rank: int, world_size: int, kind_name: str, name: str) -> dict[str, Any]:
+    initial.CHUNK = CHUNK
+    decoder._usable_cores = lambda: frozenset(range(1))  # tensors of other threads are not seen
+    plain.fill_adamw_state = lambda optimizer, parameters: None
+    config = toy.toy_config(kind_name)
+    topology = Topology.start(config)
+    with _OnThisRank() as live:
+        engine = decoder.build_model(config, SHAPES[name], topology)
+    shapes = [tuple(parameter.shape) for parameter in engine.module.parameters()]
+    whole = sum(math.prod(shape) for shape in shapes)
+    mine = [math.ceil(shape[0] / world_size) * math.prod(shape[1:]) for shape in shapes]
+    held = sum(plain.local_tensor(parameter).numel() for parameter in engine.module.parameters())
+    sharded = all(isinstance(parameter, DTensor) for parameter in engine.module.parameters())
+    return {
+        "whole": 4 * whole,
+        "most": 4 * (sum(mine) + max(mine) + CHUNK),  # FSDP copies one parameter after the other to pad it
+        "largest": (live.largest[torch.float32], max(max(mine), CHUNK)),
+        "peak": live.peak,
+        "held": 4 * held,
+        "sharded": sharded,
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind_name", ["fsdp", "fsdp host"])
+def test_no_rank_holds_the_whole_model(world_size: int, kind_name: str) -> None:
+    ranks = run_ranks(bytes_of_start, world_size, kind_name, "toy")
+    for found in ranks:
+        assert found["sharded"]
+        assert found["held"] <= found["peak"] <= found["most"] < found["whole"]
+        got, limit = found["largest"]
+        assert got <= limit
+    assert sum(found["held"] for found in ranks) == ranks[0]["whole"]
+
+
+def test_a_whole_model_is_seen() -> None:
+    """The counter of the test above can tell."""
+    (found, _) = run_ranks(bytes_of_start, 2, "ddp", "toy")
+    assert found["peak"] >= found["whole"] > found["most"]
+
+
+ALL = frozenset(range(8))
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "threads"),
+    [
+        (ALL, [], 8),
+        (ALL, [("here", ALL)] * 3, 2),
+        (ALL, [("here", ALL)] * 15, 1),  # more processes than cores
+        (frozenset({0, 1}), [("here", frozenset({2, 3}))], 2),  # Slurm's tasks have cores of their own
+        (ALL, [("there", ALL)], 8),
+        (frozenset(range(192)), [], 32),
+    ],
+)
+def test_threads_are_a_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, mine: frozenset[int], others: list[Any], threads: int
+) -> None:
+    monkeypatch.setattr(decoder, "_usable_cores", lambda: mine)
+    monkeypatch.setattr(decoder, "host_name", lambda: "here")
+    topology: Any = SimpleNamespace(gather_objects=lambda value: [value, *others])
+    assert decoder.drawing_threads(topology) == threads
