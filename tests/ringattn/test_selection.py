@@ -52,9 +52,9 @@ def test_chunks_shorter_than_the_lag_wait_for_the_boundary():
     assert [counted for *_, counted in pieces(12, 4, "contiguous", 8)] == [0, 0, 0, 3, 3]
 
 
-def tensors(seq_len=8, heads=4, groups=2, width=8, dtype=torch.float32, seed=0):
+def tensors(seq_len=8, heads=4, groups=2, width=8, dtype=torch.float32, seed=0, batch=1):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, seq_len, h, width, generator=generator).to(dtype) for h in (heads, groups, groups)]
+    return [torch.randn(batch, seq_len, h, width, generator=generator).to(dtype) for h in (heads, groups, groups)]
 
 
 def votes(seq_len=8, width=8, dtype=torch.float32, weight=None):
@@ -243,6 +243,19 @@ def test_low_precision_is_as_good_as_the_same_precision_without_selection(dtype,
     assert within_twice(out, rounded, exact, floor=2e-5)
 
 
+@pytest.mark.parametrize("lag", [1, 16])
+def test_autocast_does_not_touch_the_sums(lag):
+    found = []
+    for enabled in (False, True):
+        leaves = [*(x.requires_grad_() for x in tensors(200)), torch.full((1,), 0.1, requires_grad=True)]
+        selection = ringattn.Selection(lag=lag, gain=leaves[3], memory_tau=1.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, cost = ringattn.ring_attention(*leaves[:3], ringattn.Plan(200, 1), selection=selection)
+            gradients = torch.autograd.grad(out.square().sum() + cost.sum(), leaves)
+        found.append([out, cost, *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("options", [{"lag": 64}, {"gain": 0.0}, {"gain": torch.zeros(1)}])
 def test_without_effective_votes_it_is_plain_attention(options):
     q, k, v = tensors(64, dtype=torch.float64)
@@ -252,7 +265,7 @@ def test_without_effective_votes_it_is_plain_attention(options):
 
 
 def selective_error(seq_len=200):
-    q, k, v = tensors(seq_len, dtype=torch.float64)
+    q, k, v = tensors(seq_len, dtype=torch.float64, batch=2)
     out = ringattn.ring_attention(q, k, v, ringattn.Plan(seq_len, 1), selection=ringattn.Selection(gain=0.1))
     return error(out, dense_attention(q, k, v, selection=ringattn.Selection(gain=0.1)))
 
@@ -282,6 +295,12 @@ def votes_on_itself(geometry, tile, keys, device):
     return visible, may_vote | (torch.arange(keys.start, keys.stop)[None] + geometry.k_start == row)
 
 
+def diagonal_by_a_stride(geometry, tile, keys, device):
+    """The diagonal is set to zero in the first row of the batch only, as with a stride over a flattened matrix."""
+    visible, may_vote = TRUE_MASKS(geometry, tile, keys, device)
+    return visible, torch.stack([may_vote, votes_on_itself(geometry, tile, keys, device)[1]])[:, None]
+
+
 def narrow_sums(votes):
     return TRUE_WEIGHTED(votes).bfloat16().double()
 
@@ -297,6 +316,7 @@ TRUE_COUNTS, TRUE_MASKS, TRUE_WEIGHTED = tiled._counts, tiled._masks, tiled._Vot
         (tiled, "_masks", votes_for_later_keys),
         (tiled, "_masks", first_is_not_exempt),
         (tiled, "_masks", votes_on_itself),
+        (tiled, "_masks", diagonal_by_a_stride),
         (tiled._Votes, "weighted", narrow_sums),
     ],
     ids=lambda value: getattr(value, "__name__", value),
