@@ -1,0 +1,71 @@
+"""CUDA graphs of processes on a CPU: what was launched on which memory, launched again there.
+
+As in a real graph everything but the tensors' contents is what it was at the capture: numbers, masks, and where
+things lie. Barriers, which are no operators of torch, are recorded by whoever makes them (`record`).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ringattn.transport import graphs
+from ringattn.transport.copy_engine import CopyEngineTransport
+
+_capturing = []
+
+
+class RecordedGraph(TorchDispatchMode):
+    """Stands in for `torch.cuda.CUDAGraph`."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        found = operator(*args, **(kwargs or {}))
+        self.launches.append((operator, args, kwargs or {}, found))
+        return found
+
+    def replay(self):
+        for operator, args, kwargs, found in self.launches:
+            again = operator(*args, **kwargs)
+            for x, new in zip(tree_leaves(found), tree_leaves(again), strict=True):
+                if isinstance(x, torch.Tensor) and x.data_ptr() != new.data_ptr():
+                    x.copy_(new)
+
+
+def record(step):
+    """Have a step that is no operator of torch repeated with the graph that is being captured."""
+    if _capturing:
+        _capturing[-1].launches.append((step, (), {}, None))
+
+
+@contextmanager
+def _capture(graph, pool, capture_error_mode):
+    _capturing.append(graph)
+    try:
+        with graph:
+            yield
+    finally:
+        _capturing.pop()
+
+
+def use_recorded_graphs():
+    """Let the copy engine of this process run passes of CPU tensors as such graphs, where it would on a GPU."""
+    graphs.torch.cuda.CUDAGraph = RecordedGraph
+    graphs.torch.cuda.graph = _capture
+    graphs.torch.cuda.graph_pool_handle = object
+    graphs.torch.cuda.is_current_stream_capturing = lambda: bool(_capturing)
+    graphs.torch.cuda.synchronize = lambda *device: None
+    captures = CopyEngineTransport._captures
+
+    def as_on_a_gpu(self, plan, inputs, payload):
+        shown = tuple(SimpleNamespace(shape=x.shape, nbytes=x.nbytes, is_cuda=True) for x in payload)
+        return captures(self, plan, inputs, shown)
+
+    CopyEngineTransport._captures = as_on_a_gpu

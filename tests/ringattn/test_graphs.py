@@ -1,0 +1,104 @@
+"""Passes that run from graphs, over shared files in place of GPU memory, against the dense oracle.
+
+The graphs are recorded launches (tests/recorded_graphs.py): like CUDA's they read and write where they did when they
+were captured, with the numbers of that time.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringattn
+from ringattn.testing import dense_attention, error
+from ringattn.transport import graphs
+from ringattn.transport.copy_engine import CopyEngineTransport
+from ringattn.transport.p2p import P2PTransport
+from tests.peer_memory import FilePeerMemory
+from tests.processes import run_ranks
+from tests.recorded_graphs import record, use_recorded_graphs
+
+TOKENS = 21
+
+
+class GraphedMemory(FilePeerMemory):
+    def barrier(self, channel):
+        super().barrier(channel)
+        record(lambda: FilePeerMemory.barrier(self, channel))
+
+
+def recording_transport(folder):
+    use_recorded_graphs()
+    return CopyEngineTransport(GraphedMemory(dist.group.WORLD, folder), P2PTransport(dist.group.WORLD))
+
+
+def two_layers(plan, rank, transport, seed, scale=None):
+    """Two calls, then both backward; the largest error of out, dq, dk and dv of both."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = {"causal": plan.causal, "window": plan.window, "documents": plan.documents, "scale": scale}
+    calls, worst = [], 0.0
+    for _ in range(2):
+        shapes = [(1, plan.seq_len, heads, 8) for heads in (4, 2, 2, 4)]
+        *whole, dout = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        leaves = [ringattn.shard(x, plan, rank).requires_grad_() for x in whole]
+        out = ringattn.ring_attention(*leaves, plan, dist.group.WORLD, transport=transport, scale=scale)
+        calls.append((whole, dout, leaves, out))
+    found = [
+        (out.detach(), *torch.autograd.grad(out, leaves, ringattn.shard(dout, plan, rank)))
+        for _, dout, leaves, out in calls
+    ]
+    for (whole, dout, _, _), results in zip(calls, found, strict=True):
+        truth = dense_attention(*(x.requires_grad_() for x in whole), **mask)
+        expected = (truth.detach(), *torch.autograd.grad(truth, whole, dout))
+        for actual, x in zip(results, expected, strict=True):
+            worst = max(worst, error(actual, ringattn.shard(x, plan, rank)))
+    return worst
+
+
+def masks_worker(rank, world_size, folder, fault):
+    transport = recording_transport(folder)
+    if fault is not None:
+        FAULTS[fault](transport._graphs)
+    plan = ringattn.Plan(TOKENS, world_size)
+    others = ringattn.Plan(TOKENS, world_size, causal=False), ringattn.Plan(TOKENS, world_size, window=4)
+    worst = 0.0
+    for step in range(4):  # the third call of a kind is the first from a graph
+        for number, one in enumerate((plan, *others)):
+            worst = max(worst, two_layers(one, rank, transport, 10 * step + number))
+        worst = max(worst, two_layers(plan.with_documents([0, 5, 6, TOKENS]), rank, transport, 10 * step + 5))
+        worst = max(worst, two_layers(ringattn.Plan(TOKENS, world_size), rank, transport, 10 * step + 6, scale=0.1))
+    return worst, transport.stats.take().untimed_hops
+
+
+def without(part):
+    """A graph is found without asking for this part of what it was captured for."""
+
+    def plant(passes):
+        run = passes.run
+        passes.run = lambda key, *rest: run((*key[:part], None, *key[part + 1 :]), *rest)
+
+    return plant
+
+
+def without_new_inputs(passes):
+    replay = graphs._Captured.replay
+    graphs._Captured.replay = lambda self, *new: replay(self, self._inputs, self._own)
+
+
+def without_copies_of_results(passes):
+    replay = graphs._Captured.replay
+    graphs._Captured.replay = lambda self, *new: (replay(self, *new), tuple(x.data for x in self._results))[1]
+
+
+FAULTS = {
+    "scale": without(0),
+    "mask": without(1),
+    "inputs": without_new_inputs,
+    "results": without_copies_of_results,
+}
+
+
+@pytest.mark.parametrize("fault", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in FAULTS)])
+def test_graphs_of_one_shape_serve_their_own_mask_and_scale_and_each_call_s_tensors(fault, tmp_path):
+    found = run_ranks(masks_worker, 2, str(tmp_path), fault, timeout=60)
+    assert all(replayed > 0 for _, replayed in found)
+    assert (max(worst for worst, _ in found) <= 1e-10) == (fault is None)
