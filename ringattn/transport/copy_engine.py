@@ -132,8 +132,8 @@ class CopyEngineTransport:
             )
         if payload[0].is_cuda and torch.cuda.is_current_stream_capturing() and not self._graphs.capturing:
             self.memory.pinned = True  # a graph of the caller's, of which nothing is known here, will read and write it
+        self.turn.begin(what)  # before the room, which may be a collective to make
         room, own = self._place(plan, payload)
-        self.turn.begin(what)
         return CopyEnginePassage(self, plan, stops, room, payload, own, returns=returns)
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
@@ -233,14 +233,13 @@ class CopyEnginePassage:
                 self._arrived.append(hop)
 
     def close(self, totals: Sequence[RowSum] = ()) -> None:
-        self._transport.turn.end()
-        if self._alone:
-            return
-        if self._returns:
-            self._collect(totals)
-        with self._pulls:
-            self._memory.barrier(_PULL)
-        self._main.after(self._pulls.mark())
+        if not self._alone:
+            if self._returns:
+                self._collect(totals)
+            with self._pulls:
+                self._memory.barrier(_PULL)
+            self._main.after(self._pulls.mark())
+        self._transport.turn.end()  # not if an error came first: the others' last barrier would meet the next first one
 
     def _pull(self, stop: Stop) -> None:
         """Start bringing the tokens of the next stop."""

@@ -160,6 +160,48 @@ def test_after_a_passage_that_broke_off_nothing_more_is_sent(tmp_path):
     assert run_ranks(broken_worker, 2, str(tmp_path)) == [[0, 0], [0, 0]]
 
 
+class FullSum:
+    """The sum of a rank that has no memory left."""
+
+    def add(self, rows, part):
+        raise torch.OutOfMemoryError("planted")
+
+
+def full_worker(rank, world_size, folder):
+    transport = copy_engine_on_files(dist.group.WORLD, folder)
+    plan = ringattn.Plan(64, world_size)
+    stops = plain_schedule(plan, rank)
+    passage = transport.open(plan, stops, (torch.zeros(1, 32, 1, 8),), "backward", returns=True)
+    for stop in stops:
+        held = passage.arrival(stop)
+        if stop.hops != (0,):
+            passage.give_back(stop, held, [FullSum()])
+        passage.leave(stop)
+    with pytest.raises(torch.OutOfMemoryError):
+        passage.close([FullSum()])
+    with pytest.raises(ringattn.PeerError, match=r"an earlier pass over this transport \(backward\) broke off"):
+        transport.open(plan, stops, (torch.zeros(1, 32, 1, 8),), "forward", returns=False)
+
+
+def test_a_passage_that_fails_at_its_end_has_broken_off_too(tmp_path):
+    run_ranks(full_worker, 2, str(tmp_path))
+
+
+def larger_worker(rank, world_size, folder):
+    transport = copy_engine_on_files(dist.group.WORLD, folder)
+    transport.turn.begin("forward")
+    plan = ringattn.Plan(64, world_size)
+    payload = (torch.zeros(1, 32, 1, 8),)
+    if rank == 0:  # alone: there must be no meeting to make room
+        with pytest.raises(ringattn.PeerError, match="broke off"):
+            transport.open(plan, plain_schedule(plan, rank), payload, "again", returns=False)
+    return transport.memory.generation
+
+
+def test_a_transport_that_is_void_makes_no_room(tmp_path):
+    assert run_ranks(larger_worker, 2, str(tmp_path)) == [0, 0]
+
+
 def lazy_worker(rank, world_size, folder):
     """Sums that only hold on to their parts, as on GPUs, over inbox slots that are used again."""
     merge._fused = lambda device, dtype: dtype == torch.float32
