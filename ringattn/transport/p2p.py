@@ -80,7 +80,7 @@ class P2PTransport:
         if receive.numel():
             operations.append((dist.irecv, receive, receive_from))
         peers = f"(sends to {send_to}, receives from {receive_from})"
-        label = f"ring rank {self.rank}, {where} {peers}"
+        label = f"ring rank {self.rank}, {self.stats.in_layer}{where} {peers}"
         try:
             works = self._start(operations)
         except (RuntimeError, ValueError) as error:

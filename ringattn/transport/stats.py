@@ -71,7 +71,7 @@ class RingStats:
     Attributes:
         timed: measure the waiting at all. Off, a hop on CUDA issues two events less.
         by_place: also keep it by layer and place.
-        layer: whose attention runs; for the caller to set.
+        layer: whose attention runs, from 0; for the caller to set. Errors name it, counted from 1.
         at: where in the ring it is; set by the hop loops.
         what: what is waited for there, in words.
         on_hop: told (hop, number of hops) when work on a hop begins.
@@ -91,6 +91,11 @@ class RingStats:
     _folded: int = 0
     _waits: dict[_Place, list[float]] = field(default_factory=dict)
     _untimed: dict[int | None, int] = field(default_factory=dict)
+
+    @property
+    def in_layer(self) -> str:
+        """For errors: "layer 3, ", or nothing where no layer was set."""
+        return "" if self.layer is None else f"layer {self.layer + 1}, "
 
     def enter(self, where: str, hop: int, num_hops: int, what: str) -> None:
         """Work on a hop begins, with a wait for `what`."""

@@ -112,6 +112,7 @@ def test_a_shape_that_changes_under_an_agreed_plan_is_refused_without_a_collecti
 def killed_worker(rank, world_size, phase):
     plan = ringattn.Plan(64, world_size)
     transport = ringattn.make_transport("p2p", dist.group.WORLD)
+    transport.stats.layer = 4
     exchange = transport.exchange
 
     def fault(send, send_to, receive, receive_from, where):
@@ -137,7 +138,7 @@ def test_a_killed_rank_is_reported_by_its_neighbours_within_two_seconds(phase):
     for rank in (0, 2):
         seconds, message = outcomes[rank].value
         assert seconds < 2.0
-        assert f"ring rank {rank}, {phase} hop" in message
+        assert f"ring rank {rank}, layer 5, {phase} hop" in message
         assert "a neighbour died or did not answer" in message
 
 

@@ -259,6 +259,7 @@ def dying_worker(rank, world_size, timeout):
     own = [ringattn.shard(x, plan, rank) for x in qkv(16)[:3]]
     ulysses = make_ulysses(dist.group.WORLD, 2, timeout=None if timeout is None else lambda: timeout)
     ringattn.ring_attention(*own, plan, dist.group.WORLD, ulysses=ulysses)
+    ulysses.stats.layer = 2
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     ringattn.ring_attention(*own, plan, dist.group.WORLD, ulysses=ulysses)
@@ -268,7 +269,7 @@ def dying_worker(rank, world_size, timeout):
 def test_a_dead_member_is_named(timeout):
     survivor, _ = run_ranks(dying_worker, 2, timeout, check=False)
     assert isinstance(survivor.error, ringattn.PeerError)
-    assert "ulysses member 0 of ranks [0, 1], heads for tokens: another rank died" in str(survivor.error)
+    assert "ulysses member 0 of ranks [0, 1], layer 3, heads for tokens: another rank died" in str(survivor.error)
 
 
 def python_calls(step):
