@@ -102,8 +102,9 @@ class HeadExchange:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise PeerError(
-                f"ulysses member {self.member} of ranks {list(self.team)}, {self.stats.in_layer}{what}: another rank died "
-                f"or did not answer in time: {reason}. Look at the log of that rank; start again to resume from the last checkpoint"
+                f"ulysses member {self.member} of ranks {list(self.team)}, {self.stats.in_layer}{what}: another rank "
+                f"died or did not answer in time: {reason}. Look at the log of that rank; start again to resume from "
+                "the last checkpoint"
             ) from error
         self.stats.hops += 1
         if counts.sent:

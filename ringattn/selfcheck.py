@@ -75,7 +75,8 @@ def self_check(
     length is odd and not a multiple of the ring. Errors may be twice those of dense attention in the same dtype, and a
     floor. A window, sinks, the lag and the gain of selection are cut down to the length, `memory_tau` is left out, and
     without `expand` two key/value heads (with Ulysses two per member of a team) and their query heads stand for all.
-    Nothing of it is random, and the run's random state stays as it was; counts of `transport` and `ulysses` are zero
+    Where a transport that was made runs short passes as CUDA graphs, what is compared comes from such graphs. Nothing
+    of it is random, and the run's random state stays as it was; counts of `transport` and `ulysses` are zero
     afterwards. It takes well under five seconds, but for what Triton compiles for the first time on a machine (half a
     minute with selection; else the run would do it).
 

@@ -82,11 +82,13 @@ class Transport(Protocol):
         stats: counts.
         description: which it is and why, for the log.
         joins: can bring payloads of several hops side by side; else a stop has one hop, and hops come in order.
+        calls_before: of one kind, until such a call runs as all later ones will.
     """
 
     stats: RingStats
     description: str
     joins: bool
+    calls_before: int
 
     def run(
         self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: Payload

@@ -22,7 +22,7 @@ from torch import Tensor
 from ringattn.merge import RowSum, copy_
 from ringattn.plan import Plan
 from ringattn.schedule import MOST_JOINED, Stop, own_tokens
-from ringattn.transport.graphs import PassGraphs, Step
+from ringattn.transport.graphs import CALLS_BEFORE, PassGraphs, Step
 from ringattn.transport.p2p import P2PPending, P2PTransport
 from ringattn.transport.peer_memory import Lane, Mark, PeerMemory
 from ringattn.transport.turns import Turn
@@ -90,6 +90,7 @@ class CopyEngineTransport:
         self._lane: Lane | None = None  # of the caller, last time
         self._graphs = PassGraphs(self.stats)
         self._capture = graphs
+        self.calls_before = CALLS_BEFORE + 2 if graphs else 0  # one more that makes room, and one that is captured
 
     def run(
         self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]

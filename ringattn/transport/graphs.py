@@ -18,7 +18,7 @@ from ringattn.transport.stats import RingStats
 Step = Callable[..., tuple[Tensor, ...]]
 """(*inputs, payload) -> results: the same launches in the same order at every call."""
 
-_CALLS_BEFORE = 2  # kernels are compiled and libraries find their plans in the first calls
+CALLS_BEFORE = 2  # kernels are compiled and libraries find their plans in the first calls
 _MOST = 32  # graphs at a time; the one not used for longest goes
 
 
@@ -66,12 +66,12 @@ class PassGraphs:
         self._calls[key] = self._calls.pop(key, 0) + 1
         if len(self._calls) > _MOST:
             self._calls.popitem(last=False)
-        if self._calls[key] < _CALLS_BEFORE:
+        if self._calls[key] < CALLS_BEFORE:
             return step(*inputs, payload)
         with torch.inference_mode(False), torch.no_grad():  # a graph serves training and evaluation alike
             own = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs], place()
             _fill(*own, inputs, payload)
-            if self._calls[key] == _CALLS_BEFORE:
+            if self._calls[key] == CALLS_BEFORE:
                 return step(*own[0], own[1])  # strides as in the graph: libraries plan for these too
             self._make_room()
             captured = self._capture(step, *own, kept)

@@ -59,6 +59,7 @@ class HybridTransport:
     """
 
     joins = False
+    calls_before = 0
 
     def __init__(self, near: CopyEngineTransport, far: P2PTransport, hosts: Sequence[object]) -> None:
         self.stats = far.stats

@@ -28,6 +28,7 @@ class LoopbackTransport:
     """
 
     joins = True
+    calls_before = 0
 
     def __init__(
         self,

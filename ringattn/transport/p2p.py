@@ -50,6 +50,7 @@ class P2PTransport:
     """Sends and receives of a process group, one message each way per exchange."""
 
     joins = False
+    calls_before = 0
 
     def __init__(self, group: dist.ProcessGroup, timeout: Callable[[], timedelta] | None = None) -> None:
         self._timeout = timeout

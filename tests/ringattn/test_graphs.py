@@ -102,3 +102,27 @@ def test_graphs_of_one_shape_serve_their_own_mask_and_scale_and_each_call_s_tens
     found = run_ranks(masks_worker, 2, str(tmp_path), fault, timeout=60)
     assert all(replayed > 0 for _, replayed in found)
     assert (max(worst for worst, _ in found) <= 1e-10) == (fault is None)
+
+
+def check_worker(rank, world_size, folder):
+    told = []
+    for fault in (None, "inputs"):
+        transport = recording_transport(f"{folder}/{fault}")
+        if fault is not None:
+            FAULTS[fault](transport._graphs)
+        run = {"heads": 4, "kv_heads": 2, "head_dim": 8, "documents": True, "dtype": torch.float64}
+        try:
+            ringattn.self_check(group=dist.group.WORLD, transport=transport, **run)
+            told.append(f"right, {len(transport._graphs._captured)} graphs")
+        except ringattn.SelfCheckError as error:
+            told.append(str(error))
+    return told
+
+
+def test_the_self_check_looks_at_what_graphs_give(tmp_path):
+    for name in ("None", "inputs"):
+        (tmp_path / name).mkdir()
+    for right, wrong in run_ranks(check_worker, 2, str(tmp_path), timeout=60):
+        assert right == "right, 2 graphs"
+        assert "attention as this run would compute it is wrong: out on rank" in wrong
+        assert "try transport='p2p'" in wrong
