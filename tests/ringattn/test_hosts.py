@@ -1,8 +1,15 @@
-"""Two hosts are two even if they have one name."""
+"""When ranks can reach each other's memory: two hosts are two even if they have one name, and GPUs are told apart."""
 
 import socket
+from types import SimpleNamespace
 
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringattn
 from ringattn.transport import peer_memory
+from tests.processes import run_ranks
 
 
 def test_a_host_is_its_name_and_its_last_start(tmp_path, monkeypatch):
@@ -14,3 +21,38 @@ def test_a_host_is_its_name_and_its_last_start(tmp_path, monkeypatch):
     assert names == [f"{socket.gethostname()} (boot one)", f"{socket.gethostname()} (boot two)"]
     monkeypatch.setattr(peer_memory, "_BOOT", tmp_path / "missing")
     assert peer_memory.host_name() == socket.gethostname()
+
+
+def refused_worker(rank, world_size, uuids, names, reach):
+    """As on GPUs: uuids and hosts of the ranks, all GPUs visible to each; reach: (from, to) by rank."""
+    own = sorted(set(uuids))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda group: "nccl")
+        patch.setattr(torch.cuda, "current_device", lambda: own.index(uuids[rank]))
+        patch.setattr(torch.cuda, "device_count", lambda: len(own))
+        patch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=own[number]))
+        patch.setattr(torch.cuda, "can_device_access_peer", lambda here, there: (own[here], own[there]) in reach)
+        patch.setattr(peer_memory, "host_name", lambda: names[rank])
+        problem = peer_memory.peer_memory_problem(dist.group.WORLD)
+        if problem is None:
+            return None
+        with pytest.raises(ringattn.TopologyError) as caught:
+            ringattn.make_transport("copy_engine", dist.group.WORLD)
+        fallback = ringattn.make_transport("auto", dist.group.WORLD)
+        assert str(caught.value) == f"transport: copy_engine cannot be had: {problem}; use transport='auto' or 'p2p'"
+        assert fallback.description == f"p2p over nccl (copy_engine cannot be had: {problem})"
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("uuids", "names", "reach", "expected"),
+    [
+        ("ab", "hh", {("a", "b"), ("b", "a")}, None),
+        ("ab", "hh", {("a", "b")}, "rank 1: its GPU has no peer access to that of rank 0"),
+        ("aa", "hh", {}, "rank 0: two ranks share one GPU"),
+        ("ab", "hi", {("a", "b"), ("b", "a")}, "rank 0: the ranks are on 2 hosts (h, i)"),
+        ("aa", "hi", {}, "rank 0: the ranks are on 2 hosts (h, i)"),
+    ],
+)
+def test_why_there_is_no_copy_engine_is_the_same_on_all_ranks(uuids, names, reach, expected):
+    assert run_ranks(refused_worker, 2, uuids, names, reach) == [expected] * 2
