@@ -43,7 +43,7 @@ class FilePeerMemory:
 
     def reserve(self, size):
         if size <= self._size:
-            return
+            return False
         self._size, self.generation = size, self.generation + 1
         dist.barrier(self._group)
         self._regions = {
@@ -52,6 +52,7 @@ class FilePeerMemory:
         }
         self._regions[self.rank].fill_(0xFF)  # NaN in every float format: what is read too early shows
         dist.barrier(self._group)
+        return True
 
     def region(self, rank):
         return self._regions[rank]

@@ -90,7 +90,7 @@ class CopyEngineTransport:
         self._lane: Lane | None = None  # of the caller, last time
         self._graphs = PassGraphs(self.stats)
         self._capture = graphs
-        self.calls_before = CALLS_BEFORE + 2 if graphs else 0  # one more that makes room, and one that is captured
+        self.calls_before = CALLS_BEFORE + 1 if graphs else 0  # and the one that is captured
 
     def run(
         self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]
@@ -102,7 +102,7 @@ class CopyEngineTransport:
         # Of what a graph holds for good, all that shapes and dtypes do not tell. Not the plan itself, which keeps
         # transports by name: a circle; but the positions that masks are made of lie where the graph reads them.
         deterministic = torch.are_deterministic_algorithms_enabled()
-        key = (key, plan.fingerprint, deterministic, self.memory.patience_ms(), self.memory.generation)
+        key = (key, plan.fingerprint, deterministic, self.memory.patience_ms())
         return self._graphs.run(key, step, inputs, payload, lambda: self._place(plan, payload)[1], plan._positions)
 
     def follow(self, main: Lane) -> None:
@@ -142,7 +142,8 @@ class CopyEngineTransport:
 
     def _place(self, plan: Plan, payload: Sequence[Tensor]) -> tuple[Room, tuple[Tensor, ...]]:
         room = Room.of(plan, payload)
-        self.memory.reserve(room.slot * (1 + min(_SLOTS, plan.cp_size - 1)))
+        if self.memory.reserve(room.slot * (1 + min(_SLOTS, plan.cp_size - 1))):
+            self._graphs.forget()
         return room, room.views(self.memory.region(self.memory.rank), 0, payload[0].shape[1])
 
 

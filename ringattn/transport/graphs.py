@@ -88,13 +88,16 @@ class PassGraphs:
         finally:
             self.capturing = False
 
+    def forget(self) -> None:
+        """Let go of all graphs, of which none may be running: what they read and write is no longer anybody's."""
+        self._captured.clear()
+        self._pool = None
+
     def _make_room(self) -> None:
         if len(self._captured) < _MOST:
             return
         torch.cuda.synchronize()  # it may be running
         self._captured.popitem(last=False)
-        if not self._captured:
-            self._pool = None
 
 
 def _fill(into: Sequence[Tensor], own: Sequence[Tensor], inputs: Sequence[Tensor], payload: Sequence[Tensor]) -> None:

@@ -44,17 +44,19 @@ class PeerMemory(Protocol):
     Attributes:
         rank: own place in the ring.
         device: of the own region.
-        generation: grows with each new set of regions; what was made for an older one is void.
         pinned: regions stay when bigger ones take their place, for graphs that go on using them.
     """
 
     rank: int
     device: torch.device
-    generation: int
     pinned: bool
 
-    def reserve(self, size: int) -> None:
-        """Make all regions at least `size` bytes. Collective if they are smaller: every rank asks for the same."""
+    def reserve(self, size: int) -> bool:
+        """Make all regions at least `size` bytes. Collective if they are smaller: every rank asks for the same.
+
+        Returns:
+            Whether they are new. What was made for the old ones is void then, and no device is at work on it.
+        """
 
     def region(self, rank: int) -> Tensor:
         """uint8 [size]: the region of `rank`."""
@@ -93,7 +95,6 @@ class CudaPeerMemory:
         self._places = {rank: place for place, rank in enumerate(ranks)}
         self.rank = ranks[dist.get_rank(group)]
         self.device = device
-        self.generation = 0
         self.pinned = False
         self._kept: list[object] = []
         self._group = group
@@ -102,23 +103,24 @@ class CudaPeerMemory:
         self._regions: list[Tensor] = []
         self._handle: torch._C._distributed_c10d._SymmetricMemory | None = None
 
-    def reserve(self, size: int) -> None:
+    def reserve(self, size: int) -> bool:
         if size <= self._size:
-            return
+            return False
         import torch.distributed._symmetric_memory as symmetric  # there is none without CUDA
 
         torch.cuda.synchronize(self.device)
         dist.barrier(self._group)  # no rank is using the old regions any more
         if self.pinned:
             self._kept.append((self._handle, self._regions))
-        self._size = -(-size // _GRAIN) * _GRAIN
+        size = -(-size // _GRAIN) * _GRAIN
         with torch.inference_mode(False):  # training may come after an evaluation that came first
-            own = symmetric.empty(self._size, dtype=torch.uint8, device=self.device)
+            own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
             self._handle = symmetric.rendezvous(own, self._group)
             places = range(dist.get_world_size(self._group))
-            self._regions = [self._handle.get_buffer(place, [self._size], torch.uint8) for place in places]
+            self._regions = [self._handle.get_buffer(place, [size], torch.uint8) for place in places]
         self._regions[self._places[self.rank]] = own
-        self.generation += 1
+        self._size = size  # not before: making them may fail
+        return True
 
     def region(self, rank: int) -> Tensor:
         return self._regions[self._places[rank]]

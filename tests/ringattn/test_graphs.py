@@ -104,6 +104,25 @@ def test_graphs_of_one_shape_serve_their_own_mask_and_scale_and_each_call_s_tens
     assert (max(worst for worst, _ in found) <= 1e-10) == (fault is None)
 
 
+def growing_worker(rank, world_size, folder):
+    """A longer row comes between: regions move, and what was captured would read and write the old ones."""
+    transport = recording_transport(folder)
+    counts, worst = [], 0.0
+    for tokens in (TOKENS, 9 * TOKENS, TOKENS):
+        plan = ringattn.Plan(tokens, world_size)
+        for step in range(3):
+            worst = max(worst, two_layers(plan, rank, transport, step))
+            counts.append(len(transport._graphs._captured))
+    return worst, counts, transport.memory.generation
+
+
+def test_graphs_go_with_the_regions_that_they_were_made_for(tmp_path):
+    for worst, counts, generation in run_ranks(growing_worker, 2, str(tmp_path), timeout=60):
+        assert worst <= 1e-10
+        assert generation == 2
+        assert counts == [0, 2, 2, 0, 2, 2, 2, 4, 4]
+
+
 def check_worker(rank, world_size, folder):
     told = []
     for fault in (None, "inputs"):
