@@ -36,7 +36,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="folder of the results; made if missing")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder of the results; made if missing")],
     tokens_per_rank: Annotated[str | None, typer.Option(help="with commas, such as 2048,8192")] = None,
     heads: Annotated[str, typer.Option(help="query/key heads, with commas")] = "16/16,32/8",
     head_dim: Annotated[int, typer.Option(help="width of a head, D", min=8)] = 128,

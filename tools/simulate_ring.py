@@ -93,7 +93,7 @@ def main(
     latency_us: Annotated[float | None, typer.Option(help="of a transfer", min=0)] = None,
     barrier_us: Annotated[float | None, typer.Option(help="of a meeting of all ranks", min=0)] = None,
     hop_us: Annotated[float | None, typer.Option(help="host's work per hop where no graph is", min=0)] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the results; made if missing")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="folder of the results; made if missing")] = None,
     compare_file: Annotated[Path | None, typer.Option("--compare", help="attention.json or .csv to explain")] = None,
 ) -> None:
     """Predicted times, percent of ideal, balance and exposed communication of one attention layer over a ring."""

@@ -214,6 +214,7 @@ def test_the_command_starts_its_own_ranks(tmp_path: Path) -> None:
         (("--tokens-per-rank", "2k"), "--tokens-per-rank: expected whole numbers of 1 or more, got '2k'"),
         (("--variants", "theirs*"), "or patterns, got 'theirs*'"),
         (("--dtype", "fp8"), "--dtype: expected one of bf16, fp16, fp32, fp64, got 'fp8'"),
+        (("--out", __file__), "is a file."),
         ((), "start this by torchrun, or say how many ranks to start with --nproc"),
     ],
 )

@@ -121,6 +121,7 @@ SIZES = ("--ranks", 8, "--tokens-per-rank", 64)
         ((*SIZES, "--preset", "llama-3-8b", "--layers", 3), "--layers: the preset says how many"),
         ((*SIZES, "--kernel-rates", "none.yaml"), "--kernel-rates: none.yaml: No such file or directory"),
         ((*SIZES, "--compare", "x.json"), "--compare: sizes are those of the file; drop --ranks"),
+        ((*SIZES, "--out", __file__), "is a file."),
         (("--compare", "none.json"), "--compare: none.json: No such file or directory"),
     ],
 )
