@@ -140,13 +140,15 @@ def steps_worker(rank, world_size, graphs):
     torch.cuda.set_device(rank)
     group = dist.new_group(backend="nccl")
     channel = ringattn.make_transport("copy_engine", group, graphs=graphs)
-    plans = [ringattn.Plan(1030, world_size), ringattn.Plan(1030, world_size, causal=False)]
+    kinds = {n: [ringattn.Plan(n, world_size), ringattn.Plan(n, world_size, causal=False)] for n in (1030, 2060)}
     worst = 0.0
-    for step in range(12):
+    for step in range(14):
+        tokens = 2060 if 5 <= step < 9 else 1030  # longer rows move the regions, and graphs go with the old ones
+        plans = kinds[tokens]
         generator = torch.Generator("cuda").manual_seed(step)
-        shapes = [(1, 1030, h, 64) for h in (8, 2, 2, 8)]
+        shapes = [(1, tokens, h, 64) for h in (8, 2, 2, 8)]
         tensors = [torch.randn(*s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes]
-        truths = [attend(tensors, ringattn.Plan(1030, 1, causal=plan.causal), None, 0, "auto") for plan in plans]
+        truths = [attend(tensors, ringattn.Plan(tokens, 1, causal=plan.causal), None, 0, "auto") for plan in plans]
         if step % world_size == rank:
             torch.cuda._sleep(20_000_000)  # this rank comes late
         shards = [[ringattn.shard(x, plan, rank) for x in tensors] for plan in plans]
