@@ -11,6 +11,7 @@ import ringattn
 from ringattn import merge, softmax
 from ringattn.schedule import plain_schedule
 from ringattn.testing import dense_attention, error
+from ringattn.transport import copy_engine
 from ringattn.transport.copy_engine import CopyEngineTransport, Room
 from ringattn.transport.p2p import P2PTransport
 from tests.peer_memory import FilePeerMemory, copy_engine_on_files
@@ -234,3 +235,28 @@ def test_groups_of_heads_equal_all_at_once(tmp_path):
     for result in results:
         for name, actual, expected in zip(("out", "dq", "dk", "dv"), result, truth, strict=True):
             assert error(actual, expected) <= 1e-10, name
+
+
+def held_worker(rank, world_size, folder):
+    """Most bytes of payloads on their way here, and of the region, where shards are long."""
+    copy_engine._AHEAD_BYTES = 1
+    transport, most = copy_engine_on_files(dist.group.WORLD, folder), [0]
+    transport.joins = False  # else up to three hops come at once, by what is computed meanwhile
+    make = copy_engine.CopyEnginePassage._buffer
+
+    def watched(passage, stop):
+        buffers = [*passage._buffers.values(), made := make(passage, stop)]
+        most.append(sum(x.nbytes for parts in buffers for x in parts))
+        return made
+
+    copy_engine.CopyEnginePassage._buffer = watched
+    attend(Case(16 * world_size, "zigzag", (("causal", False),)), rank, world_size, transport)
+    return max(most), transport.memory._size
+
+
+def test_what_a_rank_holds_does_not_grow_with_the_ring(tmp_path):
+    payload = 2 * (2 * 16 * 2 * 8) * 8
+    for cp_size in (4, 6):
+        (tmp_path / str(cp_size)).mkdir()
+        for arriving, region in run_ranks(held_worker, cp_size, str(tmp_path / str(cp_size)), timeout=60):
+            assert (arriving, region) == (2 * payload, 4 * payload)
