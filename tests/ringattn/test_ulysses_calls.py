@@ -272,6 +272,37 @@ def test_a_dead_member_is_named(timeout):
     assert "ulysses member 0 of ranks [0, 1], layer 3, heads for tokens: another rank died" in str(survivor.error)
 
 
+def failing_worker(rank, world_size):
+    """No memory is left between the two exchanges, once; the program goes on."""
+    plan, ulysses = ringattn.Plan(16, world_size), make_ulysses(dist.group.WORLD, world_size)
+    told = []
+    for name in ("forward", "backward"):
+        q, k, v = (torch.randn(1, 8, 2, 8, requires_grad=True) for _ in range(3))
+        if name == "backward":
+            ulysses._exchanges.clear()  # as if nothing had broken off
+            plan = ringattn.Plan(16, world_size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SoftmaxAttention, name, out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                ringattn.ring_attention(q, k, v, plan, dist.group.WORLD, ulysses=ulysses).sum().backward()
+        sent = ulysses.stats.bytes_sent
+        with pytest.raises(ringattn.PeerError) as caught:
+            ringattn.ring_attention(q, k, v, plan, dist.group.WORLD, ulysses=ulysses)
+        assert ulysses.stats.bytes_sent == sent
+        told.append(str(caught.value))
+    return told
+
+
+def out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("planted")
+
+
+def test_after_an_error_between_the_exchanges_nothing_more_is_sent():
+    for told in run_ranks(failing_worker, 2):
+        for name, message in zip(("forward", "backward"), told, strict=True):
+            assert f"an earlier pass over this transport ({name}) broke off on this rank" in message
+
+
 def python_calls(step):
     profile = cProfile.Profile()
     profile.runcall(step)
