@@ -90,7 +90,9 @@ class P2PTransport:
         self.stats.bytes_sent += send.numel()
         # gloo's sends and receives know only the timeout their group was made with, whatever is set later.
         limit = None if self._timeout is None or self._batched else self._timeout()
-        return P2PPending(works, label, self.stats, receive.is_cuda, limit)
+        return P2PPending(
+            works, label, self.stats, send.is_cuda or receive.is_cuda, limit
+        )  # what is empty lies anywhere
 
     def _start(self, operations: list[tuple[Any, Tensor, int]]) -> list[dist.Work]:
         if self._batched and operations:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,21 @@ def test_times_of_a_device_come_from_its_events(monkeypatch) -> None:
     assert totals.exposed_seconds == 9 * 0.25
     assert {wait.layer: (wait.seconds, wait.waits) for wait in totals.waits} == dict.fromkeys(range(3), (0.75, 3))
     assert stats.take().exposed_seconds == 0.0
+
+
+def one_way(rank: int, world_size: int) -> list[bool]:
+    """Whether waits for exchanges that go one way only are told to be the device's."""
+    import torch.distributed as dist
+
+    transport = make_transport("p2p", dist.group.WORLD)
+    transport._start = lambda operations: []
+    nothing, message = torch.empty(0, dtype=torch.uint8), SimpleNamespace(numel=lambda: 8, is_cuda=True)
+    pairs = ((message, nothing), (nothing, message), (nothing, nothing))
+    return [transport.exchange(sent, 1, received, 1, "forward hop 1")._on_cuda for sent, received in pairs]
+
+
+def test_a_rank_that_only_sends_waits_on_its_device_too() -> None:
+    assert run_ranks(one_way, 1) == [[True, True, False]]
 
 
 def named_ranges(rank: int, world_size: int) -> set[str]:
