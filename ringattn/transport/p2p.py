@@ -90,9 +90,8 @@ class P2PTransport:
         self.stats.bytes_sent += send.numel()
         # gloo's sends and receives know only the timeout their group was made with, whatever is set later.
         limit = None if self._timeout is None or self._batched else self._timeout()
-        return P2PPending(
-            works, label, self.stats, send.is_cuda or receive.is_cuda, limit
-        )  # what is empty lies anywhere
+        on_cuda = send.is_cuda or receive.is_cuda  # what is empty lies anywhere
+        return P2PPending(works, label, self.stats, on_cuda, limit)
 
     def _start(self, operations: list[tuple[Any, Tensor, int]]) -> list[dist.Work]:
         if self._batched and operations:
