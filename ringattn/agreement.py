@@ -1,4 +1,4 @@
-"""What the ranks of a ring must have in common before they exchange messages, agreed once per plan."""
+"""What the ranks of a ring must have in common before they exchange messages, agreed once per plan and group."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.errors import PeerError, TopologyError
+from ringattn.handles import number_of
 from ringattn.plan import Plan
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +43,7 @@ def agree(
     scale: float,
     scoring: str,
 ) -> None:
-    """Make sure that all ranks are about to exchange messages of the same kind; once per plan and scoring.
+    """Make sure that all ranks are about to exchange messages of the same kind; once per plan, group and scoring.
 
     Args:
         q, k, v: this rank's shards.
@@ -64,7 +65,8 @@ def agree(
             *(q.shape[0], q.shape[2], q.shape[3], _pack(k.shape[2:]), _pack(v.shape[2:]), DTYPES.index(q.dtype)),
             *(plan.documents_fingerprint, scale_bits, _hash(scoring)),
         )
-    known = plan._agreed.get(scoring)
+    key = f"group {number_of(group)}, {scoring}"  # another group's ranks have not been asked, even if this one has
+    known = plan._agreed.get(key)
     if known == own:
         return
     if known is not None:
@@ -95,7 +97,7 @@ def agree(
             f"{', '.join(differing)}\n{lines}\n"
             f"  the scoring of rank {rank}: {scoring}"
         )
-    plan._agreed[scoring] = own
+    plan._agreed[key] = own
 
 
 def _describe(row: tuple[int, ...]) -> str:

@@ -109,6 +109,20 @@ def test_a_shape_that_changes_under_an_agreed_plan_is_refused_without_a_collecti
         assert "Build another Plan" in message
 
 
+def groups_worker(rank, world_size):
+    """Rank 0 is in two rings, one after the other, and uses one plan for both."""
+    pairs = [(0, 1), (0, 2)]
+    groups = [dist.new_group(pair, timeout=timedelta(seconds=5)) for pair in pairs]
+    plan = ringattn.Plan(16, 2)
+    for pair, group in zip(pairs, groups, strict=True):
+        if rank in pair:
+            ringattn.ring_attention(*qkv(8), plan, group)
+
+
+def test_a_plan_is_agreed_on_with_each_group():
+    run_ranks(groups_worker, 3)
+
+
 def killed_worker(rank, world_size, phase):
     plan = ringattn.Plan(64, world_size)
     transport = ringattn.make_transport("p2p", dist.group.WORLD)
