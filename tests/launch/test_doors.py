@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,13 @@ from launch.errors import PeerLost
 from launch.status import RunStatus, read_status, write_status
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _as_from_a_terminal(nohup: bool) -> None:
+    """Tests themselves may be a script's background job, which ignores SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if nohup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 class Door:
@@ -34,7 +42,7 @@ class Door:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN) and None) if nohup else None,
+            preexec_fn=partial(_as_from_a_terminal, nohup),
         )
 
     def wait_ready(self, rank: int = 0, timeout: float = 30.0) -> None:
