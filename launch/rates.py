@@ -114,8 +114,10 @@ class RatesFile:
         """The part about exchanging heads for tokens."""
         lines = self._get("ulysses.lines", list)
         found = tuple(self._ulysses_line(f"ulysses.lines[{number}]", line) for number, line in enumerate(lines))
-        gpus = tuple(str(name) for name in self._get("ulysses.gpus", list))
-        return UlyssesRates(gpus=gpus, lines=found)
+        gpus = self._get("ulysses.gpus", list)
+        if not gpus or not all(isinstance(name, str) and name for name in gpus):
+            raise ValueError(f"{self._path}: ulysses.gpus: expected names of GPUs, such as [H100], got {gpus!r}")
+        return UlyssesRates(gpus=tuple(gpus), lines=found)
 
     def _ulysses_line(self, name: str, line: Any) -> UlyssesLine:
         known = [field.name for field in fields(UlyssesLine)]

@@ -229,6 +229,8 @@ def _new_size_ms(kernel: Kernel, sizes: Sizes) -> float:
     found = []
     for tokens in (301, 402, 503, 605, 707):
         q, k, v, dout = sizes.draw(tokens)
+        if q.is_cuda:
+            torch.cuda.synchronize()
 
         def step(q: Tensor = q, k: Tensor = k, v: Tensor = v, dout: Tensor = dout) -> float:
             began = perf_counter()

@@ -204,6 +204,8 @@ def test_no_refused_heads_are_ever_picked(tmp_path: Path) -> None:
         ),
         ({"lines": 3}, "ulysses.lines: expected list, got 3"),
         ({"gpus": 3}, "ulysses.gpus: expected list, got 3"),
+        ({"gpus": []}, r"ulysses.gpus: expected names of GPUs, such as \[H100\], got \[\]"),
+        ({"gpus": ["H100", ""]}, r"expected names of GPUs, .*, got \['H100', ''\]"),
     ],
 )
 def test_a_wrong_file_of_rates_says_where(bad: dict[str, Any], message: str, tmp_path: Path) -> None:
