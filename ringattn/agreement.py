@@ -69,8 +69,13 @@ def agree(
     known = plan._agreed.get(key)
     if known == own:
         return
+    if known is not None and problem is not None:
+        raise TopologyError(
+            f"ring_attention: rank {rank}: {problem}. The ranks agreed in an earlier call and do not ask again: the "
+            "others wait until their timeout. Mend this and start again"
+        )
     if known is not None:
-        detail = problem or f"agreed {_describe(known)}; now {_describe(own)} ({scoring})"
+        detail = f"agreed {_describe(known)}; now {_describe(own)} ({scoring})"
         raise TopologyError(
             f"ring_attention: rank {rank}: this plan's shapes were agreed in an earlier call and have changed: "
             f"{detail}. Build another Plan, on all ranks, for another shape, dtype or scoring"

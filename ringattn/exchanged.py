@@ -36,7 +36,7 @@ class Exchanged:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Out [B, S, H, Dv] of the own tokens, and what the backward pass needs: the team's q, k, v, out and lse."""
-        self.exchange.turn.begin("forward")
+        self.exchange.turn.begin("ulysses forward")
         mine = self.exchange.to_heads(self.there, (q, k, v))
         out, lse = kept_or_run(self.work.expansion, partial(run_forward, self.work, self.width, *mine))
         (home,) = self.exchange.to_tokens(self.back, (out,))
@@ -45,7 +45,7 @@ class Exchanged:
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
         """Gradients of the own tokens' q, k and v, from that of out and what `forward` gave."""
-        self.exchange.turn.begin("backward")
+        self.exchange.turn.begin("ulysses backward")
         (mine,) = self.exchange.to_heads(self.back, (dout,))
         found = self.exchange.to_tokens(self.there, run_backward(self.work, mine, q, k, v, out, lse))
         self.exchange.turn.end()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -39,7 +39,8 @@ class HeadExchange:
             are sorted.
         stats: what is sent is counted here.
         timeout: how long gloo waits; None: as long as the group was made with.
-        turn: of what goes there and comes back: after an error in between, the way back is still what others wait for.
+        turn: of what goes there and comes back, one for all exchanges of the group: after an error in between, the way
+            back is still what others wait for.
     """
 
     group: dist.ProcessGroup
@@ -50,7 +51,7 @@ class HeadExchange:
     inverse: Tensor | None
     stats: RingStats
     timeout: Callable[[], timedelta] | None
-    turn: Turn = field(default_factory=Turn, repr=False, compare=False)
+    turn: Turn
 
     def to_heads(self, parcel: Parcel, tensors: Sequence[Tensor]) -> list[Tensor]:
         """[B, S, H, D] of the own tokens -> [B, S', own heads, D] of the team's, in order of position; in one message.

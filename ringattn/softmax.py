@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ringattn.kernels import accumulator_dtype, pick_kernel
+from ringattn.kernels import Kernel, accumulator_dtype, pick_kernel
 from ringattn.mask import Block, Relation
 from ringattn.merge import RowMerge, RowSum
 from ringattn.ring import Ring, named, ring_backward, ring_forward
@@ -51,7 +52,7 @@ class SoftmaxAttention:
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulator_dtype(q.dtype), device=q.device)
         for heads, kv_heads in self._head_groups(q, payload):
             part = _heads(payload, kv_heads)
-            self._forward(q[:, :, heads], part, out[:, :, heads], lse[:, heads])
+            self._forward(q[:, :, heads], part, out[:, :, heads], lse[:, heads], q.shape[2])
         return out, lse
 
     def backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, payload: Payload) -> tuple[Tensor, ...]:
@@ -66,15 +67,15 @@ class SoftmaxAttention:
             return tuple(x.to(q.dtype) for x in gradients)
         groups = list(self._head_groups(q, payload))
         if len(groups) == 1:
-            return self._backward(dout, q, payload, out, lse, None)
+            return self._backward(dout, q, payload, out, lse, None, q.shape[2])
         found = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, *payload))
         for heads, kv_heads in groups:
             into = (found[0][:, :, heads], *_heads(found[1:], kv_heads))
             own = (dout[:, :, heads], q[:, :, heads], _heads(payload, kv_heads), out[:, :, heads], lse[:, heads])
-            self._backward(*own, into)
+            self._backward(*own, into, q.shape[2])
         return found
 
-    def _forward(self, q: Tensor, payload: Payload, out: Tensor, lse: Tensor) -> None:
+    def _forward(self, q: Tensor, payload: Payload, out: Tensor, lse: Tensor, all_heads: int) -> None:
         merged = RowMerge(q, out.shape[3])
 
         def visit(stop: Stop, held: Payload) -> None:
@@ -83,8 +84,7 @@ class SoftmaxAttention:
                 rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
                 here = (q[:, rows], k[:, keys], v[:, keys])
                 mask = self._mask(block, stop, q.device)
-                recurs = self.ring.plan.recurs(block)
-                kernel = pick_kernel(self.kernel, *here, mask is not None, recurs=recurs)
+                kernel = self._pick(block, here, mask, all_heads, backward=False)
                 causal = block.relation is Relation.CAUSAL
                 merged.add(rows, *kernel.forward(*here, causal=causal, mask=mask, scale=self.scale))
 
@@ -99,6 +99,7 @@ class SoftmaxAttention:
         out: Tensor,
         lse: Tensor,
         into: tuple[Tensor, ...] | None,
+        all_heads: int,
     ) -> tuple[Tensor, ...]:
         dq = RowSum(q.shape, q.dtype, q.device)
         lse_rows: dict[tuple[int, ...], Tensor] = {}  # contiguous, as kernels want it; few different ones
@@ -117,8 +118,7 @@ class SoftmaxAttention:
                         lse_rows[span] = lse[:, mine, rows].contiguous()
                     here = (q[:, rows, mine], visiting.keys[:, keys], visiting.values[:, keys])
                     mask = self._mask(block, stop, q.device)
-                    recurs = self.ring.plan.recurs(block)
-                    kernel = pick_kernel(self.kernel, *here, mask is not None, backward=True, recurs=recurs)
+                    kernel = self._pick(block, here, mask, all_heads, backward=True)
                     causal = block.relation is Relation.CAUSAL
                     rest = (out[:, rows, mine], lse_rows[span])
                     found = kernel.backward(
@@ -133,6 +133,17 @@ class SoftmaxAttention:
 
         found = ring_backward(self.ring, payload, visit, stops=stops, dtype=payload[0].dtype, into=rooms[1])
         return (finished[0] if finished else dq.result(q.dtype, rooms[0])), *found
+
+    def _pick(
+        self, block: Block, here: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, all_heads: int, *, backward: bool
+    ) -> Kernel:
+        """The block's kernel. Groups of heads are calls of one size, which a kernel that plans does for all at once."""
+        q, k, v = here
+        planned = math.inf
+        if not self.ring.plan.recurs(block):
+            pairs = q.shape[1] * k.shape[1] / (2 if block.relation is Relation.CAUSAL else 1)
+            planned = (5 if backward else 2) * q.shape[0] * all_heads * pairs * (q.shape[3] + v.shape[3])
+        return pick_kernel(self.kernel, q, k, v, mask is not None, backward=backward, planned=planned)
 
     def _stops(self, q: Tensor, payload: Payload, *, backward: bool) -> tuple[Stop, ...]:
         """What expands meets one source at a time, since positions come with the source."""

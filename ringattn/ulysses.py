@@ -34,6 +34,7 @@ from ringattn.scoring.selection import Selection, Votes
 from ringattn.softmax import SoftmaxAttention
 from ringattn.teams import degree_problem, heads_problem, ring_of, team_of
 from ringattn.transport import RingStats, Transport, make_transport
+from ringattn.transport.turns import Turn
 
 
 @dataclass(kw_only=True, eq=False)
@@ -46,6 +47,7 @@ class Ulysses:
         transport: of the inner ring; None if r is 1.
         timeout: how long gloo waits for the others in an exchange; None: as long as `group` was made with.
         stats: counts of all that this rank sends, the inner ring's included.
+        turn: of exchanges of plain attention, whatever the length of their rows; those of selection have none.
     """
 
     group: dist.ProcessGroup
@@ -55,6 +57,7 @@ class Ulysses:
     transport: Transport | None
     timeout: Callable[[], timedelta] | None
     stats: RingStats
+    turn: Turn = field(default_factory=Turn)
     _base: Plan | None = None  # the inner plan made last, without documents
     _exchanges: dict[tuple[int, torch.device], HeadExchange] = field(default_factory=dict)
 
@@ -96,6 +99,7 @@ class Ulysses:
                     inverse=None if sorted_already else order.argsort().to(device),
                     stats=self.stats,
                     timeout=self.timeout,
+                    turn=self.turn,
                 )
         return self._exchanges[key]
 
@@ -256,7 +260,10 @@ def _check(
     expand: Expand | None,
     problem: str | None = None,
 ) -> None:
-    """Raise on all ranks if there is a problem on one: with `expand`, what it made, the others' arguments."""
+    """Raise on all ranks if on one `expand`, the tensors or the scoring do not fit, or not the other ranks'.
+
+    After the first call of a plan on this rank only.
+    """
     rank = check_group(plan, ulysses.group)
     problem = problem or _problem(q, k, v, plan, rank, ulysses)
     problem = problem or scoring_problem(q, k, v, ulysses.inner_plan(plan), kernel, selection)

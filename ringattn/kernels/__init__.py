@@ -6,6 +6,7 @@ belong to more keys than the block's own. A kernel that ignores masks or returns
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Protocol
 
@@ -84,32 +85,28 @@ def check_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def pick_kernel(
-    name: str, q: Tensor, k: Tensor, v: Tensor, masked: bool, *, backward: bool = False, recurs: bool = True
+    name: str, q: Tensor, k: Tensor, v: Tensor, masked: bool, *, backward: bool = False, planned: float = math.inf
 ) -> Kernel:
     """The kernel for one pass over a block: `name` (see `check_kernel`) if it can do it, else the best that can.
 
     A named kernel thus leaves masked or tiny blocks that it does not support, and only those, to another. Any kernel's
-    backward pass may follow any other's forward pass. Under "auto" a block of a size that does not recur
-    (`Plan.recurs`) is not given to a kernel that `plans`, unless it is so large that this pays.
+    backward pass may follow any other's forward pass. Under "auto" a kernel that `plans` is not taken if too few
+    operations would go by its plan: `planned` is how many there are in this pass of one layer, endless for blocks of a
+    size that recurs (`Plan.recurs`).
     """
     if name != "auto" and KERNELS[name].unsupported(q, k, v, masked) is None:
         return KERNELS[name]
     capability = measured.capability(q.device) if q.device.type == "cuda" else None
-    planned: Kernel | None = None
+    passed_over: Kernel | None = None
     for candidate in _order(capability, max(q.shape[-1], v.shape[-1]), backward):
         kernel = KERNELS[candidate]
         if kernel.unsupported(q, k, v, masked) is not None:
             continue
-        if kernel.plans and not recurs and _flops(q, k, v, backward) < _WORTH_A_PLAN:
-            planned = planned or kernel
+        if kernel.plans and planned < _WORTH_A_PLAN:
+            passed_over = passed_over or kernel
         else:
-            return planned if planned is not None and candidate == "reference" else kernel
+            return passed_over if passed_over is not None and candidate == "reference" else kernel
     raise AssertionError("the reference kernel supports everything")
-
-
-def _flops(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> float:
-    """Of a block all of whose pairs are seen."""
-    return (5.0 if backward else 2.0) * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] * (q.shape[3] + v.shape[3])
 
 
 @cache

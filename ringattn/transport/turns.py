@@ -19,8 +19,8 @@ class Turn:
         """
         if self._what is not None:
             raise PeerError(
-                f"ring: an earlier pass over this transport ({self._what}) broke off on this rank, so that the others' "
-                "sends and barriers would meet the wrong ones of this one; nothing more is sent over it. Look for the "
+                f"ring: an earlier pass ({self._what}) broke off on this rank, so that the others' "
+                "sends and barriers would meet the wrong ones of this one; nothing more is sent. Look for the "
                 "error before this one; start again to resume from the last checkpoint"
             )
 

@@ -151,7 +151,7 @@ def broken_worker(rank, world_size, folder):
         stops = plain_schedule(plan, rank)
         payload = (torch.zeros(1, 32, 1, 8), torch.zeros(1, 32, 1, 8))
         transport.turn.begin("forward")  # as a passage does that an error breaks off
-        with pytest.raises(ringattn.PeerError, match=r"an earlier pass over this transport \(forward\) broke off"):
+        with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(forward\) broke off"):
             transport.open(plan, stops, payload, "again", returns=False)
         found.append(transport.stats.hops)
     return found
@@ -180,7 +180,7 @@ def full_worker(rank, world_size, folder):
         passage.leave(stop)
     with pytest.raises(torch.OutOfMemoryError):
         passage.close([FullSum()])
-    with pytest.raises(ringattn.PeerError, match=r"an earlier pass over this transport \(backward\) broke off"):
+    with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(backward\) broke off"):
         transport.open(plan, stops, (torch.zeros(1, 32, 1, 8),), "forward", returns=False)
 
 

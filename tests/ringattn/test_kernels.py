@@ -179,13 +179,11 @@ def test_a_kernel_that_plans_gets_sizes_that_recur_and_large_ones(monkeypatch):
     try:
         names = ("planner", "other", "reference")
         assert picked(3000, *names) == "planner"
-        assert picked(3000, *names, recurs=False) == "other"
-        assert picked(3000, *names, recurs=False, backward=True) == "other"
-        assert picked(65_536, *names, recurs=False) == "planner"
-        assert picked(30_000, *names, recurs=False) == "other"
-        assert picked(30_000, *names, recurs=False, backward=True) == "planner", "more operations, more to gain"
-        assert picked(3000, "planner", "reference", recurs=False) == "planner", "the reference is slower than a plan"
-        assert picked(3000, *names, masked=True, recurs=False) == "reference"
+        assert picked(3000, *names, planned=1.1e13) == "other"
+        assert picked(3000, *names, planned=1.1e13, backward=True) == "other"
+        assert picked(3000, *names, planned=1.3e13) == "planner"
+        assert picked(3000, "planner", "reference", planned=1e9) == "planner", "the reference is slower than a plan"
+        assert picked(3000, *names, masked=True, planned=1e9) == "reference"
     finally:
         kernels._order.cache_clear()
 
@@ -207,18 +205,23 @@ def test_blocks_of_whole_chunks_recur_whatever_the_documents(layout, tokens):
         assert (block.q_stop - block.q_start, block.k_stop - block.k_start) not in sizes
 
 
-def test_the_ring_says_which_blocks_recur(monkeypatch):
+def test_the_ring_says_how_many_operations_a_plan_of_a_document_would_serve(monkeypatch):
     told = []
 
-    def spy(*arguments, recurs=True, **how):
-        told.append((arguments[1].shape[1], arguments[2].shape[1], how.get("backward", False), recurs))
+    def spy(*arguments, planned=None, **how):
+        told.append((arguments[1].shape[1:3], arguments[2].shape[1], how.get("backward", False), planned))
         return pick_kernel(*arguments, **how)
 
     monkeypatch.setattr("ringattn.softmax.pick_kernel", spy)
     q = torch.randn(1, 1024, 2, 8, requires_grad=True)
-    plan = Plan(1024, 1, documents=(0, 200, 1024))
-    ringattn.ring_attention(q, q, q, plan, group=None).sum().backward()
-    assert told == [(n, n, backward, False) for backward in (False, True) for n in (200, 824)]
+    ringattn.ring_attention(q, q, q, Plan(1024, 1, documents=(0, 200, 1024)), group=None).sum().backward()
+    # causal, so half of the pairs; 2 (forward) or 5 products-and-sums of width 8 + 8 for each, and head
+    assert told == [((n, 2), n, b, (5 if b else 2) * 2 * n * n / 2 * 16) for b in (False, True) for n in (200, 824)]
+    told.clear()
+    groups = ((slice(0, 1), slice(0, 1)), (slice(1, 2), slice(1, 2)))
+    monkeypatch.setattr("ringattn.softmax.SoftmaxAttention._head_groups", lambda self, q, payload: iter(groups))
+    ringattn.ring_attention(q, q, q, Plan(1024, 1, documents=(0, 200, 1024)), group=None)
+    assert told == [((n, 1), n, False, 2 * 2 * n * n / 2 * 16) for _ in groups for n in (200, 824)], "of both groups"
 
 
 def test_each_pass_gets_its_own_kernel(monkeypatch):

@@ -6,6 +6,7 @@ import os
 import pstats
 import signal
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -279,17 +280,19 @@ def failing_worker(rank, world_size):
     for name in ("forward", "backward"):
         q, k, v = (torch.randn(1, 8, 2, 8, requires_grad=True) for _ in range(3))
         if name == "backward":
-            ulysses._exchanges.clear()  # as if nothing had broken off
+            ulysses.turn.end()  # as if nothing had broken off
             plan = ringattn.Plan(16, world_size)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SoftmaxAttention, name, out_of_memory)
             with pytest.raises(torch.OutOfMemoryError):
                 ringattn.ring_attention(q, k, v, plan, dist.group.WORLD, ulysses=ulysses).sum().backward()
         sent = ulysses.stats.bytes_sent
-        with pytest.raises(ringattn.PeerError) as caught:
-            ringattn.ring_attention(q, k, v, plan, dist.group.WORLD, ulysses=ulysses)
-        assert ulysses.stats.bytes_sent == sent
-        told.append(str(caught.value))
+        for length in (16, 8):  # rows of another length would meet the same wait
+            half = [x[:, : length // 2] for x in (q, k, v)]
+            with pytest.raises(ringattn.PeerError) as caught:
+                ringattn.ring_attention(*half, ringattn.Plan(length, 2), dist.group.WORLD, ulysses=ulysses)
+            assert ulysses.stats.bytes_sent == sent
+            told.append(str(caught.value))
     return told
 
 
@@ -299,8 +302,36 @@ def out_of_memory(*arguments):
 
 def test_after_an_error_between_the_exchanges_nothing_more_is_sent():
     for told in run_ranks(failing_worker, 2):
-        for name, message in zip(("forward", "backward"), told, strict=True):
-            assert f"an earlier pass over this transport ({name}) broke off on this rank" in message
+        for name, message in zip(("forward", "forward", "backward", "backward"), told, strict=True):
+            assert f"an earlier pass (ulysses {name}) broke off on this rank" in message
+
+
+def later_refusal_worker(rank, world_size, degree):
+    """What one rank refuses once the ranks have agreed is told there, without the advice to build another plan."""
+    plan, ulysses = ringattn.Plan(16, world_size), make_ulysses(dist.group.WORLD, degree)
+    refused = []
+
+    def expand(k, v, positions):
+        if refused:
+            raise ValueError("planted")
+        return k, v
+
+    q = torch.randn(1, 8, 2, 8)
+    call = partial(ringattn.ring_attention, q, q, q, plan, dist.group.WORLD, ulysses=ulysses, expand=expand)
+    call()
+    if rank:
+        return None
+    refused.append(True)
+    with pytest.raises(ringattn.TopologyError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_refusal_in_a_later_call_says_that_the_others_wait(degree):
+    told, _ = run_ranks(later_refusal_worker, 2, degree)
+    assert "planted. The ranks agreed in an earlier call and do not ask again: the others wait" in told
+    assert "Build another Plan" not in told
 
 
 def python_calls(step):
