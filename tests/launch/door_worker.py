@@ -29,7 +29,8 @@ def main(run_dir: Path, act: str) -> int:
         _write(run_dir, "complete", 0, "")
         return 0
     if act == "numerics":
-        print(f"worker {rank}: loss is nan", file=sys.stderr)
+        # In one piece: `print` writes the end of the line by itself, and another worker's line came between.
+        os.write(2, f"worker {rank}: loss is nan\n".encode())
         _write(run_dir, "failed", 76, "loss is nan on rank 1")
         # torchrun stops the others as soon as one has ended: the one that writes the status must not be among them.
         time.sleep(0.0 if rank == "0" else 5.0)
