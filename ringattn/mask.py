@@ -35,6 +35,8 @@ class Block:
     """A piece of attention work: rows [q_start, q_stop) of one shard against rows [k_start, k_stop) of another.
 
     Indices count inside the shards. CAUSAL blocks are square here. No two blocks of a plan share a (query, key) pair.
+    `pieces` of a PARTIAL block are the same pairs as FULL and CAUSAL blocks, where such have been found: for kernels
+    that take many in one call (see packs.py).
     """
 
     q_start: int
@@ -42,6 +44,7 @@ class Block:
     k_start: int
     k_stop: int
     relation: Relation
+    pieces: tuple[Block, ...] = ()
 
     def shifted(self, q_offset: int, k_offset: int) -> Block:
         return Block(
@@ -50,6 +53,7 @@ class Block:
             self.k_start + k_offset,
             self.k_stop + k_offset,
             self.relation,
+            tuple(piece.shifted(q_offset, k_offset) for piece in self.pieces),
         )
 
 
@@ -104,14 +108,19 @@ def chunk_blocks(q_chunk: range, k_chunk: range, mask: Mask) -> list[Block]:
     k_segments = _document_segments(k_chunk, mask.documents)
     blocks: list[Block] = []
     for run in _document_runs(q_segments, k_segments):
-        q0, k0 = q_segments[run[0]][0], k_segments[run[0]][0]
-        q1, k1 = q_segments[run[-1]][1], k_segments[run[-1]][1]
+        found: list[Block] = []
+        for document in run:
+            (q0, q1), (k0, k1) = q_segments[document], k_segments[document]
+            first = 0 if mask.documents is None else mask.documents[document]
+            pieces = _segment_blocks(q_chunk[q0:q1], k_chunk[k0:k1], first, mask)
+            found += [piece.shifted(q0, k0) for piece in pieces]
         if len(run) > 1:
-            blocks.append(Block(q0, q1, k0, k1, Relation.PARTIAL))
-            continue
-        first = 0 if mask.documents is None else mask.documents[run[0]]
-        pieces = _segment_blocks(q_chunk[q0:q1], k_chunk[k0:k1], first, mask)
-        blocks += [piece.shifted(q0, k0) for piece in pieces]
+            q0, k0 = q_segments[run[0]][0], k_segments[run[0]][0]
+            q1, k1 = q_segments[run[-1]][1], k_segments[run[-1]][1]
+            plain = all(piece.relation is not Relation.PARTIAL for piece in found)
+            blocks.append(Block(q0, q1, k0, k1, Relation.PARTIAL, tuple(found) if plain else ()))
+        else:
+            blocks += found
     return blocks
 
 

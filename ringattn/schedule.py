@@ -69,7 +69,10 @@ class Stop:
 
 def plain_schedule(plan: Plan, rank: int) -> tuple[Stop, ...]:
     """One stop per hop, in the order of hops; those of which nothing is needed have no tokens."""
-    return tuple(_stop(plan, rank, hop) for hop in range(plan.num_hops))
+    key = ("plain", rank)
+    if key not in plan._schedules:
+        plan._schedules[key] = tuple(_stop(plan, rank, hop) for hop in range(plan.num_hops))
+    return plan._schedules[key]
 
 
 def joined_schedule(

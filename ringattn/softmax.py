@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ringattn.kernels import Kernel, accumulator_dtype, pick_kernel
+from ringattn.kernels import PackedKernel, accumulator_dtype, pick_kernel, pick_packed
 from ringattn.mask import Block, Relation
 from ringattn.merge import RowMerge, RowSum
+from ringattn.packs import Pack, pack
 from ringattn.ring import Ring, named, ring_backward, ring_forward
 from ringattn.schedule import Stop, joined_schedule, plain_schedule
 from ringattn.scoring.expansion import Expansion
@@ -80,13 +81,19 @@ class SoftmaxAttention:
 
         def visit(stop: Stop, held: Payload) -> None:
             k, v = self.expansion.forward(stop, held)
-            for block in stop.blocks:
+            packing = self._packing(q, k, v)
+            for block in self._blocks(stop, packing, q, v, all_heads, backward=False):
                 rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
                 here = (q[:, rows], k[:, keys], v[:, keys])
-                mask = self._mask(block, stop, q.device)
-                kernel = self._pick(block, here, mask, all_heads, backward=False)
-                causal = block.relation is Relation.CAUSAL
-                merged.add(rows, *kernel.forward(*here, causal=causal, mask=mask, scale=self.scale))
+                if isinstance(block, Pack):
+                    assert packing is not None
+                    found = packing.forward_packed(*here, pack=block, scale=self.scale)
+                else:
+                    mask, causal = self._mask(block, stop, q.device), block.relation is Relation.CAUSAL
+                    planned = self._planned(block, q, v, all_heads, backward=False)
+                    kernel = pick_kernel(self.kernel, *here, mask is not None, planned=planned)
+                    found = kernel.forward(*here, causal=causal, mask=mask, scale=self.scale)
+                merged.add(rows, *found)
 
         ring_forward(self.ring, payload, visit, stops=self._stops(q, payload, backward=False))
         merged.result(out, lse)
@@ -111,19 +118,23 @@ class SoftmaxAttention:
         def visit(stop: Stop, held: Payload) -> Payload:
             mine = stop.heads(q.shape[2])
             with self.expansion.backward(stop, held) as visiting:
-                for block in stop.blocks:
+                k, v = visiting.keys, visiting.values
+                packing = self._packing(q[:, :, mine], k, v)
+                for block in self._blocks(stop, packing, q, v, all_heads, backward=True):
                     rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
                     span = (rows.start, rows.stop, mine.start, mine.stop)
                     if span not in lse_rows:
                         lse_rows[span] = lse[:, mine, rows].contiguous()
-                    here = (q[:, rows, mine], visiting.keys[:, keys], visiting.values[:, keys])
-                    mask = self._mask(block, stop, q.device)
-                    kernel = self._pick(block, here, mask, all_heads, backward=True)
-                    causal = block.relation is Relation.CAUSAL
-                    rest = (out[:, rows, mine], lse_rows[span])
-                    found = kernel.backward(
-                        dout[:, rows, mine], *here, *rest, causal=causal, mask=mask, scale=self.scale
-                    )
+                    here = (q[:, rows, mine], k[:, keys], v[:, keys])
+                    whole = (dout[:, rows, mine], *here, out[:, rows, mine], lse_rows[span])
+                    if isinstance(block, Pack):
+                        assert packing is not None
+                        found = packing.backward_packed(*whole, pack=block, scale=self.scale)
+                    else:
+                        mask, causal = self._mask(block, stop, q.device), block.relation is Relation.CAUSAL
+                        planned = self._planned(block, q, v, all_heads, backward=True)
+                        kernel = pick_kernel(self.kernel, *here, mask is not None, backward=True, planned=planned)
+                        found = kernel.backward(*whole, causal=causal, mask=mask, scale=self.scale)
                     dq.add(rows, found[0], stop.share)
                     for total, part in zip(visiting.sums, found[1:], strict=True):
                         total.add(keys, part)
@@ -134,16 +145,38 @@ class SoftmaxAttention:
         found = ring_backward(self.ring, payload, visit, stops=stops, dtype=payload[0].dtype, into=rooms[1])
         return (finished[0] if finished else dq.result(q.dtype, rooms[0])), *found
 
-    def _pick(
-        self, block: Block, here: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, all_heads: int, *, backward: bool
-    ) -> Kernel:
-        """The block's kernel. Groups of heads are calls of one size, which a kernel that plans does for all at once."""
-        q, k, v = here
-        planned = math.inf
-        if not self.ring.plan.recurs(block):
-            pairs = q.shape[1] * k.shape[1] / (2 if block.relation is Relation.CAUSAL else 1)
-            planned = (5 if backward else 2) * q.shape[0] * all_heads * pairs * (q.shape[3] + v.shape[3])
-        return pick_kernel(self.kernel, q, k, v, mask is not None, backward=backward, planned=planned)
+    def _packing(self, q: Tensor, k: Tensor, v: Tensor) -> PackedKernel | None:
+        """What takes many small documents in one call, if there are any and something does."""
+        if self.ring.plan.documents is None:
+            return None
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # the caller's graph; packs come with small tensors from the host
+        return pick_packed(self.kernel, q, k, v)
+
+    def _blocks(
+        self, stop: Stop, packing: PackedKernel | None, q: Tensor, v: Tensor, all_heads: int, *, backward: bool
+    ) -> tuple[Block | Pack, ...]:
+        """The stop's blocks, in packs but for those that a kernel with a plan of its own is worth."""
+        if packing is None:
+            return stop.blocks
+        plan, rank = self.ring.plan, self.ring.rank
+        key = ("packs", rank, stop.hops, stop.share, self.kernel, packing.name, q.shape, q.dtype, backward)
+        if key not in plan._schedules:
+
+            def alone(block: Block) -> bool:
+                planned = self._planned(block, q, v, all_heads, backward=backward)
+                return pick_kernel(self.kernel, q, q, v, masked=False, backward=backward, planned=planned).plans
+
+            plan._schedules[key] = pack(stop.blocks, alone)
+        return plan._schedules[key]
+
+    def _planned(self, block: Block, q: Tensor, v: Tensor, all_heads: int, *, backward: bool) -> float:
+        """See `pick_kernel`. Groups of heads are calls of one size, which a kernel that plans does for all at once."""
+        if self.ring.plan.recurs(block):
+            return math.inf
+        pairs = (block.q_stop - block.q_start) * (block.k_stop - block.k_start)
+        share = 0.5 if block.relation is Relation.CAUSAL else 1.0
+        return (5 if backward else 2) * q.shape[0] * all_heads * share * pairs * (q.shape[3] + v.shape[3])
 
     def _stops(self, q: Tensor, payload: Payload, *, backward: bool) -> tuple[Stop, ...]:
         """What expands meets one source at a time, since positions come with the source."""

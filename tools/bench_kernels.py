@@ -7,7 +7,9 @@ Batch 1. A kernel must first be right: rows that see a full and then a causal bl
 from the out and lse of the whole row, against the dense definition in float64; masked blocks it must refuse, or do
 right. Then a causal and a full block of --tokens queries and keys are timed, each pass by itself; on CUDA as replayed
 graphs, in which the host's work is hidden ("host" is what a forward and a backward call take when launched one by one,
-"new size" what they take more where they meet a length for the first time, which each row of documents brings).
+"new size" what they take more where they meet a length for the first time, which each row of documents brings;
+"documents" what both passes take over documents of some 500 tokens, one by one, at lengths that were met before,
+and "in a pack" the same in one call).
 Ends with 1 if a kernel is wrong.
 
 The lines belong into ringattn/kernels/measured.py, those of one device all from one run.
@@ -20,15 +22,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from itertools import accumulate, cycle, pairwise, takewhile
 from statistics import median
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import typer
 from torch import Tensor
 
-from ringattn.kernels import KERNELS, Kernel
+from ringattn.kernels import KERNELS, Kernel, PackedKernel
+from ringattn.mask import Block, Relation
+from ringattn.packs import Pack, pack
 from ringattn.testing import dense_attention
 from tools.bench.device import pick_device
 from tools.bench.passes import time_device, time_eager
@@ -85,6 +90,8 @@ class Row:
     tflops: dict[tuple[str, str], float] = field(default_factory=dict)  # by pass and "causal", "full" or "both"
     host_ms: float = 0.0
     new_size_ms: float = 0.0
+    documents_ms: float = 0.0
+    packed_ms: float | None = None  # for kernels that take packs
 
 
 @app.command()
@@ -211,6 +218,7 @@ def time_blocks(row: Row, kernel: Kernel, tensors: tuple[Tensor, ...], repeats: 
         row.tflops[what, "both"] = sum(flops.values()) / sum(ms[what, block] for block in BLOCKS) / 1e9
     row.host_ms = _host_ms(kernel, row.sizes, repeats)
     row.new_size_ms = _new_size_ms(kernel, row.sizes)
+    row.documents_ms, row.packed_ms = _documents_ms(kernel, row.sizes, tensors, repeats)
 
 
 def _host_ms(kernel: Kernel, sizes: Sizes, repeats: int) -> float:
@@ -244,6 +252,36 @@ def _new_size_ms(kernel: Kernel, sizes: Sizes) -> float:
     return max(0.0, median(found))
 
 
+def _documents_ms(
+    kernel: Kernel, sizes: Sizes, tensors: tuple[Tensor, ...], repeats: int
+) -> tuple[float, float | None]:
+    """Both passes over documents of 301, 402, ... 707 tokens in turn, the last one cut: one by one, and in a pack."""
+    q, k, v, dout = tensors
+    ends = takewhile(lambda end: end < sizes.tokens, accumulate(cycle((301, 402, 503, 605, 707))))
+    starts = (0, *ends, sizes.tokens)
+    blocks = [Block(a, b, a, b, Relation.CAUSAL) for a, b in pairwise(starts)]
+
+    def one_by_one() -> None:
+        for block in blocks:
+            run = slice(block.q_start, block.q_stop)
+            here = (q[:, run], k[:, run], v[:, run])
+            out, lse = kernel.forward(*here, causal=True, mask=None, scale=sizes.scale)
+            kernel.backward(dout[:, run], *here, out, lse, causal=True, mask=None, scale=sizes.scale)
+
+    one_by_one()  # what plans has planned then
+    alone = time_eager(one_by_one, q.device, repeats)
+    (packed, *others) = pack(blocks, lambda block: False)
+    if not kernel.packs or others or not isinstance(packed, Pack):
+        return alone, None
+    packing = cast("PackedKernel", kernel)
+
+    def together() -> None:
+        out, lse = packing.forward_packed(q, k, v, pack=packed, scale=sizes.scale)
+        packing.backward_packed(dout, q, k, v, out, lse, pack=packed, scale=sizes.scale)
+
+    return alone, time_eager(together, q.device, repeats)
+
+
 def show(rows: list[Row]) -> None:
     """Print the table; why a kernel has no times stands in its line."""
     places = [(what, block) for what in PASSES for block in BLOCKS]
@@ -253,6 +291,8 @@ def show(rows: list[Row]) -> None:
         *(f"{what} {block}" for what, block in places),
         "host ms",
         "new size ms",
+        "documents ms",
+        "in a pack",
         "worst error",
         "masks",
     ]
@@ -263,7 +303,9 @@ def show(rows: list[Row]) -> None:
         cells = [str(row.sizes.head_dim), row.kernel]
         if row.status == "ok":
             cells += [f"{row.tflops[place]:.3g}" for place in places]
-            cells += [f"{row.host_ms:.3g}", f"{row.new_size_ms:.3g}", f"{max(row.errors.values()):.1e}", row.masks]
+            packed = "" if row.packed_ms is None else f"{row.packed_ms:.3g}"
+            cells += [f"{row.host_ms:.3g}", f"{row.new_size_ms:.3g}", f"{row.documents_ms:.3g}", packed]
+            cells += [f"{max(row.errors.values()):.1e}", row.masks]
         line = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
         print(line if row.status == "ok" else f"{line}  {row.status}: {row.note}")
 

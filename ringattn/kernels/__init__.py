@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels import cpu, cudnn, flash, flash_packages, measured, reference
+from ringattn.packs import Pack
 
 
 class Kernel(Protocol):
@@ -26,6 +27,8 @@ class Kernel(Protocol):
     name: str
     plans: bool
     """Whether each new size of a block costs it much of the host's time, once per process."""
+    packs: bool
+    """Whether it is a `PackedKernel`."""
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         """Why this kernel cannot do such a block, or None if it can."""
@@ -51,6 +54,27 @@ class Kernel(Protocol):
         """dq, dk, dv of the block, given the `out` and `lse` of the whole row (all blocks merged)."""
 
 
+class PackedKernel(Kernel, Protocol):
+    """A kernel that does the blocks of a pack in one call. Tensors and results as in `Kernel`, of all its blocks."""
+
+    def forward_packed(self, q: Tensor, k: Tensor, v: Tensor, *, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+        """As `forward`."""
+
+    def backward_packed(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        pack: Pack,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `backward`."""
+
+
 # In order of preference under kernel="auto" where nothing has been measured (see `measured`); the reference comes last
 # because it can do everything.
 KERNELS: dict[str, Kernel] = {
@@ -63,10 +87,9 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-# Operations. cuDNN takes about half a second to plan for a size (0.44 s forward, 0.55 s backward on a B200 with torch
-# 2.11: github.com/modelscope/FunASR/issues/3704). On an H100 it gains 1.4 s per 10^15 operations on flash (`measured`),
-# in each of some 28 layers that use the plan.
-_WORTH_A_PLAN = 1.2e13
+# Operations. On an H100 cuDNN takes 0.09 to 0.35 s to plan both passes for a new size (torch 2.11, cuDNN 9.19), mostly
+# 0.1, and gains 1.4 s per 10^15 operations on flash (`measured`), in each of some 28 layers that use the plan.
+_WORTH_A_PLAN = 1.5e12
 
 
 def check_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -107,6 +130,14 @@ def pick_kernel(
         else:
             return passed_over if passed_over is not None and candidate == "reference" else kernel
     raise AssertionError("the reference kernel supports everything")
+
+
+def pick_packed(name: str, q: Tensor, k: Tensor, v: Tensor) -> PackedKernel | None:
+    """The kernel for packs under this name (see `check_kernel`); None: blocks are called one by one."""
+    for kernel in KERNELS.values() if name == "auto" else (KERNELS[name],):
+        if kernel.packs and kernel.unsupported(q, k, v, masked=False) is None:
+            return cast("PackedKernel", kernel)
+    return None
 
 
 @cache

@@ -15,6 +15,7 @@ class CpuFlashKernel:
 
     name = "cpu"
     plans = False
+    packs = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         if q.device.type != "cpu":

@@ -13,6 +13,7 @@ class CudnnKernel:
 
     name = "cudnn"
     plans = True
+    packs = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         if q.device.type != "cuda":

@@ -6,13 +6,19 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.measured import capability
+from ringattn.mask import Relation
+from ringattn.packs import Pack
 
 
 class FlashKernel:
-    """`aten._flash_attention_forward`: bf16 and fp16, compute capability 8.0 and later, no masks, grouped heads."""
+    """`aten._flash_attention_forward`: bf16 and fp16, compute capability 8.0 and later, no masks, grouped heads.
+
+    The one kernel of torch's that takes packs: cuDNN's operator for them gave wrong results (torch 2.11, cuDNN 9.19).
+    """
 
     name = "flash"
     plans = False
+    packs = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         if q.device.type != "cuda":
@@ -68,3 +74,43 @@ class FlashKernel:
             no_seed,
             scale=scale,
         )
+
+    def forward_packed(self, q: Tensor, k: Tensor, v: Tensor, *, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+        """See `ringattn.kernels.PackedKernel`."""
+        batch, rows = q.shape[:2]
+        starts, causal = pack.starts(batch, q.device), pack.relation is Relation.CAUSAL
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *(x.flatten(0, 1) for x in (q, k, v)), *starts, *pack.longest, 0.0, causal, False, scale=scale
+        )
+        return out.unflatten(0, (batch, rows)), lse.unflatten(1, (batch, rows)).transpose(0, 1)
+
+    def backward_packed(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        pack: Pack,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ringattn.kernels.PackedKernel`."""
+        batch = q.shape[0]
+        no_seed = torch.empty(0, dtype=torch.uint64, device=q.device)  # there is no dropout
+        found = torch.ops.aten._flash_attention_backward(
+            dout.flatten(0, 1).contiguous(),
+            *(x.flatten(0, 1) for x in (q, k, v)),
+            out.flatten(0, 1).contiguous(),
+            lse.transpose(0, 1).flatten(1).contiguous(),
+            *pack.starts(batch, q.device),
+            *pack.longest,
+            0.0,
+            pack.relation is Relation.CAUSAL,
+            no_seed,
+            no_seed,
+            scale=scale,
+        )
+        dq, dk, dv = (x.unflatten(0, (batch, -1)) for x in found)
+        return dq, dk, dv

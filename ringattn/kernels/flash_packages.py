@@ -52,6 +52,7 @@ class PackageKernel:
     def __init__(self, name: str, load: Callable[[], Calls], majors: Collection[int]) -> None:
         self.name = name
         self.plans = False  # what they compile is for kinds of blocks, not for sizes
+        self.packs = False
         self._load = load
         self._majors = majors
         self._found: Calls | str | None = None

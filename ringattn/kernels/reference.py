@@ -17,6 +17,7 @@ class ReferenceKernel:
 
     name = "reference"
     plans = False
+    packs = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> str | None:
         return None

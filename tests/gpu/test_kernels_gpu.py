@@ -4,7 +4,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ringattn.kernels import KERNELS
+import ringattn
+from ringattn.kernels import KERNELS, pick_packed
+from ringattn.packs import Pack
+from ringattn.testing import dense_attention, error
 from tools.bench_kernels import LIMITS, Sizes, app, errors
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +45,27 @@ def passes(kernel, q, k, v, dout):
     options = {"causal": True, "mask": None, "scale": 0.1}
     out, lse = kernel.forward(q, k, v, **options)
     return out, lse, *kernel.backward(dout, q, k, v, out, lse, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packs_are_right(batch, causal):
+    """Rows of many documents on this GPU's own choice of kernels, single tokens and runs of short ones among them."""
+    size = sizes(4, 2, 128)
+    documents = (0, 1, 4, 9, 300, 301, 340, 341, 343, 1500, 1501, 4000)
+    plan = ringattn.Plan(4000, 1, causal=causal, documents=documents)
+    *leaves, dout = (x.repeat(batch, 1, 1, 1) for x in size.draw(4000))
+    assert pick_packed("auto", *leaves) is not None
+    leaves = [(x * torch.rand(batch, 1, 1, 1, device="cuda")).to(x.dtype).requires_grad_() for x in leaves]
+    out = ringattn.ring_attention(*leaves, plan, group=None)
+    out.backward(dout)
+    packs = [one for key, found in plan._schedules.items() if key[0] == "packs" for one in found]
+    assert any(isinstance(one, Pack) for one in packs)
+    true = [x.detach().double().requires_grad_() for x in leaves]
+    expected = dense_attention(*true, causal=causal, documents=documents)
+    expected.backward(dout.double())
+    pairs = zip((out, *(x.grad for x in leaves)), (expected, *(x.grad for x in true)), strict=True)
+    assert max(error(actual, oracle) for actual, oracle in pairs) <= LIMITS["bf16"]
 
 
 @pytest.mark.parametrize("name", ["flash", "flash3", "flash4"])

@@ -179,9 +179,9 @@ def test_a_kernel_that_plans_gets_sizes_that_recur_and_large_ones(monkeypatch):
     try:
         names = ("planner", "other", "reference")
         assert picked(3000, *names) == "planner"
-        assert picked(3000, *names, planned=1.1e13) == "other"
-        assert picked(3000, *names, planned=1.1e13, backward=True) == "other"
-        assert picked(3000, *names, planned=1.3e13) == "planner"
+        assert picked(3000, *names, planned=1.4e12) == "other"
+        assert picked(3000, *names, planned=1.4e12, backward=True) == "other"
+        assert picked(3000, *names, planned=1.6e12) == "planner"
         assert picked(3000, "planner", "reference", planned=1e9) == "planner", "the reference is slower than a plan"
         assert picked(3000, *names, masked=True, planned=1e9) == "reference"
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from ringattn.kernels import KERNELS, measured
 from ringattn.kernels.reference import ReferenceKernel
+from tests.ringattn.packing import PackingReference
 from tools.bench_kernels import Row, Sizes, app, errors, lines, measure
 
 SIZES = Sizes(tokens=12, heads=4, kv_heads=2, head_dim=8, dtype="fp64", device="cpu")
@@ -101,6 +103,24 @@ def test_what_a_new_size_costs_is_told_apart_from_the_call(monkeypatch: pytest.M
     assert 80 <= measure("planning", SIZES, check_tokens=6, repeats=1).new_size_ms < 400
     monkeypatch.setitem(KERNELS, "steady", Spoilt("none"))
     assert measure("steady", SIZES, check_tokens=6, repeats=1).new_size_ms < 80
+
+
+def test_documents_are_timed_one_by_one_and_in_a_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, timed = PackingReference("packing"), []
+
+    def count(work, device, repeats):  # type: ignore[no-untyped-def]
+        before = dict(kernel.calls)
+        work()
+        timed.append({name: kernel.calls[name] - before[name] for name in before})
+        return float(len(timed))
+
+    monkeypatch.setitem(KERNELS, "packing", kernel)
+    monkeypatch.setattr("tools.bench_kernels.time_eager", count)
+    row = measure("packing", replace(SIZES, tokens=1000), check_tokens=6, repeats=1)
+    assert (row.status, row.documents_ms, row.packed_ms) == ("ok", 2.0, 3.0)
+    assert timed[1:] == [{"packs": 0, "documents": 0, "blocks": 3}, {"packs": 1, "documents": 3, "blocks": 0}]
+    kernel.packs = False
+    assert measure("packing", replace(SIZES, tokens=1000), check_tokens=6, repeats=1).packed_ms is None
 
 
 def test_rates_count_the_pairs_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
