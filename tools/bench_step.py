@@ -2,11 +2,11 @@
 
     torchrun --nproc_per_node 4 -m tools.bench_step --model qwen3-0.6b --tokens 32768,131072 --out runs/steps
 
-Steps really update weights, on the standard library's sources as bytes. Every case (a variant at a length with its
-settings) runs in fresh processes, so one that runs out of memory is a row and takes nothing from the next; finished
-cases are lines of `steps.jsonl`, and the same command goes on after them. `section.key=value` sets anything that a
-configuration of the trainer has, such as memory.recompute=keep_attention; what is the model's, the optimizer's or the
-precision's holds for both variants. "rival" is described in `tools.bench.rival_step`.
+Steps really update weights, on the standard library's sources as bytes. A case (a variant at a length with its
+settings) that runs out of memory, or fails otherwise, is a row, and the next case has fresh processes: nothing is taken
+from it. Finished cases are lines of `steps.jsonl`, and the same command goes on after them. `section.key=value` sets
+anything that a configuration of the trainer has, such as memory.recompute=keep_attention; what is the model's, the
+optimizer's or the precision's holds for both variants. "rival" is described in `tools.bench.rival_step`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main(
     place = pick_device(device)
     size, is_first = _ranks(nproc)
     if not is_first:
-        return  # the first rank starts the processes of every case anew, on all of the machine's GPUs
+        return  # the first rank starts the processes of the cases anew, on all of the machine's GPUs
     # Multicast belongs to the whole NVLink switch, so nobody gets it here.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -80,7 +80,6 @@ def main(
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        cases = Cases(out=out, device=place, choices=choices, command=_command())
         wanted = [
             Case(
                 variant=variant,
@@ -94,10 +93,11 @@ def main(
             for length in lengths
             for variant in chosen
         ]
-        for case in wanted:
-            cases.config(case)  # what is wrong is told before anything is measured
-        for case in wanted:
-            _run(cases, case, out)
+        with Cases(out=out, device=place, choices=choices, command=_command()) as cases:
+            for case in wanted:
+                cases.config(case)  # what is wrong is told before anything is measured
+            for case in wanted:
+                _run(cases, case, out)
         _finish(cases, out)
     except LaunchError as error:
         print(f"bench_step: {error}", file=sys.stderr)

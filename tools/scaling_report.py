@@ -2,7 +2,7 @@
 
     python -m tools.scaling_report --cp 1,2,4 --seq-len 1024,4096,16384 --out runs/scaling
 
-Each point starts its own processes: gloo on CPU, NCCL on GPUs. Points are lines of `steps.jsonl` as they come; after an
+Points run in processes of its own: gloo on CPU, NCCL on GPUs. Points are lines of `steps.jsonl` as they come; after an
 interruption the same command measures only what is missing. One that runs out of memory, or that the planner refuses,
 is a row like others. `--from FILE` renders records that are there, from whatever machine, and measures nothing.
 """
@@ -182,21 +182,25 @@ def _measure(options: argparse.Namespace, model: str, command: str, left_out: li
         timeout_seconds=float(options.timeout),
         repeat_seconds=0.0 if device == "cuda" else _MIN_TIMING_SECONDS,
     )
-    cases = Cases(out=options.out, device=device, choices=choices, command=command)
     most = min(options.nproc or sys.maxsize, gpus if device == "cuda" else sys.maxsize)
     wanted = wanted_cases(options, model)
-    cases.config(replace(wanted[-1], size=1))  # a wrong setting is an error, not a table of refusals
-    for number, case in enumerate(wanted, start=1):
-        kind = kind_of(case.overrides, model)
-        print(f"[{number}/{len(wanted)}] {kind}, cp {case.size}, {case.tokens:,} tokens", flush=True)
-        row = _point(cases, case, most, options.max_step_seconds)
-        if row.status == "left out":
-            left_out.append(row)
-        print(f"  {_line(row)}", flush=True)
+    with Cases(out=options.out, device=device, choices=choices, command=command) as cases:
+        cases.config(replace(wanted[-1], size=1))  # a wrong setting is an error, not a table of refusals
+        for number, case in enumerate(wanted, start=1):
+            kind = kind_of(case.overrides, model)
+            print(f"[{number}/{len(wanted)}] {kind}, cp {case.size}, {case.tokens:,} tokens", flush=True)
+            row = _point(cases, case, most, options.max_step_seconds)
+            if row.status == "left out":
+                left_out.append(row)
+            print(f"  {_line(row)}", flush=True)
 
 
 def wanted_cases(options: argparse.Namespace, model: str) -> list[Case]:
-    """Short rows first, so that an interrupted report has something of everything."""
+    """The largest ring first, and in it short rows.
+
+    Points of a ring share its processes, whose start takes longer than a short point on GPUs, so that each ring is
+    finished before the next. An interrupted report has all kinds at the short lengths of what it was made for.
+    """
     from tools.bench.step_cases import Case
 
     memory = () if any(one.startswith("memory") for one in options.overrides) else ("memory=auto",)
@@ -209,8 +213,8 @@ def wanted_cases(options: argparse.Namespace, model: str) -> list[Case]:
             tokens=tokens,
             overrides=(*kind_settings(kind, model), *precision, *memory, *options.overrides),
         )
+        for cp in reversed(options.cp)
         for tokens in options.seq_len
-        for cp in options.cp
         for kind in options.kinds
     ]
 

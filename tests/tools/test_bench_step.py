@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typer.testing import CliRunner
@@ -24,12 +27,13 @@ from launch.config import Config
 from launch.errors import ConfigError
 from launch.topology import Topology
 from tests.processes import run_ranks
-from tools.bench import rival_step, step_worker
+from tools.bench import rival_step, step_variants
 from tools.bench.ranks import UnsupportedError
 from tools.bench.step_profile import REST, Kernel, group_of, summarise
 from tools.bench.step_rows import StepRow, append_row, load_rows
+from tools.bench.step_variants import Task
 from tools.bench.step_watch import HostWatch, Ticker
-from tools.bench.step_worker import Task, measure
+from tools.bench.step_worker import measure
 from tools.bench_step import app
 
 pytest.importorskip("transformers")
@@ -61,11 +65,7 @@ def _task(out: Path, variant: str, size: int, tokens: int, model: dict[str, Any]
         "recompute": True,
         "compiled": False,
         "profile": False,
-        "size": size,
-        "device": "cpu",
-        "threads": 1,
-        "store": "",
-        "timeout_seconds": 60.0,
+        "began": 0.0,
     }
     return Task(**{**settings, **changes})
 
@@ -99,9 +99,12 @@ def _stand_in(topology: Topology, rotation: str) -> rival_step.Shard:
 
 
 def _both(rank: int, size: int, folder: str, cases: list[dict[str, Any]]) -> None:
-    step_worker.torch_context_parallel = _stand_in
-    for number, case in enumerate(cases):
-        measure(_task(Path(folder, str(number)), size=size, **case))
+    step_variants.torch_context_parallel = _stand_in
+    tasks = [_task(Path(folder, str(number)), size=size, **case) for number, case in enumerate(cases)]
+    topology = Topology.start(tasks[0].config)
+    for task in tasks:
+        torch.ones(2**27)  # half a GiB, which is in no figure
+        measure(task, topology)
 
 
 LLAMA = {"qk_norm": False, "tied_head": False}
@@ -137,11 +140,14 @@ def test_the_rival_trains_as_the_trainer_does(ours: dict[str, Any], rival: dict[
     assert mine.predicted_host is not None
     assert mine.exposed_seconds is not None
     assert theirs.exposed_seconds is None
+    assert theirs.host_build is not None
+    assert theirs.host_build < (mine.host_steps or 0.0) + 0.25, "the peak is the case's own"
 
 
 def _long_case(rank: int, size: int, folder: str) -> None:
     changes = {"warmup_tokens": 32, "seconds": 0.0, "steps": 5, "profile": True}
-    measure(_task(Path(folder), "ours", size, 96, {}, **changes))
+    task = _task(Path(folder), "ours", size, 96, {}, **changes)
+    measure(task, Topology.start(task.config))
 
 
 @pytest.mark.slow
@@ -185,10 +191,10 @@ def test_the_command_keeps_rows_and_goes_on_after_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_under_torchrun_the_first_rank_starts_every_case_anew(tmp_path: Path) -> None:
+def test_under_torchrun_the_first_rank_starts_the_cases_anew(tmp_path: Path) -> None:
     start = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tools.bench_step", "--model", "test"]
     sizes = ["--tokens", "48,32", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)]
-    settings = ["engine.precision=fp32", "parallel.self_check=false", "data.max_documents=20"]
+    settings = ["engine.precision=fp32", "data.max_documents=20"]
     command = [sys.executable, *start, *sizes, *settings]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
@@ -201,6 +207,8 @@ def test_under_torchrun_the_first_rank_starts_every_case_anew(tmp_path: Path) ->
     ]
     assert "torch's context_parallel does not run on the CPU" in rows[1].note
     assert ended.stdout.count("rival, 32 tokens") == 1, "the other rank starts nothing"
+    told = r"  start [\d.]+ s: processes [\d.]+, build [\d.]+, self-check [\d.]+, warm-up [\d.]+\n  step 1:"
+    assert len(re.findall(told, ended.stdout)) == 2
 
 
 def test_a_case_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +220,7 @@ def test_a_case_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "KeyError: 'planted again'",
         ]
     )
-    monkeypatch.setattr("tools.bench.processes.run_ring", lambda *_, **__: ({}, next(reasons)))
+    monkeypatch.setattr("tools.bench.processes.RankPool.run", lambda *_, **__: next(reasons))
     output = _run(tmp_path, "--tokens", "32,48", "--variants", "ours,rival")
     assert "OUT OF MEMORY: rank 1: out of memory: CUDA" in " ".join(output.split())
     rows = load_rows(tmp_path)
@@ -280,11 +288,13 @@ def test_host_memory_that_goes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     available = iter([100.0, 90.0, 40.0])
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=next(available, 95.0)))
     monkeypatch.setattr("tools.bench.step_watch._SAMPLE_SECONDS", 0.001)
-    watch = HostWatch()
-    deadline = time.monotonic() + 5
-    while watch.most_taken() < 60 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    threads = threading.active_count()
+    with HostWatch() as watch:
+        deadline = time.monotonic() + 5
+        while watch.most_taken() < 60 and time.monotonic() < deadline:
+            time.sleep(0.01)
     assert watch.most_taken() == 60.0
+    assert threading.active_count() == threads, "nobody looks any more"
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,21 @@
 """The scaling report's command: tiny real runs, resume, rows for what cannot be measured, records of others."""
 
 import json
-import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.tools.report_records import CPU_ROWS, GPU_ROWS, gpu_row
-from tools.bench import processes, step_cases
-from tools.bench.processes import root_cause, run_ring
+from tools.bench import step_cases
+from tools.bench.processes import RankPool, root_cause
 from tools.bench.step_rows import StepRow, append_row, load_rows
-from tools.scaling_report import main
+from tools.report.kinds import kind_of
+from tools.scaling_report import main, parse, wanted_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--device", "cpu", "--timeout", "60", "--repeats", "1")
@@ -94,7 +92,7 @@ def test_a_real_run_and_its_resume(
     assert main([*common, "--cp", "2", "--kinds", "softmax,lagged"]) == 0
     assert re.findall(r"(\w+), cp (\d), 64 tokens\n  already", capsys.readouterr().out) == [("softmax", "2")]
     rows = {(row.num_ranks, "lag" in row.settings): row for row in load_rows(tmp_path)}
-    assert list(rows) == [(1, False), (2, False), (2, True)]
+    assert list(rows) == [(2, False), (1, False), (2, True)], "the largest ring first"
     for (cp, lagged), row in rows.items():
         assert row.status == "ok", row.note
         assert row.memory == "nothing recomputed or moved"
@@ -111,20 +109,26 @@ def test_a_real_run_and_its_resume(
     assert "lagged 128" in page
 
 
+def test_rings_are_measured_one_by_one_short_rows_first() -> None:
+    options = parse(["--cp", "1,4,2", "--seq-len", "96,64", "--kinds", "softmax,sas", "--out", "out"])
+    order = [(case.size, case.tokens, kind_of(case.overrides, "test")) for case in wanted_cases(options, "test")]
+    assert order == [(cp, n, kind) for cp in (4, 2, 1) for n in (64, 96) for kind in ("softmax", "SAS r=2")]
+
+
 def _fail(*reasons: str) -> Any:
     left = iter(reasons)
-    return lambda *_, **__: ({}, next(left))
+    return lambda *_, **__: next(left)
 
 
 def test_out_of_memory_is_a_row_and_other_failures_are_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*TINY, "--cp", "1", "--seq-len", "64,96", "--out", str(tmp_path), *LITTLE]
-    monkeypatch.setattr(processes, "run_ring", _fail("rank 0: out of memory: 8 GiB", "KeyError: 'planted'"))
+    monkeypatch.setattr(RankPool, "run", _fail("rank 0: out of memory: 8 GiB", "KeyError: 'planted'"))
     assert main(command) == 0
     assert [row.status for row in load_rows(tmp_path)] == ["out of memory", "failed"]
     assert load_rows(tmp_path)[0].memory == "nothing recomputed or moved", "with what it failed is known"
-    monkeypatch.setattr(processes, "run_ring", _fail("KeyError: 'again'"))
+    monkeypatch.setattr(RankPool, "run", _fail("KeyError: 'again'"))
     assert main(command) == 0
     assert "out of memory: rank 0: out of memory: 8 GiB" in capsys.readouterr().out
     assert load_rows(tmp_path)[1].note == "KeyError: 'again'"
@@ -134,7 +138,7 @@ def test_out_of_memory_is_a_row_and_other_failures_are_tried_again(
 
 
 def test_what_is_refused_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "run_ring", _fail())  # StopIteration, were it called
+    monkeypatch.setattr(RankPool, "run", _fail())  # StopIteration, were it called
     assert main([*TINY, "--cp", "1", "--seq-len", str(1 << 40), "--out", str(tmp_path), *LITTLE]) == 0
     assert main([*TINY, "--cp", "2", "--seq-len", "3", "--out", str(tmp_path), *LITTLE]) == 0
     row, short = load_rows(tmp_path)
@@ -147,7 +151,7 @@ def test_what_is_refused_starts_no_process(tmp_path: Path, monkeypatch: pytest.M
 def test_points_beyond_the_ranks_or_the_time_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(processes, "run_ring", _fail("KeyError: 'planted'"))
+    monkeypatch.setattr(RankPool, "run", _fail("KeyError: 'planted'"))
     known = step_cases.foreseen
     monkeypatch.setattr(step_cases, "foreseen", lambda plan: {**known(plan), "predicted_seconds": plan.case.tokens})
     limits = ["--nproc", "1", "--max-step-seconds", "70"]
@@ -167,7 +171,7 @@ def test_an_interrupted_command_leaves_a_report(
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(processes, "run_ring", interrupt)
+    monkeypatch.setattr(RankPool, "run", interrupt)
     assert main([*TINY, "--cp", "1", "--seq-len", "64", "--out", str(tmp_path)]) == 130
     assert "stopped; the points so far are in" in capsys.readouterr().err
     assert "| softmax | 1 | 1,024 | 500 ms |" in (tmp_path / "report.md").read_text()
@@ -208,24 +212,3 @@ def test_a_last_line_without_its_newline_is_read(tmp_path: Path) -> None:
     path = Path(_records(tmp_path, gpu_row("softmax", 1, 8192, 1.0), gpu_row("softmax", 1, 16384, 3.0)))
     path.write_text(path.read_text().rstrip("\n"))
     assert [row.tokens for row in load_rows(tmp_path)] == [8192, 16384]
-
-
-def _die(pipe: Any, task: Any, rank: int) -> None:
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)  # as a rank whose neighbour is gone may
-
-
-def test_a_killed_process_is_a_reason_and_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.2)
-    assert run_ring(_die, None, 2, timeout=30)[1] == "rank 1: killed by SIGKILL, probably out of memory"
-    assert not multiprocessing.active_children()
-
-
-def _sleep(pipe: Any, task: Any, rank: int) -> None:
-    time.sleep(60)
-
-
-def test_what_takes_too_long_is_ended() -> None:
-    assert run_ring(_sleep, None, 1, timeout=0.2)[1] == "not done after 0.2 s"
-    assert not multiprocessing.active_children()

@@ -1,4 +1,4 @@
-"""Processes of a ring on this machine: start them, wait for what they send, and say why one of them failed."""
+"""Processes of a ring on this machine: start them, give them tasks, and say why one of them failed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,23 +25,85 @@ _GRACE_SECONDS = 5.0  # after a first failure the other ranks notice by themselv
 _ECHOES = ("PeerError", "PeerLost", "DistBackendError", "RuntimeError")
 
 
-def run_ring(
-    worker: Callable[[Connection, Any, int], None], task: Any, size: int, *, timeout: float
-) -> tuple[dict[str, Any], str | None]:
-    """Run `worker(pipe, task, rank)` in `size` processes and wait for what they send: see `run_rank`.
+@dataclass(frozen=True, kw_only=True)
+class Ring:
+    """What processes of a ring are started with; tasks for which it is equal may have the same ones.
+
+    Attributes:
+        size: Processes.
+        device: "cpu" or "cuda".
+        threads: Of each process.
+        timeout_seconds: Of the default process group.
+        settings: Whatever else must not change as long as they live.
+    """
+
+    size: int
+    device: str
+    threads: int
+    timeout_seconds: float
+    settings: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process stands in its ring. `store` is the path of a file that all of them see."""
+
+    ring: Ring
+    rank: int
+    store: str
+
+
+class RankPool:
+    """Processes of a ring that are given one task after the other, for as long as all of them succeed.
+
+    A task that fails in any way ends them, and so does one of another ring, or one that leaves too much behind; the
+    next task has fresh ones then.
 
     Args:
-        worker: Sends `("ok", values)` or `("failed", reason)` through its pipe.
-        task: Whatever the worker needs; pickled.
-        size: Processes.
-        timeout: Seconds until all of them are ended.
-
-    Returns:
-        (values of rank 0, None), or ({}, why there are none).
+        worker: Runs in each process; see `run_rank`.
     """
-    calls = [(task, rank) for rank in range(size)]
-    with rank_processes(worker, calls) as started:
-        return _collect(started, timeout)
+
+    def __init__(self, worker: Callable[[Connection, Place], None]) -> None:
+        self._worker = worker
+        self._ring: Ring | None = None
+        self._started: list[tuple[BaseProcess, Connection]] = []
+        self._stack = contextlib.ExitStack()
+
+    def run(self, ring: Ring, task: Any, *, timeout: float) -> str | None:
+        """Hand `task` (pickled) to all processes of `ring` and wait for them, `timeout` seconds at most.
+
+        Returns:
+            Why it failed, or None.
+        """
+        if ring != self._ring or not all(process.is_alive() for process, _ in self._started):
+            self.close()
+            self._start(ring)
+        try:
+            for _, pipe in self._started:
+                with contextlib.suppress(OSError):  # it has died, which is found out below
+                    pipe.send(task)
+            left, failure = _collect(self._started, timeout)
+        except BaseException:
+            self.close()  # they are still at work
+            raise
+        if failure is not None:
+            self.close()
+        elif left is not None:
+            print(f"  the next case has fresh processes: {left}", flush=True)
+            self.close()
+        return failure
+
+    def close(self) -> None:
+        """End the processes, if there are any."""
+        self._ring, self._started = None, []
+        self._stack.close()
+
+    def _start(self, ring: Ring) -> None:
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ringattn-bench-"))
+        store = str(Path(folder) / "store")
+        calls = [(Place(ring=ring, rank=rank, store=store),) for rank in range(ring.size)]
+        self._started = self._stack.enter_context(rank_processes(self._worker, calls))
+        self._ring = ring
 
 
 @contextlib.contextmanager
@@ -59,7 +122,7 @@ def rank_processes(
     process: BaseProcess
     try:
         for call in calls:
-            receive, send = context.Pipe(duplex=False)
+            receive, send = context.Pipe()
             process = context.Process(target=worker, args=(send, *call), daemon=True)
             process.start()
             send.close()
@@ -73,9 +136,10 @@ def rank_processes(
             receive.close()
 
 
-def _collect(started: list[tuple[BaseProcess, Connection]], timeout: float) -> tuple[dict[str, Any], str | None]:
+def _collect(started: list[tuple[BaseProcess, Connection]], timeout: float) -> tuple[str | None, str | None]:
+    """(what the task has left behind, why it failed); None each if it has not."""
     deadline = time.monotonic() + timeout
-    values: dict[str, Any] = {}
+    left: list[str] = []
     failures: list[str] = []
     waiting: dict[Any, tuple[int, Any]] = {receive: (rank, process) for rank, (process, receive) in enumerate(started)}
     while waiting:
@@ -87,19 +151,20 @@ def _collect(started: list[tuple[BaseProcess, Connection]], timeout: float) -> t
             rank, process = waiting.pop(receive)
             try:
                 outcome, content = receive.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # reset: what it was sent was not read
                 process.join(_GRACE_SECONDS)
                 outcome, content = "failed", _death(process.exitcode)
+            where = f"rank {rank}: {content}" if len(started) > 1 else content
             if outcome == "failed":
-                failures.append(f"rank {rank}: {content}" if len(started) > 1 else content)
+                failures.append(where)
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-            elif rank == 0:
-                values = content
+            elif content is not None:
+                left.append(where)
     if failures:
-        return {}, root_cause(failures)
+        return None, root_cause(failures)
     if waiting:
-        return {}, f"not done after {timeout:g} s"
-    return values, None
+        return None, f"not done after {timeout:g} s"
+    return (left[0] if left else None), None
 
 
 def root_cause(failures: list[str]) -> str:
@@ -120,29 +185,23 @@ def _death(exitcode: int | None) -> str:
     return f"ended without a result (exit status {exitcode})"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a process stands among those of its ring. `store` is the path of a file that all of them see."""
+def run_rank(pipe: Connection, place: Place, begin: Callable[[], Callable[[Any], str | None]]) -> None:
+    """Join the ring, then do each task that comes; in a process of its own.
 
-    rank: int
-    size: int
-    device: str
-    threads: int
-    store: str
-    timeout_seconds: float
-
-
-def run_rank(pipe: Connection, place: Place, measure: Callable[[], dict[str, Any]]) -> None:
-    """Join the ring, measure, and send `("ok", values)`, or `("failed", reason)`; in a process of its own."""
+    `("ok", what begin()(task) returned)` is sent after each: None, or why the process is not fit for another task; or
+    `("failed", reason)`, and that is the end.
+    """
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     with contextlib.suppress(OSError):
         # If memory runs out, the kernel is to take this process and not someone else's.
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
-        torch.set_num_threads(place.threads)
+        torch.set_num_threads(place.ring.threads)
         _join(place)
-        pipe.send(("ok", measure()))
+        do = begin()
+        while True:
+            pipe.send(("ok", do(pipe.recv())))
     except BaseException as error:
         pipe.send(("failed", describe_failure(error)))
     finally:
@@ -163,15 +222,16 @@ def describe_failure(error: BaseException) -> str:
 
 
 def _join(place: Place) -> None:
-    cuda = place.device == "cuda"
+    ring = place.ring
+    cuda = ring.device == "cuda"
     device = torch.device("cuda", place.rank) if cuda else None
     if device is not None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=dist.FileStore(place.store, place.size),
+        store=dist.FileStore(place.store, ring.size),
         rank=place.rank,
-        world_size=place.size,
-        timeout=timedelta(seconds=place.timeout_seconds),
+        world_size=ring.size,
+        timeout=timedelta(seconds=ring.timeout_seconds),
         device_id=device,
     )

@@ -1,7 +1,8 @@
-"""Cases of whole steps: each runs in fresh processes and leaves a row in the folder, whatever happens to it.
+"""Cases of whole steps: each leaves a row in the folder, whatever happens to it, and takes nothing from the next.
 
-`tools.bench_step` and `tools.scaling_report` both measure through here. What the planner foresees is asked before a
-process is started, so that a row that cannot fit costs no start, and one that fails says with which memory settings.
+`tools.bench_step` and `tools.scaling_report` both measure through here. Cases of a ring share its processes for as long
+as they succeed; one that fails ends them. What the planner foresees is asked before a process is started, so that a row
+that cannot fit costs no start, and one that fails says with which memory settings.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import contextlib
 import importlib.metadata
 import shlex
 import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -27,13 +29,16 @@ from model.presets import PRESETS
 from tools.bench.step_rows import GIB, StepRow, append_row, load_rows
 from tools.report.machine import describe_machine, device_bytes, usable_cores
 
+if TYPE_CHECKING:
+    from tools.bench.processes import RankPool, Ring
+
 _LONG = 262_144  # rows above this are warmed up on a short one
 _SHORT = 32_768
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What all cases of a command share; see `tools.bench.step_worker.Task`."""
+    """What all cases of a command share; see `tools.bench.step_variants.Task`."""
 
     steps: int
     seconds: float
@@ -93,7 +98,7 @@ class Case:
 
 
 class Cases:
-    """The cases of one command, one after the other.
+    """The cases of one command, one after the other. Use `with`: at its end go the processes that wait for more cases.
 
     Args:
         out: Folder of the rows; exists.
@@ -106,6 +111,14 @@ class Cases:
         self.machine = describe_machine()
         self._out, self._device, self._choices, self._command = out, device, choices, command
         self._versions = _versions(self.machine.versions)
+        self._pool: RankPool | None = None
+
+    def __enter__(self) -> Cases:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.close()
 
     def config(self, case: Case) -> Config:
         """See `Case.config`."""
@@ -176,23 +189,36 @@ class Cases:
         """The case's row is in the folder then; or why it is not."""
         if known.variant == "rival" and known.documents == "kept":
             return "UnsupportedError: context_parallel sees one causal row, no documents; drop --keep-documents"
+        began = time.monotonic()
         # Late: a case that is there already needs none of it.
-        from tools.bench import processes
-        from tools.bench.step_worker import Task, worker_main
+        from tools.bench.processes import RankPool
+        from tools.bench.step_process import worker_main
+        from tools.bench.step_variants import Task
 
-        with tempfile.TemporaryDirectory(prefix="ringattn-bench-") as folder:
-            task = Task(
-                config=config,
-                known=known,
-                out=str(self._out),
-                warmup_tokens=warmup,
-                size=known.num_ranks,
-                device=self._device,
-                threads=known.threads,
-                store=str(Path(folder) / "store"),
-                **asdict(self._choices),
-            )
-            return processes.run_ring(worker_main, task, task.size, timeout=task.timeout_seconds)[1]
+        choices = asdict(self._choices)
+        timeout = choices.pop("timeout_seconds")
+        task = Task(config=config, known=known, out=str(self._out), warmup_tokens=warmup, began=began, **choices)
+        self._pool = self._pool or RankPool(worker_main)
+        return self._pool.run(self._ring(config, known), task, timeout=timeout)
+
+    def _ring(self, config: Config, known: StepRow) -> Ring:
+        """What the case's processes are started with, `Topology.start` included."""
+        from tools.bench.processes import Ring
+
+        parallel = config.parallel
+        return Ring(
+            size=known.num_ranks,
+            device=self._device,
+            threads=known.threads,
+            timeout_seconds=self._choices.timeout_seconds,
+            settings=(
+                config.run.device,
+                parallel.dp,
+                parallel.cp,
+                parallel.setup_timeout_s,
+                parallel.hop_timeout_s,
+            ),
+        )
 
     def _rivals(self) -> tuple[str, ...]:
         layers = "recomputed" if self._choices.recompute else "kept"

@@ -1,4 +1,4 @@
-"""Beside the steps: the host memory that goes, what else the CPU does, and a line now and then about a long step."""
+"""Beside the steps: host memory that goes, what else the CPU does, what a start takes, a line about a long step."""
 
 from __future__ import annotations
 
@@ -16,20 +16,52 @@ _LINE_SECONDS = 30.0
 
 
 class HostWatch:
-    """Notes the least memory that the machine had available since this was made."""
+    """While it is entered, notes the least memory that the machine had available since this was made."""
 
     def __init__(self) -> None:
         self._first = self._least = psutil.virtual_memory().available
-        threading.Thread(target=self._look, daemon=True).start()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> HostWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
 
     def most_taken(self) -> float:
         """Bytes that available memory fell by, at most; what others on the machine took is in it."""
         return float(self._first - self._least)
 
     def _look(self) -> None:
-        while True:
+        while not self._done.wait(_SAMPLE_SECONDS):
             self._least = min(self._least, psutil.virtual_memory().available)
-            time.sleep(_SAMPLE_SECONDS)
+
+
+class StartClock:
+    """What the time before a case's first timed step goes to.
+
+    Args:
+        began: When the case began, by `time.monotonic` of any process of the machine.
+    """
+
+    def __init__(self, began: float) -> None:
+        self._began = self._last = began
+        self._parts: list[str] = []
+
+    def lap(self, what: str) -> None:
+        """All that was done since the last call was `what`."""
+        now = time.monotonic()
+        self._parts.append(f"{what} {now - self._last:.1f}")
+        self._last = now
+
+    def line(self) -> str:
+        """For people, seconds: "start 3.1 s: processes 0.2, build 2.9"."""
+        return f"start {self._last - self._began:.1f} s: {', '.join(self._parts)}"
 
 
 class CpuClock:
