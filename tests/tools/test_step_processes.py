@@ -51,6 +51,16 @@ def _do(place: Place, folder: str, what: str = "") -> str | None:
     return None
 
 
+def _nothing(rank: int, size: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded() -> None:
+    """The tests' server of processes is there first: what a case would load in each start is loaded in it."""
+    run_ranks(_nothing, 1)
+
+
 @pytest.fixture
 def pool() -> Iterator[RankPool]:
     pool = RankPool(_worker)
