@@ -20,8 +20,8 @@ from tools.bench.step_variants import Task
 from tools.bench.step_worker import measure
 
 _MOST_LEFT = {  # GiB; what a first case loads and connects stays, and is wanted by the next
-    "host memory": 1.0,
-    "device memory": 1.0,
+    "host memory": 4.0,
+    "device memory": 2.0,
     "the allocator's memory": 1 / 16,
 }
 
