@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ TYPER_TOOLS = (
     "tools.bench_step",
     "tools.overwritten_variables",
     "tools.ring_error",
+    "tools.simulate_ring",
 )
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -78,6 +80,9 @@ def check(command, run_dir, tmp_path, monkeypatch):
     elif words[0] == "sbatch":
         assert (ROOT / words[1]).is_file()
         load_config(str(ROOT / words[2]), [f"run.dir={words[3]}", *words[4:]])
+    elif words[:3] == ["python", "-m", "pytest"]:
+        found = subprocess.run([sys.executable, *words[1:], "--collect-only"], cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout + found.stderr  # 5: no such test
     elif words[:3] == ["python", "-m", "launch"]:
         extra = [] if {"--plan", "--print-config"} & set(words) else ["--print-config"]
         assert cli.main([*words[3:], *extra]) == EXIT_DONE

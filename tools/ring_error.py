@@ -1,19 +1,25 @@
-"""Rounding error of rings of any size against float64, all ranks in one process, beside one kernel over everything.
+"""Rounding error of rings of any size against float64, beside one kernel over everything.
 
-python -m tools.ring_error --ranks 2,4,8 --tokens 16384 --heads 16/4        # on CPU: --tokens 1024 or so
+    python -m tools.ring_error --ranks 2,4,8 --tokens 16384 --heads 16/4        # on CPU: --tokens 1024 or so
+    torchrun --nproc_per_node 8 -m tools.ring_error --ranks 2,4,8 --tokens 16384 --heads 16/4
 
-Each rank's blocks, merges and sums run as in a ring, in turn; what travels is handed over in memory, in the payload's
-dtype. "x single" is the error divided by that of the single kernel: it should stay near 1, whatever the ring's size.
+By itself it runs all ranks in one process: each rank's blocks, merges and sums as in a ring, in turn; what travels is
+handed over in memory, in the payload's dtype. Started by torchrun the ranks are real, one per GPU if there are any,
+and a ring of n is the first n of them. "x single" is the error divided by that of the single kernel: it should stay
+near 1, whatever the ring's size.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +28,7 @@ from torch import Tensor
 import ringattn
 from ringattn.attention import attend_on
 from ringattn.kernels import KERNELS
-from ringattn.transport import Transport
+from ringattn.transport import Transport, make_transport
 from ringattn.transport.loopback import attend_in_turns
 
 PARTS = ("out", "dq", "dk", "dv")
@@ -53,21 +59,78 @@ def main(
         raise typer.BadParameter(
             f"--ranks and --heads: expected such as 2,4,8 and 32/8, got {ranks}, {heads}"
         ) from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
     try:
         plans = [ringattn.Plan(tokens, size, layout=layout, causal=not non_causal) for size in sizes]
+        rank, device, rings = _real(sizes) if "RANK" in os.environ else _simulated()
         draws = [_draw(tokens, query_heads, kv_heads, head_dim, seed, device) for seed in range(seeds)]
-        truths = [_truth(draw, DTYPES[dtype], causal=not non_causal) for draw in draws]
-        for plan in plans:
-            found = [_errors(draw, truth, plan, DTYPES[dtype]) for draw, truth in zip(draws, truths, strict=True)]
-            rows.append([sum(errors) / seeds for errors in zip(*found, strict=True)])
+        found = [[rings(tuple(x.to(DTYPES[dtype]) for x in draw), plan) for draw in draws] for plan in plans]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another still reads its memory
+        dist.destroy_process_group()
+    if rank:
+        return  # the first rank is in every ring and has all results
+    truths = [_truth(draw, DTYPES[dtype], causal=not non_causal) for draw in draws]
+    rows = []
+    for results in found:
+        errors = [_errors(parts, truth) for (parts, _), truth in zip(results, truths, strict=True)]
+        rows.append([sum(of_part) / seeds for of_part in zip(*errors, strict=True)])
+    how = found[-1][0][1]
     title = f"{tokens:,} tokens, heads {heads}, d {head_dim}, {dtype}, {layout}, {_device_name(device)}"
-    _show(sizes, rows, f"{title}, torch {torch.__version__}")
+    _show(sizes, rows, f"{title}, torch {torch.__version__}; {how}")
     if out is not None:
-        _write(sizes, rows, out)
+        _write(sizes, rows, how, out)
+
+
+Rings = Callable[[tuple[Tensor, ...], ringattn.Plan], tuple[tuple[Tensor, ...], str]]
+"""(q, k, v, dout of the whole sequence, plan) -> (out, dq, dk, dv of it, how payloads travelled)."""
+
+
+def _simulated() -> tuple[int, torch.device, Rings]:
+    """(rank, device, rings) of one process that is every rank in turn."""
+
+    def run(whole: tuple[Tensor, ...], plan: ringattn.Plan) -> tuple[tuple[Tensor, ...], str]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, rank: int, transport: Transport) -> Tensor:
+            return attend_on(q, k, v, plan, rank, transport if plan.cp_size > 1 else None)
+
+        q, k, v, dout = whole
+        return attend_in_turns(q, k, v, dout, plan, attend), "all ranks in one process"
+
+    return 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"), run
+
+
+def _real(sizes: list[int]) -> tuple[int, torch.device, Rings]:
+    """(rank, device, rings) of one of torchrun's processes, which joins the others here."""
+    there = int(os.environ["WORLD_SIZE"])
+    if max(sizes) > there:
+        raise ValueError(f"--ranks: expected at most the {there} ranks that torchrun started, got {max(sizes)}")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        # Multicast belongs to the whole NVLink switch, so nobody gets it here.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank = dist.get_rank()
+    groups = {size: dist.new_group(list(range(size))) for size in sorted({*sizes} - {1})}
+    # Collective in each group: the others come to the next one, and wait there.
+    transports = {size: make_transport("auto", group) for size, group in groups.items() if rank < size}
+
+    def run(whole: tuple[Tensor, ...], plan: ringattn.Plan) -> tuple[tuple[Tensor, ...], str]:
+        size = plan.cp_size
+        if rank >= size:
+            return (), ""
+        group, transport = groups.get(size), transports.get(size, "auto")
+        *inputs, dout = (ringattn.shard(x, plan, rank) for x in whole)
+        q, k, v = (x.detach().requires_grad_() for x in inputs)
+        out = ringattn.ring_attention(q, k, v, plan, group, transport=transport)
+        parts = (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
+        how = "one process" if isinstance(transport, str) else f"{size} real ranks, {transport.description}"
+        return tuple(ringattn.unshard(x, plan, group) for x in parts), how
+
+    return rank, device, run
 
 
 def _draw(tokens: int, heads: int, kv_heads: int, width: int, seed: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -84,14 +147,7 @@ def _truth(draw: tuple[Tensor, ...], dtype: torch.dtype, *, causal: bool) -> tup
     return out, *kernel.backward(dout, q, k, v, out, lse, **arguments)  # type: ignore[arg-type]
 
 
-def _errors(
-    draw: tuple[Tensor, ...], truth: tuple[Tensor, ...], plan: ringattn.Plan, dtype: torch.dtype
-) -> list[float]:
-    def attend(q: Tensor, k: Tensor, v: Tensor, rank: int, transport: Transport) -> Tensor:
-        return attend_on(q, k, v, plan, rank, transport if plan.cp_size > 1 else None)
-
-    q, k, v, dout = (x.to(dtype) for x in draw)
-    found = attend_in_turns(q, k, v, dout, plan, attend)
+def _errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> list[float]:
     return [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth, strict=True)]
 
 
@@ -111,13 +167,13 @@ def _show(sizes: list[int], rows: list[list[float]], title: str) -> None:
     console.print(table)
 
 
-def _write(sizes: list[int], rows: list[list[float]], path: Path) -> None:
+def _write(sizes: list[int], rows: list[list[float]], how: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["ranks", *PARTS, "date"])
+        writer.writerow(["ranks", *PARTS, "how", "date"])
         for size, row in zip(sizes, rows, strict=True):
-            writer.writerow([size, *row, time.strftime("%Y-%m-%d")])
+            writer.writerow([size, *row, how, time.strftime("%Y-%m-%d")])
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def needs_gpus(world_size):
         pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("transport", ["copy_engine", "p2p"])
 def test_rings_over_nccl(world_size, transport):
     needs_gpus(world_size)
@@ -169,7 +169,7 @@ def steps_worker(rank, world_size, graphs):
     return worst
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_buffers_are_used_again_and_again_by_ranks_that_drift_apart(world_size, graphs):
     needs_gpus(world_size)

@@ -81,7 +81,7 @@ def nccl_worker(rank, world_size):
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_rings_over_nccl(world_size):
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")

@@ -39,7 +39,7 @@ def worker(rank, world_size, degree, cases):
     return results, made["zigzag"].stats.take().exposed_seconds
 
 
-@pytest.mark.parametrize(("world_size", "degree"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("world_size", "degree"), [(2, 2), (4, 2), (4, 4), (8, 2), (8, 8)])
 def test_ulysses_over_nccl(world_size, degree):
     needs_gpus(world_size)
     cases = [(layout, dtype, row) for layout in LAYOUTS for dtype in (torch.bfloat16, torch.float64) for row in ROWS]

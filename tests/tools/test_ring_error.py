@@ -34,3 +34,12 @@ def test_bad_input(change, message):
     result = CliRunner().invoke(app, [*SMALL, *change])
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_rings_larger_than_what_torchrun_started_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, SMALL)
+    assert result.exit_code == 2
+    told = " ".join(result.output.replace("│", " ").split())
+    assert "--ranks: expected at most the 2 ranks that torchrun started, got 3" in told
