@@ -233,14 +233,14 @@ def test_what_a_case_leaves_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "fits"), [("host memory", 0.9), ("device memory", 0.9), ("the allocator's memory", 0.06)]
+    ("what", "fits"), [("host memory", 3.9), ("device memory", 1.9), ("the allocator's memory", 0.06)]
 )
 def test_memory_that_is_left_has_its_limit(what: str, fits: float) -> None:
     memory = dict.fromkeys(step_process._MOST_LEFT, 2.0)
     before = Held(memory=memory, groups=4)
     assert before.exceeded_by(Held(memory={**memory, what: 2.0 + fits}, groups=4)) is None
-    assert before.exceeded_by(Held(memory={**memory, what: 3.25}, groups=4)) == (
-        f"1.25 GiB more of {what} are in use than before the first"
+    assert before.exceeded_by(Held(memory={**memory, what: 6.25}, groups=4)) == (
+        f"4.25 GiB more of {what} are in use than before the first"
     )
 
 
