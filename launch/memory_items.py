@@ -30,6 +30,8 @@ _INBOX_SLOTS = 3
 # that are under way, and their gradients. With these, 32k tokens per GPU come to what was measured (fitted).
 _QUERY_PARTS = 2.5
 _NEEDED_PART = 0.75
+# Payloads of selection under way: two at least, see `_AHEAD_BYTES` in `ringattn.transport.copy_engine`.
+_AHEAD = 2
 # Votes of shallower layers while they count, in sizes of those votes in bf16: joined for a layer, sums and messages in
 # fp32, and the gradients of each layer's. Read off the allocations of a backward pass with nothing else in it.
 _VOTE_PARTS = 8.0
@@ -190,11 +192,15 @@ def attention_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iter
     model, size, tokens = case.model, case.element_bytes, case.tokens
     shape, inputs = attention_shape(model), model.dim * size
     yield from _gradient_items(case)
-    between = (model.dim + between_elements(model)) * size  # the norm's output, and what lies before the attention
+    between = (
+        model.dim + between_elements(model, fused=case.on_gpu)
+    ) * size  # the norm's output, and what lies before the attention
     if memory.recompute:
         again = _attention_bytes_per_token(case) + (between if memory.tile is None else 0)
         yield Item(name="one layer again", device=tokens * again)
-    gradients = shape.heads * (shape.score_dim + shape.value_dim) + shape.payload
+    gradients = shape.heads * shape.value_dim
+    if _goes_in_groups(model):  # else those of queries and payload are there when the last sums have gone
+        gradients += shape.heads * shape.score_dim + shape.payload
     yield Item(name="gradients inside a layer", device=tokens * (gradients * size + inputs))
     votes = (layers - 1) * tokens * votes_bytes_per_token(model, size)
     if votes:
@@ -205,8 +211,8 @@ def attention_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iter
 
 def _layer_bytes_per_token(case: MemoryCase) -> float:
     """What a layer keeps if nothing is recomputed or in tiles; a compiled gate keeps its inputs, not silu's result."""
-    fused = case.model.ffn_dim * case.element_bytes if case.compiled else 0
-    return layer_bytes_per_token(case.model, case.element_bytes) - fused
+    gate = case.model.ffn_dim * case.element_bytes if case.compiled else 0
+    return layer_bytes_per_token(case.model, case.element_bytes, fused=case.on_gpu) - gate
 
 
 def _attention_bytes_per_token(case: MemoryCase) -> float:
@@ -222,12 +228,13 @@ def _ring_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
         yield Item(name="exchange of heads", device=exchanged.memory - exchanged.ring.memory)
         expanded = expanded_at_home(model, plan, size, recompute=True) if memory.recompute else 0  # else it is kept
     else:
-        expanded = expanded_bytes(model, plan, size)
+        expanded = expanded_bytes(model, plan, size, fused=case.on_gpu)
     if expanded:
         yield Item(name="expanded keys and values", device=expanded)
-    yield Item(name="messages and sums of the ring", device=_ring_working_set(case))
-    if model.selection is not None:
-        yield Item(name="biases of selection", device=_bias_bytes(case))
+    if model.selection is None:
+        yield Item(name="messages and sums of the ring", device=_ring_working_set(case))
+    else:
+        yield Item(name="messages and sums of selection", device=_selection_working_set(case))
 
 
 def _ring_working_set(case: MemoryCase) -> float:
@@ -248,19 +255,29 @@ def _group_bytes(case: MemoryCase) -> tuple[float, float]:
     heads, kv_heads = max(1, shape.heads // degree), max(1, shape.key_heads // degree)
     tokens = inner.longest_shard * case.element_bytes
     queries, payload = tokens * heads * shape.score_dim, tokens * shape.payload / degree
-    plain = not shape.payload_flops and case.model.selection is None
-    if not plain or inner.cp_size == 1:
+    if not _goes_in_groups(case.model) or inner.cp_size == 1:
         return queries, payload
     wanted = max(queries, payload) / GRAPH_BYTES
     count = next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n >= wanted or n == kv_heads))
     return queries / count, payload / count
 
 
-def _bias_bytes(case: MemoryCase) -> float:
-    """fp32 sums that selection keeps where attention has bf16 ones; and the biases of a span of rows."""
-    shape = attention_shape(case.model)
-    sums = case.tokens * (shape.heads * (shape.score_dim + shape.value_dim) + 2 * shape.expanded) * _FP32
-    return sums + _SELECTION_SPAN * min(case.tokens, _SELECTION_KEYS) * _FP32
+def _goes_in_groups(model: ModelConfig) -> bool:
+    """Whether heads go around in groups, if they are many: neither with selection nor with what expands."""
+    return model.selection is None and not attention_shape(model).payload_flops
+
+
+def _selection_working_set(case: MemoryCase) -> float:
+    """fp32 gradients of all queries, of the visiting keys and values and of the own payload; payloads under way and
+    the gradient that is given back; the biases of a span of rows."""
+    shape, tokens = attention_shape(case.model), inner_plan(case.plan, case.ulysses).longest_shard
+    ring, heads = inner_plan(case.plan, case.ulysses).cp_size, 1 / case.ulysses
+    sums = shape.heads * shape.score_dim + (0 if shape.payload_flops else shape.expanded)
+    if ring > 1:
+        sums += shape.payload
+    messages = shape.payload * (min(_AHEAD, ring - 1) + 1) if ring > 1 else 0
+    spans = _SELECTION_SPAN * min(tokens, _SELECTION_KEYS) * _FP32
+    return tokens * heads * (sums * _FP32 + messages * case.element_bytes) + spans
 
 
 def _gradient_items(case: MemoryCase) -> Iterator[Item]:

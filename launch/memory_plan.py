@@ -15,7 +15,7 @@ marked "fitted" were read off measurements, the others are assumed until they ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ringattn
 from launch.config import Config, MemoryConfig
@@ -31,7 +31,7 @@ from launch.memory_items import (
     peer_bytes,
     table_bytes_per_token,
 )
-from launch.memory_state import GRADIENTS, state_items
+from launch.memory_state import GATHERED, GRADIENTS, shares_of_gradients, state_items
 from model.config import ModelConfig
 from model.flops import count_parameters
 
@@ -178,20 +178,21 @@ def estimate_memory(case: MemoryCase, memory: MemoryConfig) -> MemoryEstimate:
         element_bytes=case.element_bytes,
         on_host=on_host,
     )
-    # FSDP makes a gradient when its layer is done; the other engines have room for all of them from the start.
-    gradients = tuple(Item(name=name, device=a, host=b) for name, a, b in state if name == GRADIENTS)
-    come_late = case.engine == "fsdp" and case.rows == 1
+    # FSDP makes a gradient when its layer is done, and has let go of all gathered weights when the last ones come; the
+    # other engines have room for all gradients from the start.
+    passing = (GRADIENTS, GATHERED) if case.engine == "fsdp" and case.rows == 1 else ()
+    found = {name: Item(name=name, device=device, host=host) for name, device, host in state}
     share = 1 if case.engine == "ddp" else case.num_processes
     copies = 3 * _FP32 * parameters / share if case.asynchronous_saves else 0.0
     always = (
-        *(Item(name=name, device=device, host=host) for name, device, host in state if name != GRADIENTS),
+        *(item for name, item in found.items() if name not in passing),
         Item(name="positions, labels, rotary tables", device=case.tokens * table_bytes_per_token(case.model)),
         Item(name="copies for asynchronous saves", host=copies),
     )
     libraries = LIBRARIES_HOST_BYTES_CUDA if case.on_gpu else LIBRARIES_HOST_BYTES
     return MemoryEstimate(
-        always=always if come_late else (*always, *gradients),
-        phases=tuple(_phases(case, memory, gradients if come_late else ())),
+        always=always,
+        phases=tuple(_phases(case, memory, *(found.get(name) for name in passing))),
         outside=(
             Item(name="libraries", device=LIBRARIES_DEVICE_BYTES if case.on_gpu else 0.0, host=libraries),
             Item(name="peer memory of the ring", device=peer_bytes(case)),
@@ -203,14 +204,25 @@ def estimate_memory(case: MemoryCase, memory: MemoryConfig) -> MemoryEstimate:
     )
 
 
-def _phases(case: MemoryCase, memory: MemoryConfig, gradients: Items) -> Iterator[Phase]:
-    kept = tuple(kept_items(case, memory, case.model.layers))
+def _phases(
+    case: MemoryCase, memory: MemoryConfig, gradients: Item | None = None, gathered: Item | None = None
+) -> Iterator[Phase]:
+    """The phases; `gradients`, all of them, and `gathered` weights are given where they are not there always."""
+    early: Items = ()
+    late: Items = ()
+    at_work: Items = ()
+    if gradients is not None and gathered is not None:
+        early, late = (
+            (replace(gradients, device=part * gradients.device),) for part in shares_of_gradients(case.model)
+        )
+        at_work = (gathered,)
+    kept = (*at_work, *kept_items(case, memory, case.model.layers))
     yield Phase(name="loss", items=(*kept, *loss_items(case)))
-    rest = tuple(kept_items(case, memory, 1))
+    rest = (*at_work, *early, *kept_items(case, memory, 1))
     feed_forward = tuple(feed_forward_items(case, memory))
     last, first = (tuple(attention_items(case, memory, layers)) for layers in (case.model.layers, 1))
     yield Phase(name="backward of the last feed-forward", items=(*kept, *feed_forward))
     yield Phase(name="backward of the last attention", items=(*kept, *last))
-    yield Phase(name="backward of the first feed-forward", items=(*rest, *gradients, *feed_forward))
-    yield Phase(name="backward of the first attention", items=(*rest, *gradients, *first))
-    yield Phase(name="gradients of embedding and head", items=(*gradients, *end_items(case)))
+    yield Phase(name="backward of the first feed-forward", items=(*rest, *feed_forward))
+    yield Phase(name="backward of the first attention", items=(*rest, *first))
+    yield Phase(name="gradients of embedding and head", items=(*late, *end_items(case)))

@@ -8,6 +8,7 @@ from model.config import ModelConfig
 from model.flops import ParameterCount, count_parameters
 
 GRADIENTS = "gradients"
+GATHERED = "gathered weights"
 # Elements of DeepSpeed's buffers for reducing and gathering, as launch/engine/zero.py sets them.
 _ZERO_BUCKET_ELEMENTS = 50_000_000
 _FP32 = 4
@@ -31,7 +32,7 @@ def state_items(
     if engine == "fsdp":
         share = _FP32 * total * part
         found = _placed(share, share, 2 * share, on_host)
-        return (*found, ("gathered weights", _fsdp_gathered(count, model, element_bytes), 0.0))
+        return (*found, (GATHERED, _fsdp_gathered(count, model, element_bytes), 0.0))
     return _zero_items(total, count, model, zero_stage, part, low, on_host, element_bytes)
 
 
@@ -50,6 +51,16 @@ def _layer_and_root(count: ParameterCount, model: ModelConfig) -> tuple[float, f
     """Parameters that are gathered together: a layer's, and all that are in no layer."""
     layer = count.layer + count.selection / model.layers
     return layer, count.total - model.layers * layer
+
+
+def shares_of_gradients(model: ModelConfig) -> tuple[float, float]:
+    """Part of all gradients that is there in the backward pass of the first layer, and when all layers are done.
+
+    Those of embedding and head come last.
+    """
+    count = count_parameters(model)
+    layer, root = _layer_and_root(count, model)
+    return (count.total - root - layer) / count.total, (count.total - root) / count.total
 
 
 def _zero_items(
@@ -74,7 +85,7 @@ def _zero_items(
     elif stage == 0 and low:
         found.append(("weights in bf16", 2 * total, 0.0))
     if stage >= 3:
-        found.append(("gathered weights", _fsdp_gathered(count, model, element_bytes), 0.0))
+        found.append((GATHERED, _fsdp_gathered(count, model, element_bytes), 0.0))
     bucket = min(_ZERO_BUCKET_ELEMENTS, total)
     found.append(("DeepSpeed's buffers", 2 * _FP32 * bucket, 0.0))
     return tuple(found)

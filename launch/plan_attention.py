@@ -133,13 +133,19 @@ def attention_lines(
     yield from _selection_lines(model, seq_len, ulysses)
 
 
-def expanded_bytes(model: ModelConfig, plan: ringattn.Plan, element_bytes: int) -> int:
-    """Memory of one rank's payload once it is expanded, backward: with fp32 gradients and what the expansion keeps."""
+def expanded_bytes(model: ModelConfig, plan: ringattn.Plan, element_bytes: int, *, fused: bool) -> int:
+    """Memory of one rank's payload once it is expanded, backward: with its gradients and what the expansion keeps.
+
+    Args:
+        fused: SAS by the kernels for GPUs, which keep nothing, and gradients as the block kernels give them; else the
+            expansion's steps are kept, and gradients are fp32.
+    """
     shape = attention_shape(model)
     if not shape.payload_flops:
         return 0
-    kept = shape.heads * (3 * shape.value_dim + shape.score_dim) if model.attention == "sas" else 0
-    return plan.longest_shard * ((shape.expanded + kept) * element_bytes + shape.expanded * _FP32)
+    kept = shape.heads * (3 * shape.value_dim + shape.score_dim) if model.attention == "sas" and not fused else 0
+    sums = _FP32 if not fused or model.selection is not None else element_bytes
+    return plan.longest_shard * ((shape.expanded + kept) * element_bytes + shape.expanded * sums)
 
 
 def column_state_bytes(model: ModelConfig, plan: ringattn.Plan, *, recompute: bool) -> int:

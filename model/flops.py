@@ -167,13 +167,14 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, *, recom
     return config.layers * (layer + votes) + ends
 
 
-def layer_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
+def layer_bytes_per_token(config: ModelConfig, element_bytes: int, *, fused: bool = False) -> int:
     """What one layer keeps per token for its backward if nothing is recomputed, its input included.
 
     The inputs of both norms and of all products, what lies between projections and attention (inputs of q/k norms, a
-    query's expansion), the attention's q, payload, out and lse (fp32), and four widths of the SwiGLU.
+    query's expansion; `fused` as in `between_elements`), the attention's q, payload, out and lse (fp32), and four
+    widths of the SwiGLU.
     """
-    elements = 4 * config.dim + attention_elements(config) + between_elements(config) + 4 * config.ffn_dim
+    elements = 4 * config.dim + attention_elements(config) + between_elements(config, fused=fused) + 4 * config.ffn_dim
     return elements * element_bytes + 4 * attention_shape(config).heads
 
 
@@ -206,8 +207,12 @@ def flight_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
     return (2 * config.dim + config.ffn_dim) * element_bytes
 
 
-def between_elements(config: ModelConfig) -> int:
-    """Elements per token that a layer keeps between its projections and its attention."""
+def between_elements(config: ModelConfig, *, fused: bool = False) -> int:
+    """Elements per token that a layer keeps between its projections and its attention.
+
+    Args:
+        fused: SAS by the kernels for GPUs, which keep no step of the queries' expansion.
+    """
     shape = attention_shape(config)
     if config.attention == "mla":
         return config.latent_dim or 0  # the norm's input
@@ -217,7 +222,8 @@ def between_elements(config: ModelConfig) -> int:
     normed = (config.heads + config.kv_heads) * config.head_dim if config.qk_norm else 0
     if config.attention == "sas":
         # compact queries, two states of the convolutions and one of the features; the mean of the heads' groups
-        return normed + 2 * shape.out + shape.heads * (2 * config.head_dim + shape.score_dim)
+        steps = 0 if fused else shape.heads * (2 * config.head_dim + shape.score_dim)
+        return normed + 2 * shape.out + steps
     return normed
 
 

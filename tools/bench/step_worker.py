@@ -192,7 +192,9 @@ class _Case:
         taken = self.steps.take()
         if self._on_cuda:
             free, total = torch.cuda.mem_get_info()
-            self.device_used = max(self.device_used, (total - free) / GIB)
+            # The allocator may have given back what it held at the peak.
+            others = total - free - torch.cuda.memory_reserved()
+            self.device_used = max(self.device_used, (others + torch.cuda.max_memory_reserved()) / GIB)
         if taken is None:  # on all ranks alike
             return seconds, None
         self.untimed_hops = taken.untimed_hops
