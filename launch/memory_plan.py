@@ -31,7 +31,7 @@ from launch.memory_items import (
     peer_bytes,
     table_bytes_per_token,
 )
-from launch.memory_state import GATHERED, GRADIENTS, shares_of_gradients, state_items
+from launch.memory_state import GATHERED, GRADIENTS, own_head, shares_of_gradients, state_items
 from model.config import ModelConfig
 from model.flops import count_parameters
 
@@ -217,7 +217,11 @@ def _phases(
         )
         at_work = (gathered,)
     kept = (*at_work, *kept_items(case, memory, case.model.layers))
-    yield Phase(name="loss", items=(*kept, *loss_items(case)))
+    head = own_head(case.model, case.engine)
+    weights = Item(name="the head's weights", device=case.element_bytes * head)
+    yield Phase(name="loss", items=(*kept, weights, *loss_items(case)))
+    # what is reduced stays until the next reduction, at the end of this layer
+    kept = (*kept, Item(name="the head's gradient on its way", device=_FP32 * head))
     rest = (*at_work, *early, *kept_items(case, memory, 1))
     feed_forward = tuple(feed_forward_items(case, memory))
     last, first = (tuple(attention_items(case, memory, layers)) for layers in (case.model.layers, 1))

@@ -32,7 +32,7 @@ def state_items(
     if engine == "fsdp":
         share = _FP32 * total * part
         found = _placed(share, share, 2 * share, on_host)
-        return (*found, (GATHERED, _fsdp_gathered(count, model, element_bytes), 0.0))
+        return (*found, (GATHERED, _gathered(count, model, element_bytes, head=own_head(model, engine)), 0.0))
     return _zero_items(total, count, model, zero_stage, part, low, on_host, element_bytes)
 
 
@@ -41,10 +41,19 @@ def _placed(weights: float, gradients: float, moments: float, on_host: bool) -> 
     return tuple((name, 0.0 if on_host else size, size if on_host else 0.0) for name, size in found)
 
 
-def _fsdp_gathered(count: ParameterCount, model: ModelConfig, element_bytes: int) -> float:
-    """Embedding and head for the whole step; of layers the current one, the next, and the buffer it arrives in."""
+def _gathered(count: ParameterCount, model: ModelConfig, element_bytes: int, *, head: float) -> float:
+    """Embedding and head for the whole step; of layers the current one, the next, and the buffer it arrives in.
+
+    Args:
+        head: Parameters of a head that is gathered by itself.
+    """
     layer, root = _layer_and_root(count, model)
-    return element_bytes * (root + min(3, model.layers) * layer)
+    return element_bytes * (root - head + min(3, model.layers) * layer)
+
+
+def own_head(model: ModelConfig, engine: str) -> float:
+    """Parameters of a head that the engine gathers and reduces by itself: `fsdp`'s, if it is not the embedding."""
+    return float(model.vocab_size * model.dim) if engine == "fsdp" and not model.tied_head else 0.0
 
 
 def _layer_and_root(count: ParameterCount, model: ModelConfig) -> tuple[float, float]:
@@ -54,13 +63,13 @@ def _layer_and_root(count: ParameterCount, model: ModelConfig) -> tuple[float, f
 
 
 def shares_of_gradients(model: ModelConfig) -> tuple[float, float]:
-    """Part of all gradients that is there in the backward pass of the first layer, and when all layers are done.
-
-    Those of embedding and head come last.
+    """Part of all gradients that is there with `fsdp` in the backward pass of the first layer, and when all layers are
+    done: those of the embedding, and of the head if it is the same, come last.
     """
     count = count_parameters(model)
     layer, root = _layer_and_root(count, model)
-    return (count.total - root - layer) / count.total, (count.total - root) / count.total
+    done = count.total - root + own_head(model, "fsdp")
+    return (done - layer) / count.total, done / count.total
 
 
 def _zero_items(
@@ -85,7 +94,7 @@ def _zero_items(
     elif stage == 0 and low:
         found.append(("weights in bf16", 2 * total, 0.0))
     if stage >= 3:
-        found.append((GATHERED, _fsdp_gathered(count, model, element_bytes), 0.0))
+        found.append((GATHERED, _gathered(count, model, element_bytes, head=0.0), 0.0))
     bucket = min(_ZERO_BUCKET_ELEMENTS, total)
     found.append(("DeepSpeed's buffers", 2 * _FP32 * bucket, 0.0))
     return tuple(found)
@@ -97,15 +106,17 @@ def gradient_flight_items(
     """Whole gradients on their way to the ranks' parts: (name, bytes).
 
     Args:
-        last: Of embedding and head, which come when all layers are done; else of a layer, while the head's waits.
+        last: Of what comes when all layers are done; else of a layer, while a head's waits that comes then.
     """
     if engine == "ddp":  # its gradients are whole anyway
         return
     count = count_parameters(model)
     layer, root = _layer_and_root(count, model)
     reduced = _FP32 * (1 + 1 / num_processes)  # what is reduced is fp32, and so is the part that comes back
+    head = own_head(model, engine)
     if last:
-        yield "gradients of embedding and head", (element_bytes + reduced) * root
+        yield "gradients of embedding and head", (element_bytes + reduced) * (root - head)
         return
-    yield "the head's gradient", element_bytes * float(model.vocab_size * model.dim)
+    if not head:
+        yield "the head's gradient", element_bytes * float(model.vocab_size * model.dim)
     yield "gradients of a layer", (element_bytes + reduced) * layer

@@ -194,6 +194,30 @@ def test_untied_head(kind: str) -> None:
     assert found["resumed"]
 
 
+def order_of_gradients(rank: int, world_size: int, tied: bool) -> list[tuple[bool, bool]]:
+    """Whether head and embedding have their reduced gradients when the backward pass leaves the last and the first
+    layer, and when it ends."""
+    engine = toy.start("fsdp", tied=tied)
+    module, seen = engine.module, []
+
+    def look(*_: Any) -> None:
+        weights = (module.head.weight, module.embed.weight)
+        # While a weight is gathered its module has the whole one, with the whole gradient.
+        seen.append(tuple(isinstance(weight, toy.DTensor) and weight.grad is not None for weight in weights))
+
+    for layer in (module.layers[-1], module.layers[0]):
+        layer.register_forward_pre_hook(lambda _, arguments: arguments[0].register_hook(look) and None)
+    engine.backward(engine.forward(**toy.inputs(1, rank, world_size, 0)), 5, last=True)
+    look()
+    engine.close()
+    return seen
+
+
+def test_the_gradient_of_a_head_of_its_own_is_reduced_before_the_layers() -> None:
+    assert run_ranks(order_of_gradients, 2, False) == [[(True, False), (True, False), (True, True)]] * 2
+    assert run_ranks(order_of_gradients, 2, True) == [[(False, False), (False, False), (False, True)]] * 2
+
+
 def with_wrong_scale(rank: int, world_size: int, kind: str) -> float:
     """The bug this file exists for: an engine that believes its gradients are summed, not averaged.
 
