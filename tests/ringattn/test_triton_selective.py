@@ -37,12 +37,14 @@ def bf16_products(monkeypatch):
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu tests these kernels where there is CUDA")
 
 SMALL = Tiles(
-    vote_rows=16, vote_keys=16, rows=16, keys=16, back_rows=16, back_keys=16, query_rows=16, query_keys=16, span=32,
+    vote_rows=16, vote_keys=16, rows=16, keys=16, back_rows=16, back_keys=16, query_rows=16, query_keys=16,
+    suffix_own=32, suffix_other=16, span=32,
     span_all=32, descriptors=False, hold=False,
 )  # fmt: skip
 KERNEL = TritonSelective(SMALL, interpreted=True)
 LARGE = Tiles(
-    vote_rows=32, vote_keys=32, rows=32, keys=32, back_rows=32, back_keys=32, query_rows=32, query_keys=32, span=64,
+    vote_rows=32, vote_keys=32, rows=32, keys=32, back_rows=32, back_keys=32, query_rows=32, query_keys=32,
+    suffix_own=16, suffix_other=32, span=64,
     span_all=64, descriptors=False, hold=False,
 )  # fmt: skip
 
@@ -85,6 +87,11 @@ def test_one_piece(name):
 def test_pieces_make_the_whole(lag):
     case = problem(n=50, lag=lag, documents=(0, 25), heads=1)
     check(case, cuts=((0, 32), (32, None)), key_cuts=((0, 23), (23, None)), limit=1e-5)
+
+
+def test_a_document_that_begins_inside_a_tile_owes_to_later_pieces():
+    case = problem(n=80, documents=(0, 5, 25), heads=1, terms=2, batch=2)
+    check(case, cuts=((0, 64), (64, None)), limit=1e-5)
 
 
 def test_a_piece_inside_a_lag():

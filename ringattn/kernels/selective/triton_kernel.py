@@ -16,9 +16,9 @@ from torch import Tensor
 from ringattn.kernels.selective import triton_forward
 from ringattn.kernels.selective.geometry import Ballot, Geometry
 from ringattn.kernels.selective.triton_backward import Backward
+from ringattn.kernels.selective.triton_suffix import add_suffix_gradients
 from ringattn.kernels.selective.triton_tools import Tiles, workspace
 from ringattn.kernels.selective.triton_votes import Votes
-from ringattn.kernels.selective.triton_votes_backward import add_ballot_gradients
 
 _Result = TypeVar("_Result")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -102,12 +102,9 @@ class TritonSelective:
     ) -> None:
         """Add the gradients of the ballot for dS[m, j] = suffix[j] ([B, m]) of every row: the votes' later effect."""
         votes = Votes(ballot, geometry, self._tiles(ballot.q, geometry))
-        table = suffix.to(torch.float32).contiguous().unsqueeze(1)
+        suffix = suffix.to(torch.float32).contiguous()
         with torch.cuda.device_of(ballot.q):
-            _described(
-                ballot.q, add_ballot_gradients, votes, table, None, (0, votes.n), (0, votes.m), dballot_q, dballot_k,
-                dweights, votes.n,
-            )  # fmt: skip
+            _described(ballot.q, add_suffix_gradients, votes, suffix, dballot_q, dballot_k, dweights)
 
     def _tiles(self, q: Tensor, geometry: Geometry) -> Tiles:
         return self.tiles or pick_tiles(q.dtype, geometry.lag)
@@ -118,7 +115,7 @@ def pick_tiles(dtype: torch.dtype, lag: int) -> Tiles:
     if dtype == torch.float32:
         return Tiles(
             vote_rows=32, vote_stages=2, ballot_stages=1, keys=32, stages=2, back_rows=32, back_warps=8, back_stages=1,
-            query_warps=8, query_stages=1, descriptors=False,
+            query_warps=8, query_stages=1, suffix_own=32, suffix_other=32, suffix_stages=1, descriptors=False,
         )  # fmt: skip
     if lag % 128 == 0:
         return Tiles(vote_span=16, ballot_stages=3, query_keys=64, query_stages=3)

@@ -31,6 +31,8 @@ class Tiles:
         rows, keys, warps, stages: Tile of the forward kernel.
         back_rows, back_keys, back_warps, back_stages: Tile of the backward kernel that owns keys.
         query_rows, query_keys, query_warps, query_stages: Tile of the backward kernel that owns queries.
+        suffix_own, suffix_other, suffix_warps, suffix_stages: Tile of the kernels of what votes owe to later pieces: of
+            what a program owns, and of what it goes through.
         span: Rows (or keys) whose biases are kept at once, at least; None: four tiles for each processor, over
             all lanes.
         span_all: The other side of those, at most.
@@ -60,6 +62,10 @@ class Tiles:
     query_keys: int = 32
     query_warps: int = 4
     query_stages: int = 4
+    suffix_own: int = 128
+    suffix_other: int = 64
+    suffix_warps: int = 8
+    suffix_stages: int = 3
     span: int | None = None
     span_all: int = 32768
     buffers: int = 1

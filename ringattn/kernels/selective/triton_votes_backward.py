@@ -197,14 +197,13 @@ def add_column_sums(votes: Votes, pairs: Tensor, sums: Tensor, rows: tuple[int, 
 
 def add_ballot_gradients(
     votes: Votes, table: Tensor, pairs: Tensor | None, rows: tuple[int, int], keys: tuple[int, int],
-    dballot_q: Tensor, dballot_k: Tensor, dweights: Tensor, group: int | None = None, spread: Tensor | None = None,
+    dballot_q: Tensor, dballot_k: Tensor, dweights: Tensor, spread: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Gradients of the ballot for rows x keys, given the suffix sums of dF in `table` [B, groups, keys].
 
-    `pairs` [B, rows, keys] is the buffer of E = -dF where F has sums inside groups. `group` overrides the size of a
-    group: with all rows in one, the table is one row that holds for all. `spread` [B, keys, rows], if given, is memory
-    for gradients of the scores in the dtype of the ballot: then `dballot_k` comes from a product of its own, and not
-    from one addition to memory for every tile.
+    `pairs` [B, rows, keys] is the buffer of E = -dF where F has sums inside groups. `spread` [B, keys, rows], if given,
+    is memory for gradients of the scores in the dtype of the ballot: then `dballot_k` comes from a product of its own,
+    and not from one addition to memory for every tile.
     """
     tiles = votes.tiles
     inner = pairs is not None
@@ -212,7 +211,7 @@ def add_ballot_gradients(
     parts = -(-(rows[1] - rows[0]) // unit)
     # Few keys to a program while there are few programs, more once the processors are full.
     span = tiles.vote_keys * max(1, min(tiles.vote_span, (keys[1] - keys[0]) * parts // (tiles.vote_keys * 1024)))
-    group = group or votes.group
+    group = votes.group
     # Where all rows of a tile are of one group, its numbers come as one line, through the copy engine if it can.
     lines = 0
     if inner or group >= votes.n or not group % tiles.vote_rows:
