@@ -6,7 +6,8 @@ Batch 1, bf16, causal, one block of queries and keys, kernel beside kernel: noth
 Times are medians of CUDA events around several passes in a row, and around single passes, where launches that the GPU
 waits for count too.
 "Extra memory" is the peak over a forward and a backward pass, outputs and gradients included, inputs not. Errors are
-against float64 at a small length; cuDNN's are those of plain attention.
+against float64 at a small length; cuDNN's are those of plain attention. "between pieces" is what a ring does besides:
+sums of all votes, and gradients of what votes owe to later pieces, over the pairs of one causal block.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GAIN = 0.02  # factor of the votes: random keys collect some hundred of them over 16k rows
+BETWEEN = "between pieces"
 _INNER = 4  # passes between two marks of the clock
 Row = dict[str, Any]
 
@@ -151,6 +153,31 @@ class _Case:
 
         return forward, backward
 
+    def between_pieces(
+        self, kernel: str = "triton"
+    ) -> tuple[Callable[[], list[Tensor]], Callable[[list[Tensor]], list[Tensor]]]:
+        """What a ring does besides, over as many pairs: sums of votes, gradients of what they owe to later pieces."""
+        import torch
+
+        from ringattn.kernels.selective import pick_selective
+        from ringattn.kernels.selective.geometry import Ballot, Geometry
+
+        q, k = self.q[:, :, :1], self.k[:, :, :1]
+        chosen = pick_selective(kernel, q, k, k, q.shape[-1])
+        weights = torch.full((1,), GAIN, device=q.device, dtype=torch.float32)
+        ballot = Ballot(q=q, k=k, weights=weights, scales=(self.scale,))
+        geometry = Geometry(q_start=0, k_start=0, lag=1, protect_first=True, q_documents=None, k_documents=None)
+
+        def forward() -> list[Tensor]:
+            return [chosen.sums(ballot, geometry)]
+
+        def backward(kept: list[Tensor]) -> list[Tensor]:
+            votes = [torch.zeros(x.shape, device=x.device, dtype=torch.float32) for x in (q, k, weights)]
+            chosen.suffix_(ballot, kept[0], geometry, *votes)
+            return votes
+
+        return forward, backward
+
     def truth(self, lag: int | None) -> list[Tensor]:
         """out, dq, dk, dv in float64 by the definition; lag None: plain attention."""
         import torch
@@ -190,6 +217,10 @@ def _measure(options: argparse.Namespace) -> tuple[list[Row], Row]:
             row["ratio"] = round(row["both_ms"] / yardstick["both_ms"], 3)
             row["single_ratio"] = round(row["single_ms"] / yardstick["single_ms"], 3)
             rows.append(row | errors.get(_name(lag), {}))
+        row = {"tokens": tokens, "form": BETWEEN, **_time(*case.between_pieces(), options.repeats)}
+        row["ratio"] = round(row["both_ms"] / yardstick["both_ms"], 3)
+        row["single_ratio"] = round(row["single_ms"] / yardstick["single_ms"], 3)
+        rows.append(row)
     return rows, machine
 
 
@@ -265,7 +296,7 @@ def _show(rows: list[Row], machine: Row) -> None:
     for name in names:
         table.add_column(name.replace("_", " "), justify="left" if name == "form" else "right")
     for row in rows:
-        table.add_row(*(f"{row[x]:.1e}" if x.startswith("error") else str(row[x]) for x in names))
+        table.add_row(*(f"{row[x]:.1e}" if x.startswith("error") and x in row else str(row.get(x, "")) for x in names))
     console.print(table)
 
 
