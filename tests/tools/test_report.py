@@ -84,7 +84,7 @@ def test_the_kind_is_read_from_the_settings() -> None:
 
 def test_settings_that_only_some_rows_have_are_said() -> None:
     rows = derive_rows((cpu_row(1, 1024, 1.0), cpu_row(1, 1024, 2.0, settings="engine.precision=fp32 model.layers=1")))
-    assert [row.kind for row in rows] == ["softmax", "softmax, model.layers=1"]
+    assert [row.kind for row in rows] == ["softmax", "softmax, 1 layer"]
 
 
 def test_the_longest_context_is_the_planners() -> None:

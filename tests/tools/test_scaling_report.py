@@ -133,7 +133,10 @@ def test_out_of_memory_is_a_row_and_other_failures_are_tried_again(
     assert "out of memory: rank 0: out of memory: 8 GiB" in capsys.readouterr().out
     assert load_rows(tmp_path)[1].note == "KeyError: 'again'"
     text = (tmp_path / "report.md").read_text()
-    assert "| softmax | 1 | 64 | out of memory: rank 0: out of memory: 8 GiB [nothing recomputed or moved] |" in text
+    assert (
+        "| softmax, 1 layer | 1 | 64 | out of memory: rank 0: out of memory: 8 GiB [nothing recomputed or moved] |"
+        in text
+    )
     assert "No point could be measured" in text
 
 
@@ -199,12 +202,13 @@ def test_records_from_elsewhere_are_rendered(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_committed_records_are_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = str(ROOT / "docs/records/steps-4-h100.jsonl")
-    assert main(["--from", records, "--out", str(tmp_path)]) == 0
+    assert main(["--from", records, "--preset", "qwen3-0.6b", "--out", str(tmp_path)]) == 0
     assert "need the machine's memory: --gpu-gb and --host-gb" in capsys.readouterr().out
     text = (tmp_path / "report.md").read_text()
     assert "| softmax | 4 | 1,048,576 | 208 s (212 s) |" in text
     assert "| softmax | 4 | 1,048,576 | - | machine not known |" in text
-    last = json.loads(Path(records).read_text().splitlines()[-1])
+    rows = [json.loads(line) for line in Path(records).read_text().splitlines()]
+    last = [row for row in rows if row["model"] == "qwen3-0.6b"][-1]
     assert f"{last['mfu_causal']:.1%}" in text
 
 

@@ -1,24 +1,25 @@
-"""Axes, legends and bars of the pictures: readable ticks whatever was measured."""
+"""Axes, colours and bars of the pictures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tools.report.derive import Row
 from tools.report.kinds import RIVAL
+from tools.report.layout import heading, in_lines, label_points
 from tools.report.longest import Longest
 from tools.report.style import COLOURS, INK, RIVAL_COLOUR
 from tools.report.summary import count
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-MARKERS = {1: "o", 2: "s", 3: "X", 4: "^", 8: "D", 16: "P"}
 _MOST_TICKS = 8
-_IN_A_ROW = 4
+_BAR_CHARACTERS = 26  # of a name; longer ones take more lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def dress(
         decades = math.log10(max(values) / min(values))
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if decades < 3.2 else (1.0,)))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1000 else f"{y:.4g}"))
         return
     known = [*values, *([reference[0]] if reference is not None else [])]
     top, low = max(known), min(0.0, *known)
@@ -101,54 +102,12 @@ def spread_ticks(lengths: Sequence[int], most: int = _MOST_TICKS) -> list[int]:
     return kept[::-1]
 
 
-def legend(axes: Axes, looks: Looks, lines: Sequence[tuple[str, int]], reference: tuple[float, str] | None) -> int:
-    """Above the axes, so that it never lies over a line; returns how many rows it takes."""
-    from matplotlib.lines import Line2D
-
-    def handle(label: str, colour: str, marker: str, style: Literal["-", ""] = "-") -> Line2D:
-        return Line2D(
-            [], [], label=label, color=colour, marker=marker, linestyle=style, markeredgecolor="white", markersize=6.5
-        )
-
-    kinds, rings = list(dict.fromkeys(kind for kind, _ in lines)), sorted({cp for _, cp in lines})
-    if len(kinds) == 1 or len(rings) == 1:
-        handles = [
-            handle(
-                f"cp {cp}" if len(kinds) == 1 and len(rings) > 1 else f"{kind}, cp {cp}" if len(lines) == 1 else kind,
-                looks.colour(kind, cp),
-                MARKERS.get(cp, "v"),
-            )
-            for kind, cp in lines
-        ]
-    else:
-        handles = [handle(kind, looks.colour(kind, rings[0]), "") for kind in kinds]
-        handles += [handle(f"cp {cp}", INK, MARKERS.get(cp, "v"), "") for cp in rings]
-    if reference is not None:
-        handles.append(Line2D([], [], label=reference[1], color="#6b7280", linestyle=(0, (1, 2))))
-    columns = min(len(handles), _IN_A_ROW)
-    axes.legend(
-        handles=[one for column in range(columns) for one in handles[column::columns]],  # read row by row
-        frameon=False,
-        fontsize=9,
-        ncols=columns,
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        borderaxespad=0.2,
-        borderpad=0.0,
-        handlelength=1.6,
-        columnspacing=1.4,
-        labelspacing=0.25,
-    )
-    return -(-len(handles) // _IN_A_ROW)
-
-
 def bars(axes: Axes, longest: Sequence[Longest], looks: Looks) -> None:
     """Measured lengths as bars, in front of what the planner says fits."""
-    from matplotlib.patches import Patch
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     ordered = list(reversed(longest))
-    names = [f"{one.kind}, cp {one.cp}" for one in ordered]
+    names = [_bar_name(one) for one in ordered]
     places = range(len(ordered))
     known = [size for one in ordered for size in (one.measured, one.planned) if size]
     left = min(known) / 4
@@ -167,18 +126,30 @@ def bars(axes: Axes, longest: Sequence[Longest], looks: Looks) -> None:
     axes.xaxis.set_major_locator(FixedLocator(spread_ticks(doublings, 5) if doublings else [max(known)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(round(x))))
-    axes.set_yticks(places, names, fontsize=9 if len(names) <= 8 else 7.5)
+    axes.set_yticks(places, names, fontsize=_bar_points(longest))
     axes.set_ylim(min(-0.6, len(names) - 4.4), len(names) - 0.4)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("context length (tokens)")
-    axes.set_title("Longest context (measured / planned to fit)", loc="left", fontsize=10.5, fontweight="bold", pad=23)
-    axes.legend(
-        handles=[Patch(color=INK, label="trained a step"), Patch(color=INK, alpha=0.25, label="planner: fits")],
-        frameon=False,
-        fontsize=9,
-        ncols=2,
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        borderaxespad=0.2,
-        borderpad=0.0,
-    )
+    heading(axes, "Longest context", "measured / planned to fit", indent=label_points(axes))
+
+
+def bar_handles() -> list[Artist]:
+    """What dark and pale bars mean."""
+    from matplotlib.patches import Patch
+
+    return [Patch(color=INK, label="trained a step"), Patch(color=INK, alpha=0.25, label="planner: fits")]
+
+
+def bars_height(longest: Sequence[Longest]) -> float:
+    """Inches that all bars and their names need."""
+    lines = max((_bar_name(one).count("\n") + 1 for one in longest), default=1)
+    return 1.2 + len(longest) * (0.06 + lines * 1.25 * _bar_points(longest) / 72)
+
+
+def _bar_name(one: Longest) -> str:
+    return in_lines(f"{one.kind}, cp {one.cp}", _BAR_CHARACTERS)
+
+
+def _bar_points(longest: Sequence[Longest]) -> float:
+    """Size of the names."""
+    return 9.0 if len(longest) <= 8 else 7.5

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
 from tools.report.model import Report
+from tools.report.summary import OTHER_GPU
 
 
 def conventions(report: Report) -> list[tuple[str, str]]:
     """(term, meaning) of every number of the report."""
     cuda = report.on_gpu
     unit = "GPU" if cuda else "core in use"
+    pairs = sorted({tuple(sorted((row.gpu, other))) for row in report.rows for other in row.across.values()})
     return [
         (
             "Attention",
@@ -53,7 +55,24 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             f"{'speed-up by more GPUs' if cuda else 'division of the cores'}. Below 0: faster than that. Both compare "
             "the fastest measured settings of memory, which may differ: a shorter row can keep more.",
         ),
-        ("Against softmax", "step time / that of softmax at the same length and cp; FLOPs may differ."),
+        ("Against softmax", "step time / that of our softmax at the same length and cp; FLOPs may differ."),
+        (
+            "Compared rows",
+            "have in common all settings but those that are compared and those of memory: rows of a model with fewer "
+            "layers are compared with each other alone. Where one was measured on several GPUs, the same GPU's "
+            "is taken.",
+        ),
+        *(
+            [
+                (
+                    OTHER_GPU,
+                    f"the two compared rows ran on different GPUs ({'; '.join(' and '.join(pair) for pair in pairs)}), "
+                    "so that part of the difference may be theirs.",
+                )
+            ]
+            if pairs
+            else []
+        ),
         (
             "Peak memory",
             "GPU, torch: peak of torch's allocator in the timed steps. GPU, all: everything in use on the GPU after a "

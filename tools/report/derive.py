@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from launch.config import Config
 from launch.errors import ConfigError
@@ -15,11 +16,12 @@ from model.config import ModelConfig
 from model.flops import flops_per_token
 from tools.bench.step_cases import Case
 from tools.bench.step_rows import StepRow
-from tools.report.kinds import RIVAL, kind_of, other_settings, settings_of
+from tools.report.kinds import RIVAL, changes_model, in_words, kind_of, other_settings, settings_of
 
 # From here on a number is called disturbed: spread of the timings; share of the used cores that others took.
 RESTLESS_SPREAD = 0.25
 RESTLESS_CORES = 0.1
+_Point = tuple[str, tuple[str, ...], int, int]  # attention, conditions, cp, tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +31,21 @@ class Row:
 
     Attributes:
         kind: Name of the attention, or "rival", and what else sets rows of this report apart.
+        attention: The same without the rest.
+        conditions: Documents and all settings beside kind and memory, in one order. Only rows that have them in common
+            are compared with each other.
         best: The fastest measured of its kind, cp and length: what plots and sums show.
         cost_same_tokens: 1 - FLOP/s per unit over those of cp 1 with as many tokens per rank, a ratio.
         cost_same_length: 1 - tokens/s per unit over those of cp 1 at the same length, a ratio.
-        against_softmax: Step time over that of softmax at the same cp and length, a ratio.
+        against_softmax: Step time over that of our softmax at the same cp and length, a ratio.
         loss_difference: |first loss - that of cp 1 at the same length| / the latter.
+        across: GPU of the row it is compared with, by the comparison's name, where that is not its own.
+        unsound: Names of the comparisons with a disturbed row.
     """
 
     kind: str
+    attention: str
+    conditions: tuple[str, ...] = ()
     cp: int
     tokens: int
     status: str
@@ -71,6 +80,9 @@ class Row:
     units: int = 0
     timings: int = 0
     settings: str = ""
+    gpu: str = ""
+    across: Mapping[str, str] = field(default_factory=dict)
+    unsound: tuple[str, ...] = ()
     measured_at: str = ""
 
     @property
@@ -83,36 +95,69 @@ class Row:
         """Whether it is this project's own trainer."""
         return not self.kind.startswith(RIVAL)
 
+    @property
+    def changed(self) -> bool:
+        """Whether its model is not the preset as it is."""
+        return any(map(changes_model, self.conditions))
+
 
 def derive_rows(steps: Sequence[StepRow]) -> list[Row]:
-    """Rows by kind (softmax first, the rival last), cp, length."""
+    """Rows by kind (see `kind_order`), cp, length."""
     common = common_settings(steps)
     first = [_measured(step, common) for step in steps]
-    fastest: dict[tuple[str, int, int], Row] = {}
+    measured: dict[_Point, list[Row]] = {}
     for row in first:
-        key = (row.kind, row.cp, row.tokens)
-        known = fastest.get(key)
-        if row.ok and (known is None or _or_zero(row.step_seconds) < _or_zero(known.step_seconds)):
-            fastest[key] = row
-    order = {kind: place for place, kind in enumerate(dict.fromkeys(["softmax", *(row.kind for row in first)]))}
-    rows = [_compared(row, fastest) for row in first]
-    return sorted(rows, key=lambda row: (not row.is_ours, order[row.kind], row.cp, row.tokens, not row.best))
+        if row.ok:
+            measured.setdefault((row.attention, row.conditions, row.cp, row.tokens), []).append(row)
+    order = kind_order(steps)
+    rows = [_compared(row, measured) for row in first]
+    return sorted(rows, key=lambda row: (order[row.kind], row.cp, row.tokens, not row.best))
+
+
+def kind_order(steps: Sequence[StepRow]) -> dict[str, int]:
+    """The place of each kind: ours before the rival, the preset as it is before changed models, rows of the same
+    conditions together, softmax before other attention, and else as they came."""
+    common = common_settings(steps)
+    came = list(dict.fromkeys(conditions_of(step) for step in steps))
+
+    def place(step: StepRow) -> tuple[bool, bool, bool, int, bool]:
+        conditions = conditions_of(step)
+        return (
+            step.variant == RIVAL,
+            any(map(changes_model, conditions)),
+            not set(conditions) <= set(common),
+            came.index(conditions),
+            attention_of(step) != "softmax",
+        )
+
+    names = dict.fromkeys(kind_name(step, common) for step in sorted(steps, key=place))
+    return {kind: number for number, kind in enumerate(names)}
 
 
 def common_settings(steps: Sequence[StepRow]) -> tuple[str, ...]:
-    """Settings beside kind and memory that all rows share."""
+    """Settings beside kind and memory that all rows share; but for changes of the model, which names always say."""
     sets = [other_settings(settings_of(step.settings)) for step in steps]
-    return tuple(one for one in (sets[0] if sets else ()) if all(one in other for other in sets))
+    shared = (one for one in (sets[0] if sets else ()) if all(one in other for other in sets))
+    return tuple(one for one in shared if not changes_model(one))
+
+
+def conditions_of(step: StepRow) -> tuple[str, ...]:
+    """What a row was measured with beside kind and memory, in one order."""
+    documents = ("documents kept",) if step.documents == "kept" else ()
+    return (*documents, *sorted(other_settings(settings_of(step.settings))))
+
+
+def attention_of(step: StepRow) -> str:
+    """The name of a row's attention, or "rival" for the rival's."""
+    kind = kind_of(settings_of(step.settings), step.model)
+    if step.variant != RIVAL:
+        return kind
+    return RIVAL if kind == "softmax" else f"{RIVAL}, {kind}"
 
 
 def kind_name(step: StepRow, common: Sequence[str]) -> str:
-    """The kind of a row, with the settings that only some rows have."""
-    settings = settings_of(step.settings)
-    kind = kind_of(settings, step.model)
-    if step.variant == RIVAL:
-        kind = RIVAL if kind == "softmax" else f"{RIVAL}, {kind}"
-    documents = ("documents kept",) if step.documents == "kept" else ()
-    return ", ".join((kind, *documents, *(one for one in other_settings(settings) if one not in common)))
+    """The attention of a row, with the conditions that only some rows have."""
+    return ", ".join((attention_of(step), *(in_words(one) for one in conditions_of(step) if one not in common)))
 
 
 def config_of(step: StepRow) -> Config:
@@ -149,6 +194,8 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
     host = [size for size in (step.host_build, step.host_steps) if size is not None]
     return Row(
         kind=kind_name(step, common),
+        attention=attention_of(step),
+        conditions=conditions_of(step),
         cp=step.num_ranks,
         tokens=step.tokens,
         status=step.status,
@@ -180,27 +227,41 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
         units=units,
         timings=len(step.step_seconds),
         settings=step.settings,
+        gpu=step.gpu,
         measured_at=step.measured_at,
     )
 
 
-def _compared(row: Row, fastest: dict[tuple[str, int, int], Row]) -> Row:
+def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
     """With what follows from other rows."""
     if not row.ok:
         return row
-    alone = fastest.get((row.kind, 1, row.tokens))
-    narrow = fastest.get((row.kind, 1, row.tokens // row.cp)) if row.tokens % row.cp == 0 else None
-    plain = fastest.get(("softmax", row.cp, row.tokens))
-    values: dict[str, float | None] = {}
+
+    def yardstick(attention: str, cp: int, tokens: int) -> Row | None:
+        """The fastest, if there is one on the same GPU of those."""
+        known = measured.get((attention, row.conditions, cp, tokens), ())
+        return min(known, key=lambda other: (other.gpu != row.gpu, _or_zero(other.step_seconds)), default=None)
+
+    compared: dict[str, tuple[Row | None, float | None]] = {}
     if row.cp > 1:
-        values["cost_same_tokens"] = _cost(row, narrow, "tflops_per_unit_causal")
-        values["cost_same_length"] = _cost(row, alone, "tokens_per_second_per_unit")
+        alone = yardstick(row.attention, 1, row.tokens)
+        narrow = yardstick(row.attention, 1, row.tokens // row.cp) if row.tokens % row.cp == 0 else None
+        compared["cost_same_tokens"] = (narrow, _cost(row, narrow, "tflops_per_unit_causal"))
+        compared["cost_same_length"] = (alone, _cost(row, alone, "tokens_per_second_per_unit"))
         if alone is not None and alone.first_loss and row.first_loss is not None:
-            values["loss_difference"] = abs(row.first_loss - alone.first_loss) / abs(alone.first_loss)
-    if plain is not None and row.kind != "softmax":
-        values["against_softmax"] = _or_zero(row.step_seconds) / _or_zero(plain.step_seconds)
-    same = {field.name: getattr(row, field.name) for field in fields(Row)}
-    return Row(**{**same, **values, "best": fastest[row.kind, row.cp, row.tokens] is row})
+            compared["loss_difference"] = (alone, abs(row.first_loss - alone.first_loss) / abs(alone.first_loss))
+    plain = None if row.attention == "softmax" else yardstick("softmax", row.cp, row.tokens)
+    if plain is not None:
+        compared["against_softmax"] = (plain, _or_zero(row.step_seconds) / _or_zero(plain.step_seconds))
+    others = {name: other for name, (other, value) in compared.items() if other is not None and value is not None}
+    same = measured[row.attention, row.conditions, row.cp, row.tokens]
+    return replace(
+        row,
+        **{name: value for name, (_, value) in compared.items()},  # type: ignore[arg-type]
+        best=min(same, key=lambda other: _or_zero(other.step_seconds)) is row,
+        across={name: other.gpu for name, other in others.items() if other.gpu != row.gpu},
+        unsound=tuple(name for name, other in others.items() if is_disturbed(other)),
+    )
 
 
 def _cost(row: Row, other: Row | None, name: str) -> float | None:
@@ -219,8 +280,14 @@ def rows_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
-        writer.writerow(["" if getattr(row, name) is None else getattr(row, name) for name in names])
+        writer.writerow([_in_csv(getattr(row, name)) for name in names])
     return out.getvalue()
+
+
+def _in_csv(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        value = tuple(f"{name}: {what}" for name, what in value.items())
+    return "; ".join(value) if isinstance(value, tuple) else "" if value is None else value
 
 
 def is_disturbed(row: Row) -> bool:

@@ -14,6 +14,7 @@ _LAG = 128
 _EXPANSION = 2
 # What names a kind; anything else in a row's settings, but for memory's, is said beside the name.
 _OF_KINDS = re.compile(r"model\.(attention|simulated_heads|simulated_dim|selection|selection_lag|selection_gain)=")
+_LAYERS = "model.layers="
 _SETTING = re.compile(r"(memory|[a-z]+\.[a-z_]+)=")
 
 
@@ -59,3 +60,16 @@ def kind_of(settings: Sequence[str], preset: str) -> str:
 def other_settings(settings: Sequence[str]) -> tuple[str, ...]:
     """Those that neither name the kind nor belong to the `memory` section."""
     return tuple(one for one in settings if not _OF_KINDS.match(one) and not one.startswith("memory"))
+
+
+def in_words(setting: str) -> str:
+    """A setting as names and legends say it; one that has no words stays as it is."""
+    if not setting.startswith(_LAYERS):
+        return setting
+    number = setting.removeprefix(_LAYERS)
+    return f"{number} layer{'' if number == '1' else 's'}"
+
+
+def changes_model(setting: str) -> bool:
+    """Whether one of `other_settings` makes another model than the preset."""
+    return setting.startswith("model.")

@@ -12,8 +12,8 @@ from launch.memory_search import DeviceFacts, case_at, choose, longest_row
 from launch.model_shape import model_of
 from launch.rates import RatesFile
 from tools.bench.step_rows import StepRow
-from tools.report.derive import common_settings, config_of, kind_name
-from tools.report.kinds import RIVAL
+from tools.report.derive import common_settings, conditions_of, config_of, kind_name, kind_order
+from tools.report.kinds import RIVAL, changes_model
 
 _TOO_LONG = ("out of memory", "refused")
 
@@ -23,6 +23,7 @@ class Longest:
     """One kind at one cp.
 
     Attributes:
+        changed: Whether the model is not the preset as it is.
         measured: Longest row in tokens that trained a step; None if none did.
         too_long: Shortest row that ran out of memory or was refused; None if none was.
         planned: Longest row predicted to fit, with whatever memory settings; None where the machine is not known.
@@ -31,6 +32,7 @@ class Longest:
     """
 
     kind: str
+    changed: bool
     cp: int
     measured: int | None
     too_long: int | None
@@ -48,13 +50,15 @@ class Limits:
 
 
 def longest_contexts(steps: Sequence[StepRow], limits: Limits) -> list[Longest]:
-    """Of our own rows, in the order of the rows."""
+    """Of our own rows, by kind as in the table, and cp."""
     common = common_settings(steps)
     groups: dict[tuple[str, int], list[StepRow]] = {}
     for step in steps:
         if step.variant != RIVAL:
             groups.setdefault((kind_name(step, common), step.num_ranks), []).append(step)
-    return [_longest(kind, cp, group, limits) for (kind, cp), group in groups.items()]
+    order = kind_order(steps)
+    ordered = sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1]))
+    return [_longest(kind, cp, group, limits) for (kind, cp), group in ordered]
 
 
 def machine_facts(steps: Sequence[StepRow], limits: Limits, cp: int) -> DeviceFacts | None:
@@ -72,7 +76,8 @@ def machine_facts(steps: Sequence[StepRow], limits: Limits, cp: int) -> DeviceFa
 def _longest(kind: str, cp: int, steps: Sequence[StepRow], limits: Limits) -> Longest:
     measured = max((step.tokens for step in steps if step.seconds), default=None)
     too_long = min((step.tokens for step in steps if step.status in _TOO_LONG), default=None)
-    known = {"kind": kind, "cp": cp, "measured": measured, "too_long": too_long}
+    changed = any(map(changes_model, conditions_of(steps[0])))
+    known = {"kind": kind, "changed": changed, "cp": cp, "measured": measured, "too_long": too_long}
     facts = machine_facts(steps, limits, cp)
     if facts is None:
         return Longest(**known, planned=None)  # type: ignore[arg-type]

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tools.report.axes import MARKERS, Looks, bars, dress, legend
+from tools.report.axes import Looks, bar_handles, bars, bars_height, dress
 from tools.report.derive import Row
+from tools.report.layout import MARKERS, finish, handles_of, heading
 from tools.report.model import Report
 from tools.report.style import STYLE, darkened
 from tools.report.summary import three_digits
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -49,6 +51,7 @@ class Sketch:
         predicted: A second, dashed line.
         only: The cp it is about; None: all of them.
         reference: (height, name) of a horizontal line; None: none.
+        compares: The comparison that it shows; "": none.
     """
 
     name: str
@@ -60,6 +63,26 @@ class Sketch:
     percent: bool = False
     reference: tuple[float, str] | None = None
     only: int | None = None
+    compares: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a picture is drawn.
+
+    Attributes:
+        lines: (kind, cp) of those that need a legend.
+        handles: More of the legend.
+        height: In inches, without the legend.
+    """
+
+    name: str
+    title: str
+    text: str
+    draw: Callable[[Axes], None]
+    lines: tuple[tuple[str, int], ...] = ()
+    handles: Callable[[], list[Artist]] = list
+    height: float = _SIZE[1]
 
 
 def sketches(report: Report, looks: Looks) -> list[Sketch]:
@@ -108,6 +131,7 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
             title="Cost of cp, same tokens per rank",
             unit="FLOP/s lost against cp 1",
             value=lambda row: row.cost_same_tokens,
+            compares="cost_same_tokens",
             percent=True,
             reference=(0.0, "as cp 1"),
         ),
@@ -116,6 +140,7 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
             title="Cost of cp, same length",
             unit="tokens/s lost against cp 1",
             value=lambda row: row.cost_same_length,
+            compares="cost_same_length",
             percent=True,
             reference=(0.0, "as cp 1"),
         ),
@@ -131,6 +156,7 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
             title="Step time against softmax",
             unit="times",
             value=lambda row: row.against_softmax,
+            compares="against_softmax",
             reference=(1.0, "softmax"),
         ),
     ]
@@ -141,41 +167,97 @@ def draw_plots(report: Report) -> tuple[list[Plot], bytes]:
     import matplotlib
 
     looks = Looks.of(report.rows)
-    drawn: list[tuple[str, str, str, Callable[[Axes], None]]] = []
+    drawings = list_drawings(report, looks)
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        plots = []
+        for one in drawings:
+            figure = make_figure([one], looks)
+            svg = _save(figure, "svg")
+            png = _save(figure, "png")
+            plots.append(Plot(name=one.name, title=one.title, text=one.text, png=png, svg=svg, dark=darkened(svg)))
+        overview = _save(make_figure(drawings, looks), "png", dpi=100) if drawings else b""
+    return plots, overview
+
+
+def list_drawings(report: Report, looks: Looks) -> list[Drawing]:
+    """Those that have something to show."""
+    drawings = []
     for sketch in sketches(report, looks):
         lines = _lines(sketch.value, report.rows, sketch.only)
         if lines:
-            drawn.append((sketch.name, sketch.title, _said(sketch, lines), _drawer(sketch, report, looks)))
+            drawings.append(
+                Drawing(
+                    name=sketch.name,
+                    title=sketch.title,
+                    text=_said(sketch, lines),
+                    draw=_drawer(sketch, report, looks),
+                    lines=tuple(lines),
+                )
+            )
     if any(one.planned or one.measured for one in report.longest):
         text = "Longest rows in tokens. " + "; ".join(
             f"{one.kind}, cp {one.cp}: {one.measured or 0:,} measured, "
             f"{'unknown' if one.planned is None else format(one.planned, ',')} planned to fit"
             for one in report.longest
         )
-        drawn.append(("longest", "Longest context", f"{text}.", lambda axes: bars(axes, report.longest, looks)))
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        plots = []
-        for name, title, text, draw in drawn:
-            figure = _figure(1, 1, [draw])
-            svg = _save(figure, "svg")
-            plots.append(Plot(name=name, title=title, text=text, png=_save(figure, "png"), svg=svg, dark=darkened(svg)))
-        height = -(-len(drawn) // 2)
-        overview = _save(_figure(height, 2, [draw for *_, draw in drawn]), "png", dpi=100) if drawn else b""
-    return plots, overview
+        drawings.append(
+            Drawing(
+                name="longest",
+                title="Longest context",
+                text=f"{text}.",
+                draw=lambda axes: bars(axes, report.longest, looks),
+                handles=bar_handles,
+                height=max(_SIZE[1], bars_height(report.longest)),
+            )
+        )
+    return drawings
+
+
+def make_figure(drawings: Sequence[Drawing], looks: Looks) -> Figure:
+    """One picture, or several in two columns; one legend serves them all. To be called in the style's context."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows: list[list[Drawing]] = []
+    for one in drawings:  # a tall one has a row of its own
+        if rows and len(rows[-1]) == 1 and rows[-1][0].height == one.height:
+            rows[-1].append(one)
+        else:
+            rows.append([one])
+    columns, heights = min(2, len(drawings)), [row[0].height for row in rows]
+    # Not pyplot: it keeps figures and picks a backend for the whole process.
+    figure = Figure(figsize=(_SIZE[0] * columns, sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    # Each in a part of its own: long names beside one picture narrow no other.
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+    for number, row in enumerate(rows):
+        wide = row[0].height > _SIZE[1]
+        for column, one in enumerate(row):
+            part = figure.add_subfigure(grid[number, :] if wide else grid[number, column])
+            one.draw(part.subplots())
+    lines = list(dict.fromkeys(line for one in drawings for line in one.lines))
+    more = [handle for make in dict.fromkeys(one.handles for one in drawings) for handle in make()]
+    finish(figure, [*handles_of(looks, lines), *more])
+    return figure
 
 
 def _drawer(sketch: Sketch, report: Report, looks: Looks) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         lines = _lines(sketch.value, report.rows, sketch.only)
         predicted = _lines(sketch.predicted, report.rows, sketch.only) if sketch.predicted is not None else {}
+        notes = []
         if sketch.reference is not None:
-            height, _ = sketch.reference
+            height, name = sketch.reference
+            notes.append(f"dotted: {name}")
             axes.axhline(height, color="#6b7280", linewidth=1.2, linestyle=(0, (1, 2)))
         for (kind, cp), line in predicted.items():
             axes.plot(
                 *zip(*line, strict=True),
                 color=looks.colour(kind, cp),
                 alpha=looks.alpha(cp),
+                marker="_" if len(line) == 1 else "",
+                markersize=11,
+                markeredgewidth=1.6,
                 linewidth=1.4,
                 linestyle=(0, (4, 3)),
             )
@@ -189,13 +271,22 @@ def _drawer(sketch: Sketch, report: Report, looks: Looks) -> Callable[[Axes], No
                 markeredgecolor="white",
                 linewidth=2,
             )
+        across = [row for row in report.rows if sketch.compares in row.across]
+        for (kind, cp), line in _lines(sketch.value, across, sketch.only).items():
+            notes = [*dict.fromkeys([*notes, "hollow: against a row on another GPU"])]
+            axes.plot(
+                *zip(*line, strict=True),
+                color="white",
+                marker=MARKERS.get(cp, "v"),
+                markersize=6.5,
+                markeredgecolor=looks.colour(kind, cp),
+                markeredgewidth=1.6,
+                linestyle="",
+            )
         points = [point for line in (*lines.values(), *predicted.values()) for point in line]
         dress(axes, points, log=sketch.log, percent=sketch.percent, reference=sketch.reference)
         axes.set_xlabel("context length (tokens)")
-        rows = legend(axes, looks, list(lines), sketch.reference)
-        axes.set_title(
-            f"{sketch.title} ({sketch.unit})", loc="left", fontsize=10.5, fontweight="bold", pad=9 + 14 * rows
-        )
+        heading(axes, sketch.title, sketch.unit, notes)
 
     return draw
 
@@ -218,19 +309,6 @@ def _said(sketch: Sketch, lines: dict[tuple[str, int], list[tuple[int, float]]])
         for (kind, cp), line in lines.items()
     )
     return f"{sketch.title} ({sketch.unit}) by context length in tokens. {said}."
-
-
-def _figure(height: int, width: int, drawers: Sequence[Callable[[Axes], None]]) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Not pyplot: it keeps figures and picks a backend for the whole process.
-    figure = Figure(figsize=(_SIZE[0] * width, _SIZE[1] * height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
-    for place, draw in enumerate(drawers, start=1):
-        draw(figure.add_subplot(height, width, place))
-    return figure
 
 
 def _save(figure: Figure, kind: str, dpi: int = 160) -> bytes:

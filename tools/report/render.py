@@ -13,10 +13,11 @@ from launch.progress import format_bytes
 from tools.bench.step_rows import StepRow
 from tools.report.conventions import conventions
 from tools.report.derive import Row, common_settings, is_disturbed, rows_csv
+from tools.report.kinds import in_words
 from tools.report.longest import Longest
 from tools.report.model import Report
 from tools.report.plots import Plot, draw_plots
-from tools.report.summary import key_figures, seconds, summary_sentences, three_digits
+from tools.report.summary import OTHER_GPU, key_figures, seconds, short, summary_sentences, three_digits
 
 TITLE = "How far does a longer context cost what it should?"
 _NONE = "-"
@@ -87,7 +88,8 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
         def shown(row: Row) -> str:
             value = getattr(row, name)
             foreseen = None if predicted is None else getattr(row, predicted)
-            return (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
+            told = (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
+            return f"{told} {OTHER_GPU}" if name in row.across else told
 
         return shown
 
@@ -96,6 +98,8 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
         for heading, name, show, predicted in columns
         if any(getattr(row, name) is not None for row in report.rows)
     ]
+    if len({row.gpu for row in report.rows}) > 1:
+        found.append(("GPU", lambda row: short(row.gpu)))
     return [*found, ("Memory settings", lambda row: row.memory or _NONE)]
 
 
@@ -194,7 +198,7 @@ def _sources(report: Report) -> list[tuple[str, str]]:
 
 def _shared(steps: Sequence[StepRow]) -> str:
     shared = common_settings(steps)
-    return f", {' '.join(shared)}" if shared else ", bf16, fsdp, zigzag" if steps else ""
+    return f", {', '.join(map(in_words, shared))}" if shared else ", bf16, fsdp, zigzag" if steps else ""
 
 
 def _memory(report: Report) -> str:

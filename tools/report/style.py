@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Okabe and Ito's colours, which people with any colour vision can tell apart; those of a seventh kind and more are only
+# different.
+COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    *("#882255", "#999933", "#6a51a3", "#8c564b"),
+)
 RIVAL_COLOUR = "#7b8794"
 INK = "#22272e"
 _TICKS = "#4b5563"
@@ -17,6 +21,9 @@ _DARK = {
     _EDGE: "#68717b",
     _GRID: "#2c3238",
     "#0072b2": "#4aa8e0",
+    "#882255": "#c2417f",
+    "#6a51a3": "#9e8ad0",
+    "#8c564b": "#b9857a",
     "#ffffff": "#16191d",
 }
 

@@ -11,6 +11,9 @@ from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import RIVAL
 from tools.report.model import Report
 
+_COSTS = ("cost_same_tokens", "cost_same_length")
+OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
@@ -21,11 +24,15 @@ class Figure:
 
 
 def key_figures(report: Report) -> list[Figure]:
-    """At most five, of undisturbed rows: longest context, its time, best MFU, cost of cp, what is planned to fit."""
+    """At most five, of undisturbed rows: longest context, its time, best MFU, cost of cp, what is planned to fit.
+
+    Rows of a changed model stand for the preset only where it has none of its own.
+    """
     sound = [row for row in report.rows if row.ok and row.is_ours and row.best and not is_disturbed(row)]
     if not sound:
         return []
-    last = max(sound, key=lambda row: (row.tokens, -(row.step_seconds or 0.0)))
+    whole = [row for row in sound if not row.changed] or sound
+    last = max(whole, key=lambda row: (row.tokens, -(row.step_seconds or 0.0)))
     memory = ""
     if last.gpu_allocated_gib is not None:
         memory = f", {last.gpu_allocated_gib:.3g} GiB allocated on a GPU"
@@ -37,19 +44,23 @@ def key_figures(report: Report) -> list[Figure]:
             value=seconds(last.step_seconds), label=f"a step over {last.tokens:,} tokens ({last.kind}, cp {last.cp})"
         ),
     ]
-    used = max(sound, key=lambda row: row.mfu_causal or 0.0)
+    used = max(whole, key=lambda row: row.mfu_causal or 0.0)
     if used.mfu_causal is not None:
         where = f"{used.tokens:,} tokens, {used.kind}, cp {used.cp}"
         full = f"; {used.mfu_full:.0%} by full attention's count" if used.mfu_full is not None else ""
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
     for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
-        priced = [row for row in sound if getattr(row, name) is not None and _yardsticks_sound(row, sound)]
+        priced = [row for row in sound if _is_told(row, name)]
+        if any(not row.changed for row in sound if any(_is_told(row, one) for one in _COSTS)):
+            priced = [row for row in priced if not row.changed]
         if priced:
-            row = max(priced, key=lambda row: (row.kind == "softmax", row.cp, row.tokens))
-            label = f"cost of cp {row.cp} against cp 1 at the same {words}: {row.tokens:,} tokens, {row.kind}"
+            row = max(priced, key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
+            where = f"{row.tokens:,} tokens, {row.kind}{_gpus(row, name)}"
+            label = f"cost of cp {row.cp} against cp 1 at the same {words}: {where}"
             figures.append(Figure(value=f"{getattr(row, name):.1%}", label=label))
             break
     planned = [one for one in report.longest if one.planned]
+    planned = [one for one in planned if not one.changed] or planned
     if planned:
         most = max(planned, key=lambda one: one.planned or 0)
         label = f"tokens: longest row planned to fit ({most.kind}, cp {most.cp}); computed, not run"
@@ -73,7 +84,11 @@ def summary_sentences(report: Report) -> list[str]:
     ]
     differences = [row.loss_difference for row in measured if row.loss_difference is not None]
     if differences:
-        sentences.append(f"First losses agree with those of cp 1 to {max(differences):.1e} (relative) or better.")
+        others = any("loss_difference" in row.across for row in measured)
+        sentences.append(
+            f"First losses agree with those of cp 1 to {max(differences):.1e} (relative) or better"
+            f"{', some on another GPU than theirs' if others else ''}."
+        )
     return [*sentences, *_not_measured(rows)]
 
 
@@ -89,46 +104,49 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
 
 
 def _costs(sound: Sequence[Row]) -> list[str]:
-    """Of the first kind: the longest row of each ring that has its yardstick. The table has all."""
+    """Of the first kind that has any: the longest row of each ring that has its yardstick. The table has all."""
+    priced = [row for row in sound if any(_is_told(row, name) for name in _COSTS)]
+    kind = priced[0].kind if priced else ""
     sentences = []
-    kind = sound[0].kind if sound else ""
-    for cp in sorted({row.cp for row in sound if row.cp > 1}):
-        own = [row for row in sound if (row.kind, row.cp) == (kind, cp) and _yardsticks_sound(row, sound)]
+    for cp in sorted({row.cp for row in priced if row.kind == kind}):
         told = []
         for name, words in (
             ("cost_same_tokens", "with as many tokens per rank"),
             ("cost_same_length", "as long a row"),
         ):
-            priced = [row for row in own if getattr(row, name) is not None]
-            if priced:
-                row = max(priced, key=lambda row: row.tokens)
-                told.append(f"{getattr(row, name):.1%} against cp 1 {words} (at {row.tokens:,} tokens)")
-        if told:
-            sentences.append(f"Cost of cp {cp}, {kind}: {'; '.join(told)}.")
+            own = [row for row in priced if (row.kind, row.cp) == (kind, cp) and _is_told(row, name)]
+            if own:
+                row = max(own, key=lambda row: row.tokens)
+                where = f"at {row.tokens:,} tokens{_gpus(row, name)}"
+                told.append(f"{getattr(row, name):.1%} against cp 1 {words} ({where})")
+        sentences.append(f"Cost of cp {cp}, {kind}: {'; '.join(told)}.")
     return sentences
 
 
-def _yardsticks_sound(row: Row, sound: Sequence[Row]) -> bool:
-    lengths = {other.tokens for other in sound if other.kind == row.kind and other.cp == 1}
-    return (row.cost_same_length is None or row.tokens in lengths) and (
-        row.cost_same_tokens is None or row.tokens // row.cp in lengths
-    )
+def _is_told(row: Row, name: str) -> bool:
+    """Whether the row has this comparison, with an undisturbed one."""
+    return getattr(row, name) is not None and name not in row.unsound
+
+
+def _gpus(row: Row, name: str) -> str:
+    return f", {short(row.gpu)} against {short(row.across[name])}" if name in row.across else ""
 
 
 def _kinds(sound: Sequence[Row]) -> list[str]:
+    compared = [row for row in sound if row.is_ours and _is_told(row, "against_softmax")]
     told = []
-    for kind in dict.fromkeys(row.kind for row in sound if row.is_ours and row.against_softmax is not None):
-        row = max((row for row in sound if row.kind == kind), key=lambda row: (row.tokens, row.cp))
-        if row.against_softmax is not None:
-            told.append(f"{kind} {row.against_softmax:.2f} times (at {row.tokens:,} tokens, cp {row.cp})")
+    for kind in dict.fromkeys(row.kind for row in compared):
+        row = max((row for row in compared if row.kind == kind), key=lambda row: (row.tokens, row.cp))
+        where = f"at {row.tokens:,} tokens, cp {row.cp}{_gpus(row, 'against_softmax')}"
+        told.append(f"{kind} {row.against_softmax:.2f} times ({where})")
     return [f"Step time against softmax: {', '.join(told)}."] if told else []
 
 
 def _rival(sound: Sequence[Row]) -> list[str]:
     told = [
-        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens"
+        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_gpus(row, 'against_softmax')}"
         for row in sound
-        if row.kind == RIVAL and row.against_softmax is not None
+        if row.kind == RIVAL and _is_told(row, "against_softmax")
     ]
     name = "transformers + FSDP2 + torch's context_parallel (rival)"
     return [f"On as many GPUs a step of {name} takes {', '.join(told)}."] if told else []
@@ -174,6 +192,11 @@ def count(tokens: int) -> str:
     if tokens >= 1 << 20:
         return f"{tokens / (1 << 20):.3g}M"
     return f"{tokens >> 10}k" if tokens >= 1 << 10 and tokens % (1 << 10) == 0 else f"{tokens:,}"
+
+
+def short(gpu: str) -> str:
+    """Its name without the maker's."""
+    return gpu.removeprefix("NVIDIA ")
 
 
 def seconds(value: float | None) -> str:

@@ -1,0 +1,190 @@
+"""Whom the report compares with whom, what it puts first, and how it names rows of other settings."""
+
+import csv
+import io
+import re
+from dataclasses import replace
+
+import pytest
+
+from tests.tools.report_records import cpu_row, gpu_row, report
+from tools.bench.step_rows import StepRow
+from tools.report.conventions import conventions
+from tools.report.derive import Row, derive_rows, rows_csv
+from tools.report.kinds import in_words, kind_settings
+from tools.report.longest import Limits, longest_contexts
+from tools.report.render import render_markdown
+from tools.report.summary import key_figures, summary_sentences
+
+H200 = {"gpu": "NVIDIA H200"}
+FAR = 1 << 20
+
+
+def _row(kind: str, cp: int, tokens: int, seconds: float, *more: str, **change: object) -> StepRow:
+    """Without the machine's memory, whose longest contexts would take seconds to plan."""
+    settings = " ".join((*kind_settings(kind, "qwen3-0.6b"), *more, "memory.tile=8192"))
+    return gpu_row(kind, cp, tokens, seconds, **{"settings": settings, "host_total": None, **change})
+
+
+# The whole model and four layers of it; softmax's four layers ran on another GPU.
+MIXED = (
+    _row("lagged", 4, FAR, 52.8, "model.layers=4"),
+    _row("sas", 4, FAR, 60.3, "model.layers=4", mfu_causal=0.6),
+    _row("softmax", 4, FAR, 30.5, "model.layers=4", **H200),
+    _row("softmax", 4, FAR, 208.0),
+    _row("softmax", 4, 32768, 0.4),
+    _row("softmax", 4, 32768, 1.0, variant="rival", settings="alltoall loss=fused layers=recomputed"),
+)
+
+
+def _found(steps: tuple[StepRow, ...]) -> dict[tuple[str, int, int], Row]:
+    return {(row.kind, row.cp, row.tokens): row for row in derive_rows(steps)}
+
+
+def test_softmax_of_the_same_settings_is_the_yardstick() -> None:
+    rows = _found(MIXED)
+    assert rows["lagged 128, 4 layers", 4, FAR].against_softmax == pytest.approx(52.8 / 30.5)
+    assert rows["SAS r=2, 4 layers", 4, FAR].against_softmax == pytest.approx(60.3 / 30.5)
+    assert rows["softmax, 4 layers", 4, FAR].against_softmax is None, "it is a yardstick itself"
+    alone = _found(tuple(step for step in MIXED if step.gpu != "NVIDIA H200"))
+    assert alone["lagged 128, 4 layers", 4, FAR].against_softmax is None, "the whole model's is none"
+
+
+def test_the_rival_is_compared_with_the_whole_model() -> None:
+    rival = {"variant": "rival", "settings": "alltoall loss=fused layers=recomputed"}
+    steps = (
+        _row("softmax", 4, 32768, 1.0, **rival),
+        _row("softmax", 4, 32768, 0.05, "model.layers=4"),
+        _row("softmax", 2, 32768, 0.8),
+        _row("softmax", 4, 65536, 0.9),
+    )
+    assert _found(steps)["rival", 4, 32768].against_softmax is None
+    steps = (*steps, _row("softmax", 4, 32768, 0.4))
+    assert _found(steps)["rival", 4, 32768].against_softmax == pytest.approx(2.5)
+    assert any("2.50 times ours at 32,768 tokens" in one for one in summary_sentences(report(steps)))
+
+
+def test_costs_and_losses_are_those_of_the_same_settings() -> None:
+    layers = "engine.precision=fp32 model.layers=1 memory=auto"
+    steps = (
+        cpu_row(1, 1024, 0.5),
+        cpu_row(1, 4096, 4.0),
+        cpu_row(4, 4096, 1.25, settings=layers, losses=(5.0, 4.0)),
+    )
+    ring = _found(steps)["softmax, 1 layer", 4, 4096]
+    assert (ring.cost_same_tokens, ring.cost_same_length, ring.loss_difference) == (None, None, None)
+    own = (
+        cpu_row(1, 1024, 0.25, settings="model.layers=1 engine.precision=fp32", losses=(4.0, 3.0)),
+        cpu_row(1, 4096, 1.0, settings=layers, losses=(4.0, 3.0)),
+    )
+    rows = _found((*steps, *own))
+    ring, narrow = rows["softmax, 1 layer", 4, 4096], rows["softmax, 1 layer", 1, 1024]
+    assert ring.cost_same_length == pytest.approx(1 - 1.0 / 1.25)
+    assert ring.loss_difference == pytest.approx(0.25)
+    assert ring.tflops_per_unit_causal is not None
+    assert narrow.tflops_per_unit_causal is not None
+    # the order of the settings is no setting
+    assert ring.cost_same_tokens == pytest.approx(1 - ring.tflops_per_unit_causal / narrow.tflops_per_unit_causal)
+
+
+def test_another_gpu_is_said_wherever_two_rows_are_compared() -> None:
+    made = report(MIXED)
+    across = {row.kind: dict(row.across) for row in made.rows if row.across}
+    other = {"against_softmax": "NVIDIA H200"}
+    assert across == {"lagged 128, 4 layers": other, "SAS r=2, 4 layers": other}
+    sentence = next(one for one in summary_sentences(made) if one.startswith("Step time against softmax"))
+    assert "lagged 128, 4 layers 1.73 times (at 1,048,576 tokens, cp 4, H100 80GB HBM3 against H200)" in sentence
+    text = render_markdown(made, [])
+    assert "| 1.73x # |" in text
+    assert "| 2.50x |" in text, "the rival's row and ours are of one GPU"
+    assert re.search(r"\| softmax, 4 layers \|.*\| H200 \| nothing recomputed or moved \|", text)
+    assert "- **#**: the two compared rows ran on different GPUs (NVIDIA H100 80GB HBM3 and NVIDIA H200)" in text
+    line = next(one for one in csv.DictReader(io.StringIO(rows_csv(made.rows))) if one["kind"].startswith("lagged"))
+    assert (line["across"], line["conditions"]) == ("against_softmax: NVIDIA H200", "model.layers=4")
+    # costs and losses
+    ring = (_row("softmax", 1, 8192, 0.2, losses=(6.0,), **H200), _row("softmax", 4, 8192, 0.1, losses=(6.6,)))
+    made = report(ring)
+    assert set(made.rows[1].across) == {"cost_same_length", "loss_difference"}
+    assert "50.0% # |" in render_markdown(made, [])
+    sentences = " ".join(summary_sentences(made))
+    assert "50.0% against cp 1 as long a row (at 8,192 tokens, H100 80GB HBM3 against H200)" in sentences
+    assert "some on another GPU than theirs" in sentences
+    assert any("softmax, H100 80GB HBM3 against H200" in figure.label for figure in key_figures(made))
+
+
+def test_one_gpu_needs_no_mark() -> None:
+    made = report(tuple(replace(step, gpu="NVIDIA H200") for step in MIXED))
+    assert not any(row.across for row in made.rows)
+    assert "| GPU |" not in render_markdown(made, [])
+    assert "#" not in dict(conventions(made))
+    assert "against H200" not in " ".join(summary_sentences(made))
+
+
+def test_of_two_gpus_the_rows_own_is_the_yardstick() -> None:
+    steps = (_row("softmax", 4, FAR, 1.0, **H200), _row("softmax", 4, FAR, 2.0), _row("sas", 4, FAR, 3.0))
+    rows = derive_rows(steps)
+    assert [(row.against_softmax, dict(row.across)) for row in rows if row.attention != "softmax"] == [(1.5, {})]
+    assert [(row.gpu, row.best) for row in rows[:2]] == [("NVIDIA H200", True), ("NVIDIA H100 80GB HBM3", False)]
+
+
+def test_headlines_are_of_the_preset_as_it_is() -> None:
+    far = (*MIXED, _row("softmax", 4, 2 * FAR, 120.0, "model.layers=4"))
+    figures = {figure.value: figure.label for figure in key_figures(report(far))}
+    assert figures["1M"].startswith("tokens: longest row trained (softmax, cp 4,")
+    assert figures["208 s"] == "a step over 1,048,576 tokens (softmax, cp 4)"
+    assert "40.0%" in figures, "not the 60% of four layers"
+    assert not any("layers" in label for label in figures.values())
+    reduced = tuple(step for step in MIXED if "layers=4" in step.settings)
+    labels = [figure.label for figure in key_figures(report(reduced))]
+    assert labels[0].startswith("tokens: longest row trained (softmax, 4 layers, cp 4,"), "there is no other, so say it"
+
+
+def test_the_planned_headline_is_of_the_preset_as_it_is() -> None:
+    made = report(MIXED)
+    assert [one.changed for one in made.longest] == [False, True, True, True]
+    longest = tuple(replace(one, planned=9 * FAR if one.changed else 3 * FAR) for one in made.longest)
+    assert key_figures(replace(made, longest=longest))[-1].value == "3M"
+    assert key_figures(replace(made, longest=longest[1:]))[-1].value == "9M"
+
+
+def test_cost_of_cp_may_be_of_a_changed_model_and_says_so() -> None:
+    reduced = (
+        _row("softmax", 1, 8192, 0.2, "model.layers=4"),
+        _row("softmax", 4, 32768, 0.5, "model.layers=4"),
+        _row("softmax", 4, 8192, 0.1, "model.layers=4"),
+    )
+    whole = (_row("softmax", 4, 65536, 1.0), _row("softmax", 2, 8192, 0.4))
+
+    def told(*steps: StepRow) -> tuple[str, str]:
+        made = report(steps)
+        figure = next(figure.label for figure in key_figures(made) if figure.label.startswith("cost of cp"))
+        return figure, next(one for one in summary_sentences(made) if one.startswith("Cost of cp"))
+
+    figure, sentence = told(*reduced, *whole)
+    assert figure == "cost of cp 4 against cp 1 at the same tokens per rank: 32,768 tokens, softmax, 4 layers"
+    assert sentence.startswith("Cost of cp 4, softmax, 4 layers: ")
+    # even a lesser comparison of the preset as it is comes first
+    figure, sentence = told(*reduced, *whole, _row("softmax", 1, 8192, 0.5))
+    assert figure == "cost of cp 2 against cp 1 at the same length: 8,192 tokens, softmax"
+    assert sentence.startswith("Cost of cp 2, softmax: ")
+
+
+def test_a_disturbed_softmax_is_no_yardstick_of_a_sentence() -> None:
+    softmax = cpu_row(1, 1024, 1.0, other_cores=1.5)
+    sas = cpu_row(1, 1024, 3.0, settings=" ".join((*kind_settings("sas", "test"), "engine.precision=fp32")))
+    assert "against softmax" not in " ".join(summary_sentences(report((softmax, sas))))
+    assert "3.00 times" in " ".join(summary_sentences(report((replace(softmax, other_cores=0.0), sas))))
+
+
+def test_other_settings_have_names_and_an_order() -> None:
+    assert [in_words(f"model.layers={n}") for n in (1, 4)] == ["1 layer", "4 layers"]
+    assert in_words("model.hidden=512") == "model.hidden=512"
+    more = [_row("softmax", 4, FAR, 9.0, one) for one in ("model.hidden=512", "data.max_documents=20")]
+    steps = (*MIXED, *more)
+    reduced = ["softmax, 4 layers", "lagged 128, 4 layers", "SAS r=2, 4 layers"]
+    names = ["softmax", "softmax, data.max_documents=20", *reduced, "softmax, model.hidden=512"]
+    assert list(dict.fromkeys(row.kind for row in derive_rows(steps))) == [*names, "rival"]
+    assert [one.kind for one in longest_contexts(steps, Limits())] == names
+    every = report(tuple(step for step in MIXED if "layers=4" in step.settings))
+    assert {row.kind for row in every.rows} == set(reduced), "also where no row is of the preset as it is"
+    assert "model.layers" not in render_markdown(every, []).split("| Commands")[0].split("| Command |")[0]

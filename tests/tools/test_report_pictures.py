@@ -1,0 +1,198 @@
+"""Nothing of a picture is cut off or lies over something else, however many lines it has: boxes as Agg draws them."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+
+import matplotlib
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from tests.tools.report_records import gpu_row, report
+from tools.report.axes import Looks
+from tools.report.kinds import kind_settings
+from tools.report.model import Report
+from tools.report.plots import Drawing, list_drawings, make_figure
+from tools.report.style import COLOURS, RIVAL_COLOUR, STYLE, darkened
+
+LENGTHS = (8192, 33000, 34816, 65536, 131072, 262144, 1 << 20)
+KINDS = ("softmax", "selective", "lagged")
+OTHERS = ("", "model.layers=4", "data.max_documents=20 model.layers=12")
+
+
+def _report(series: int, rings: tuple[int, ...] = (4,), lengths: tuple[int, ...] = LENGTHS) -> Report:
+    """Up to nine kinds of ours and the rival's, with longest contexts that no planner had to find."""
+    steps = []
+    for number in range(min(series, 9)):
+        kind, other = KINDS[number % 3], OTHERS[number // 3]
+        change = {"settings": f"{' '.join(kind_settings(kind, 'qwen3-0.6b'))} {other}", "host_total": None}
+        change |= {"gpu": "NVIDIA H200"} if (kind, other) == ("softmax", "model.layers=4") else {}
+        steps += [
+            gpu_row(kind, cp, n, (1 + number) * n / 8192 / cp**0.9, exposed_seconds=0.01, **change)
+            for cp in rings
+            for n in lengths
+        ]
+    if series > 9:
+        steps.append(gpu_row("softmax", 4, 8192, 9.0, variant="rival", settings="alltoall loss=fused"))
+    made = report(tuple(steps))
+    return replace(made, longest=tuple(replace(one, planned=7663616) for one in made.longest))
+
+
+def _drawn(drawings: list[Drawing], looks: Looks) -> Figure:
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure = make_figure(drawings, looks)
+        figure.draw_without_rendering()
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    return figure
+
+
+def _texts(figure: Figure) -> Iterator[Text]:
+    """All that is shown."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks():
+                if low <= tick.get_loc() <= high:
+                    yield tick.label1
+            yield axis.label
+        yield from (axes.title, *axes.texts)
+    for legend in figure.legends:
+        yield from legend.get_texts()
+
+
+def _boxes(figure: Figure) -> dict[str, Bbox]:
+    shown = [text for text in _texts(figure) if text.get_visible() and text.get_text()]
+    return {f"{number} {text.get_text()!r}": text.get_window_extent() for number, text in enumerate(shown)}
+
+
+def _overlap(one: Bbox, other: Bbox) -> bool:
+    return one.x0 < other.x1 and other.x0 < one.x1 and one.y0 < other.y1 and other.y0 < one.y1
+
+
+def _check(figure: Figure) -> None:
+    page = figure.bbox
+    boxes = _boxes(figure)
+    for name, box in boxes.items():
+        inside = box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0 and box.y1 <= page.y1
+        assert inside, f"{name} leaves the figure: {box} is not in {page}"
+    touching = [(a, b) for (a, one), (b, other) in combinations(boxes.items(), 2) if _overlap(one, other)]
+    assert not touching, f"these lie over each other: {touching}"
+    (legend,) = figure.legends  # once per figure
+    told = [text.get_text() for text in legend.get_texts()]
+    assert len(set(told)) == len(told), "a line is told once"
+    area = legend.get_window_extent()
+    assert area.x0 >= page.x0, "the first marker of the legend is cut"
+    assert area.x1 <= page.x1
+    for axes in figure.axes:
+        assert not _overlap(area, axes.get_window_extent()), "the legend lies over lines"
+        width, height = axes.get_window_extent().size / figure.dpi
+        assert width > 2.6, f"the axes are squeezed to {width:.2f} in of 5.6"
+        assert height > 2.2, f"the axes are squeezed to {height:.2f} in of 3.7"
+
+
+def _by_columns(names: list[str], figure: Figure) -> list[str]:
+    """Names that are read row by row, in the order of the legend's columns."""
+    lefts = sorted({round(text.get_window_extent().x0) for text in figure.legends[0].get_texts()})
+    return [name for column in range(len(lefts)) for name in names[column :: len(lefts)]]
+
+
+@pytest.mark.filterwarnings("error")  # "constrained_layout not applied"
+@pytest.mark.parametrize(("series", "rings"), [(1, (4,)), (1, (1, 2, 4)), (4, (4,)), (4, (1, 4)), (10, (4,))])
+def test_nothing_is_cut_or_overlaps_in_the_overview(series: int, rings: tuple[int, ...]) -> None:
+    made = _report(series, rings)
+    looks = Looks.of(made.rows)
+    drawings = list_drawings(made, looks)
+    assert len(drawings) >= 5
+    _check(_drawn(drawings, looks))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("series", "rings", "name"),
+    [
+        *((series, rings, name) for series, rings in ((1, (1, 4)), (4, (4,))) for name in ("step_time", "longest")),
+        *((10, (1, 4), name) for name in ("step_time", "gpu_memory", "cost_same_length", "against_softmax", "longest")),
+    ],
+)
+def test_nothing_is_cut_or_overlaps_in_a_picture(series: int, rings: tuple[int, ...], name: str) -> None:
+    made = _report(series, rings)
+    looks = Looks.of(made.rows)
+    drawing = next(one for one in list_drawings(made, looks) if one.name == name)
+    figure = _drawn([drawing], looks)
+    _check(figure)
+    told = [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()]
+    if name == "longest":
+        assert told == ["trained a step", "planner: fits"]
+    elif series == 1:
+        assert told == ["cp 1", "cp 4"]
+    else:
+        rings = sorted({cp for _, cp in drawing.lines})
+        assert told == _by_columns(
+            [*dict.fromkeys(kind for kind, _ in drawing.lines), *(f"cp {cp}" for cp in rings if len(rings) > 1)], figure
+        )
+
+
+def test_where_colours_tell_the_ring_the_legend_does() -> None:
+    made = report((*_report(1, (1, 4)).steps, gpu_row("softmax", 4, 8192, 9.0, variant="rival", settings="alltoall")))
+    looks = Looks.of(made.rows)
+    assert looks.by_ring
+    (legend,) = _drawn([list_drawings(made, looks)[0]], looks).legends
+    told = {
+        text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+    assert told == {"cp 1": COLOURS[0], "cp 4": COLOURS[1], "rival, cp 4": RIVAL_COLOUR}
+
+
+def test_a_picture_of_one_kind_of_many_names_it() -> None:
+    """And where a title has no room for the unit, a note says it."""
+    layers = {"settings": "model.layers=4", "host_total": None}
+    made = report(
+        (gpu_row("softmax", 4, 65536, 9.0), *(gpu_row("softmax", cp, 8192, 1.0, **layers) for cp in (1, 2, 4)))
+    )
+    looks = Looks.of(made.rows)
+    figure = _drawn([one for one in list_drawings(made, looks) if one.name == "cost_same_length"], looks)
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert told == ["softmax, 4 layers, cp 2", "softmax, 4 layers, cp 4"]
+    heading = [text.get_text() for text in figure.axes[0].texts]
+    assert heading == ["tokens/s lost against cp 1; dotted: as cp 1", "Cost of cp, same length"]
+
+
+def test_ticks_without_room_are_left_out_and_the_others_stay() -> None:
+    """33,000 and 34,816 tokens are 0.08 doublings apart; 32k to 256k have room."""
+    for lengths, wanted in (
+        (LENGTHS, ["8k", "34k", "64k", "128k", "256k", "1M"]),
+        ((32768, 131072, 262144, 1 << 20), ["32k", "128k", "256k", "1M"]),
+        ((1024, 1536, 1 << 26), ["1,536", "64M"]),
+    ):
+        made = _report(1, lengths=lengths)
+        looks = Looks.of(made.rows)
+        (axes,) = _drawn([list_drawings(made, looks)[0]], looks).axes
+        assert [label.get_text() for label in axes.get_xticklabels()] == wanted
+
+
+def test_ten_kinds_have_ten_colours() -> None:
+    looks = Looks.of(_report(10).rows)
+    assert len(looks.kinds) == 10
+    assert len({looks.colour(kind, 4) for kind in looks.kinds}) == 10
+    light = "".join(f'<path style="stroke: {colour}"/>' for colour in COLOURS)
+    dark = re.findall(r"#\w{6}", darkened(light.encode()).decode())
+    assert len(set(dark)) == len(COLOURS), "on dark paper too"
+
+
+def test_points_compared_with_another_gpu_are_hollow() -> None:
+    made = _report(5, lengths=(8192,))
+    looks = Looks.of(made.rows)
+    drawing = next(one for one in list_drawings(made, looks) if one.name == "against_softmax")
+    (axes,) = _drawn([drawing], looks).axes
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    crossed = [row.against_softmax for row in made.rows if row.across]
+    assert [list(line.get_ydata()) for line in hollow] == [[value] for value in crossed] == [[5 / 4]]
+    assert any("hollow: against a row on another GPU" in text.get_text() for text in axes.texts)
+    same = report(tuple(replace(step, gpu="NVIDIA H200") for step in made.steps))
+    drawing = next(one for one in list_drawings(same, looks) if one.name == "against_softmax")
+    (axes,) = _drawn([drawing], looks).axes
+    assert not any("hollow" in text.get_text() for text in axes.texts)
