@@ -23,6 +23,7 @@ from launch.data import Corpus, open_corpus
 from launch.decoder import build_model
 from launch.engine import Engine
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, OutOfMemory, WriteError, everywhere
+from launch.garbage import Settled
 from launch.heartbeat import Heartbeat
 from launch.memory_choice import MemoryPlan, device_facts, plan_memory, with_memory
 from launch.metrics import MetricsWriter
@@ -212,6 +213,7 @@ class Trainer:
                 console=self._console,
             ) as bar,
             Heartbeat(pulse, bar=bar, metrics=parts.metrics, tell=self.tell, enabled=self._leader),
+            Settled() as garbage,
         ):
             while progress.step < optim.steps:
                 began = time.perf_counter()
@@ -226,6 +228,7 @@ class Trainer:
                 progress.step += 1
                 progress.next_row += optim.rows_per_step
                 progress.tokens += optim.rows_per_step * self.config.data.seq_len
+                garbage.settle()
                 self.topology.use_hop_timeout()
                 pulse.end()
                 parts.account.step(progress, bar, result, rate, seconds)

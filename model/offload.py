@@ -18,12 +18,15 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 _Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 """Shape, strides (else copies of attention's output would be rearranged on the way), dtype, and where it belongs."""
+
+_TOUCHING = 8  # threads
 
 
 class HostStore:
@@ -78,6 +81,7 @@ class HostStore:
         buffer = torch.empty_like(tensor, device="cpu")
         self.bytes += buffer.nbytes
         if tensor.device.type == "cuda":
+            _touch(buffer)
             _pin(buffer)
         return buffer
 
@@ -176,6 +180,17 @@ def hooks(put: Callable[[Tensor], Held | Resident]) -> torch.autograd.graph.save
         return kept if isinstance(kept, Tensor) else kept.get()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _touch(buffer: Tensor) -> None:
+    """Write to all of it, by several threads.
+
+    The kernel gives memory at the first touch, on virtual machines at less than 1 GB/s to a thread. Pinning memory that
+    is not there yet would touch it in one thread, inside the driver.
+    """
+    storage = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
+    with ThreadPoolExecutor(_TOUCHING, thread_name_prefix="offload") as pool:
+        list(pool.map(Tensor.zero_, storage.chunk(_TOUCHING)))
 
 
 def _pin(buffer: Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.offload import HostStore, hooks
+from model.offload import HostStore, _touch, hooks
 
 NAMES = {0: "input 0", 1: "out 0", 2: "input 1", 3: "out 1", 4: "input 2"}
 
@@ -56,3 +56,11 @@ def test_saved_tensors_go_by_the_store_but_for_empty_ones() -> None:
     result.backward()
     assert store.bytes == 5 * 4
     assert torch.equal(full.grad, full.detach().exp())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 5), (2, 300, 33)])
+def test_every_byte_is_touched_whatever_the_strides(shape: tuple[int, ...]) -> None:
+    x = torch.full(shape, 3.0, dtype=torch.bfloat16).transpose(0, -1)
+    _touch(x)
+    assert not x.any()
+    assert x.untyped_storage().nbytes() == x.nbytes

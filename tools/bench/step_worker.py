@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from launch.garbage import Settled
 from launch.meters import host_memory_bytes, known_peak_tflops, peak_memory_bytes, reset_peak_memory, utilisation
 from launch.topology import Topology
 from model.flops import flops_per_token
@@ -35,10 +36,11 @@ def measure(task: Task, topology: Topology) -> None:
     assert task.config.mesh(topology.world_size) == (topology.dp, topology.cp)
     for device in {_CPU, topology.device}:  # of a case before this one
         reset_peak_memory(device)
-    with HostWatch() as watch:
+    with HostWatch() as watch, Settled() as garbage:
         steps = build_steps(task, topology, clock)
         case = _Case(task, topology, steps)
         case.warm_up()
+        garbage.settle()
         case.time(clock)
         values = {**case.values(), "host_machine": topology.max_of(watch.most_taken()) / GIB}
         _keep(task, topology, values)
