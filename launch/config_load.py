@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from launch.config import SECTIONS, Config
 from launch.config_checks import without_effect
-from launch.config_describe import describe_field, describe_value, hint
+from launch.config_describe import describe_field, describe_value, hint, yaml_spelling
 from launch.config_names import SHORT_FORMS, keys_of, override_hint, similar_file, similar_key, unknown_section
 from launch.config_problem import ConflictingSettings, Problem
 from launch.errors import ConfigError
@@ -91,6 +91,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     _read_file(draft)
     for number, override in enumerate(overrides, start=1):
         _read_override(draft, number, override)
+    overridden = _settle_memory(draft)
     config = _validate(draft)
     if config is None or draft.problems:
         raise ConfigError("\n".join(draft.sorted_problems()))
@@ -99,10 +100,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
         for name, section in SECTIONS.items()
         for key in section.model_fields
     }
-    warnings = tuple(
+    idle = (
         f"{draft.origin(problem.keys[0])}: {problem.keys[0]}: {problem.message}" for problem in without_effect(config)
     )
-    return LoadedConfig(config=config, sources=sources, path=path, overrides=tuple(overrides), warnings=warnings)
+    return LoadedConfig(
+        config=config, sources=sources, path=path, overrides=tuple(overrides), warnings=(*overridden, *idle)
+    )
 
 
 def split_worker_args(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -208,6 +211,28 @@ def _read_override(draft: _Draft, number: int, override: str) -> None:
         draft.report(origin, f"{dotted}: {error.message}; put the value in quotes if it is text")
         return
     _store(draft, name, key, plain(located), origin)
+
+
+def _settle_memory(draft: _Draft) -> list[str]:
+    """Let the overrides win where either they or the file leave the `memory` section to `auto`; returns warnings."""
+    auto = "memory.auto"
+    others = [key for key in draft.values if key.startswith("memory.") and key != auto]
+    by_override = [key for key in others if draft.origins[key].startswith("override")]
+    in_file = [key for key in others if key not in by_override]
+    if draft.values.get(auto) is not True:
+        return []
+    if draft.origins[auto].startswith("override"):
+        if not in_file:
+            return []
+        dropped = ", ".join(
+            f"{key}={yaml_spelling(draft.values.pop(key))} ({draft.origins.pop(key)})" for key in in_file
+        )
+        return [f"{draft.origins[auto]}: {auto}: chooses the memory settings; not used: {dropped}"]
+    if not by_override or in_file:  # a file that contradicts itself stays an error
+        return []
+    del draft.values[auto]
+    first, names = draft.origins[by_override[0]], ", ".join(by_override)
+    return [f"{first}: {names}: turns off memory: auto ({draft.origins.pop(auto)}); what is not given has its default"]
 
 
 def _store(draft: _Draft, section: str, key: str, value: Any, origin: str) -> None:

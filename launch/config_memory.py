@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from launch.config_describe import yaml_spelling
 from launch.config_problem import Problem
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _written_beside_auto(config: Config) -> Iterator[Problem]:
         if key != "auto" and value != getattr(defaults, key):
             yield Problem(
                 keys=(f"memory.{key}", "memory.auto"),
-                message=f"memory: auto chooses it, got {value!r}; leave it out, or set memory.auto=false",
+                message=f"memory: auto chooses it, got {yaml_spelling(value)}; leave it out, or set memory.auto=false",
             )
 
 

@@ -83,7 +83,10 @@ def main(
 ) -> None:
     """Predicted memory and step time, the best memory settings, the longest row."""
     try:
-        found = load_config(config, overrides or []).config
+        loaded = load_config(config, overrides or [])
+        for warning in loaded.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        found = loaded.config
         lengths = _lengths(tokens, found.data.seq_len)
         _, cp = found.mesh(gpus)
         facts = DeviceFacts(device_bytes=int(gpu_gb * GIB), host_bytes=int(host_gb * GIB / gpus))

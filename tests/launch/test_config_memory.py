@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import Config
+from launch.config import Config, MemoryConfig
 from launch.config_load import LoadedConfig, load_config
 from launch.errors import ConfigError
 from launch.memory_choice import plan_memory, with_memory
@@ -70,6 +70,54 @@ def test_auto_is_a_word_for_the_whole_section(tmp_path: Path, text: str, overrid
     assert loaded.sources["memory.auto"] == ("override 1" if overrides else f"{tmp_path}/c.yaml:4")
     with pytest.raises(ConfigError, match="expected a section with keys auto, recompute"):
         load(tmp_path, "memory: always\n")
+
+
+FILE = "memory: {recompute: true, tile: 7}\n"
+
+
+def test_auto_of_an_override_wins_over_the_file(tmp_path: Path) -> None:
+    loaded = load(tmp_path, FILE, "memory=auto")
+    assert loaded.config.memory == MemoryConfig(auto=True)
+    at = f"{tmp_path}/c.yaml:4"
+    assert loaded.warnings == (
+        f"override 1: memory.auto: chooses the memory settings; not used: memory.recompute=true ({at}), "
+        f"memory.tile=7 ({at})",
+    )
+    assert loaded.sources["memory.recompute"] == "default"
+
+
+def test_settings_of_overrides_win_over_auto_of_the_file(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "memory: auto\n", "optim.steps=3", "memory.recompute=true", "memory.tile=9")
+    assert loaded.config.memory == MemoryConfig(recompute=True, tile=9)
+    assert loaded.warnings == (
+        "override 2: memory.recompute, memory.tile: turns off memory: auto "
+        f"({tmp_path}/c.yaml:4); what is not given has its default",
+    )
+    # that other settings are left to auto is no reason for a warning
+    assert load(tmp_path, "memory: auto\n", "optim.steps=3").warnings == ()
+    assert load(tmp_path, FILE, "memory.tile=8").config.memory == MemoryConfig(recompute=True, tile=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("", ["memory=auto", "memory.tile=9"]),
+        (FILE, ["memory=auto", "memory.tile=9"]),
+        ("memory: {auto: true, tile: 9}\n", []),
+        ("memory: {auto: true, tile: 9}\n", ["memory.keep_layers=null"]),
+    ],
+)
+def test_auto_beside_settings_of_the_same_source_is_an_error(tmp_path: Path, text: str, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.tile: memory: auto chooses it, got 9; leave it out"):
+        load(tmp_path, text, *overrides)
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b-32k", "llama-3-8b-64k"])
+def test_the_configurations_for_gpus_leave_memory_to_auto(name: str) -> None:
+    path = str(Path(__file__).parents[2] / f"configs/{name}.yaml")
+    assert load_config(path).config.memory.auto
+    for override, auto in (("memory=auto", True), ("memory.recompute=true", False)):
+        assert load_config(path, [override]).config.memory.auto is auto
 
 
 def test_a_choice_is_checked_again(tmp_path: Path) -> None:
