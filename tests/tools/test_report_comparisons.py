@@ -97,7 +97,7 @@ def test_another_gpu_is_said_wherever_two_rows_are_compared() -> None:
     text = render_markdown(made, [])
     assert "| 1.73x # |" in text
     assert "| 2.50x |" in text, "the rival's row and ours are of one GPU"
-    assert re.search(r"\| softmax, 4 layers \|.*\| H200 \| nothing recomputed or moved \|", text)
+    assert re.search(r"\| softmax, 4 layers \|.*\| nothing recomputed or moved \| H200 \|", text)
     assert "- **#**: the two compared rows ran on different GPUs (NVIDIA H100 80GB HBM3 and NVIDIA H200)" in text
     line = next(one for one in csv.DictReader(io.StringIO(rows_csv(made.rows))) if one["kind"].startswith("lagged"))
     assert (line["across"], line["conditions"]) == ("against_softmax: NVIDIA H200", "model.layers=4")

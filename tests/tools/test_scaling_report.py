@@ -177,7 +177,7 @@ def test_an_interrupted_command_leaves_a_report(
     monkeypatch.setattr(RankPool, "run", interrupt)
     assert main([*TINY, "--cp", "1", "--seq-len", "64", "--out", str(tmp_path)]) == 130
     assert "stopped; the points so far are in" in capsys.readouterr().err
-    assert "| softmax | 1 | 1,024 | 500 ms |" in (tmp_path / "report.md").read_text()
+    assert "| softmax | 1 | 1,024 | nothing recomputed or moved | 500 ms |" in (tmp_path / "report.md").read_text()
 
 
 def _records(folder: Path, *rows: StepRow) -> str:
@@ -205,7 +205,8 @@ def test_the_committed_records_are_rendered(tmp_path: Path, capsys: pytest.Captu
     assert main(["--from", records, "--preset", "qwen3-0.6b", "--out", str(tmp_path)]) == 0
     assert "need the machine's memory: --gpu-gb and --host-gb" in capsys.readouterr().out
     text = (tmp_path / "report.md").read_text()
-    assert "| softmax | 4 | 1,048,576 | 208 s (212 s) |" in text
+    settings = "recompute=keep_attention, offload=inputs, tile=8192"
+    assert f"| softmax | 4 | 1,048,576 | {settings} | 208 s (212 s) |" in text
     assert "| softmax | 4 | 1,048,576 | - | machine not known |" in text
     rows = [json.loads(line) for line in Path(records).read_text().splitlines()]
     last = [row for row in rows if row["model"] == "qwen3-0.6b"][-1]

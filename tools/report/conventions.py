@@ -75,8 +75,8 @@ def conventions(report: Report) -> list[tuple[str, str]]:
         ),
         (
             "Peak memory",
-            "GPU, torch: peak of torch's allocator in the timed steps. GPU, all: everything in use on the GPU after a "
-            "step, with what NCCL, peer buffers and the context take. "
+            "GPU, torch: peak of torch's allocator in the timed steps. GPU, all: everything in use on the GPU at that "
+            "peak, with what the allocator keeps for later, NCCL, peer buffers and the context. "
             if cuda
             else "of the largest process, libraries and the time while the model is built included."
             " Predicted stands beside it.",
@@ -93,8 +93,8 @@ def conventions(report: Report) -> list[tuple[str, str]]:
         ),
         (
             "Predicted",
-            "by the planner before the step, in brackets in the table (on a CPU no times). Memory settings are the "
-            "planner's choice (memory: auto) unless the settings say otherwise.",
+            "by the planner as it was before the step, in brackets in the table (on a CPU no times). Memory settings "
+            "are the planner's choice (memory: auto) unless the settings say otherwise.",
         ),
         (
             "Longest context",

@@ -210,7 +210,7 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
         mfu_causal=step.mfu_causal,
         mfu_full=step.mfu_full,
         gpu_allocated_gib=step.peak_allocated,
-        gpu_used_gib=step.device_used,
+        gpu_used_gib=_device_used(step),
         host_peak_gib=max(host) if host else None,
         exposed_seconds=waited,
         exposed_fraction=waited / seconds if seconds and waited is not None else None,
@@ -296,3 +296,9 @@ def is_disturbed(row: Row) -> bool:
     True if its timings differ by more than 25%, or others kept more than a tenth of the cores it uses busy.
     """
     return (row.step_spread or 0.0) > RESTLESS_SPREAD or (row.other_cores or 0.0) > RESTLESS_CORES * row.units
+
+
+def _device_used(step: StepRow) -> float | None:
+    """GiB. Older records have what was in use after a step, when the allocator may have given back a part."""
+    used = step.device_used
+    return None if used is None or used < (step.peak_reserved or 0.0) else used

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 
-from launch.progress import format_bytes
 from tools.bench.step_rows import StepRow
 from tools.report.conventions import conventions
 from tools.report.derive import Row, common_settings, is_disturbed, rows_csv
@@ -61,10 +60,11 @@ def render_markdown(report: Report, plots: Sequence[Plot]) -> str:
 
 
 def table_columns(report: Report) -> list[tuple[str, _Cell]]:
-    """(heading, cell) of each column of the table; those without any number in this report are left out."""
+    """(heading, cell) of each column of the table; those without any number in this report are left out.
+
+    What settings a row had comes first; the CSV has more numbers.
+    """
     unit = "GPU" if report.on_gpu else "core"
-    fast = max((row.tflops_per_unit_causal or 0.0 for row in report.rows), default=0.0) >= 1
-    flops, scale = ("TFLOP/s", 1.0) if fast else ("GFLOP/s", 1e3)
     columns: list[tuple[str, str, Callable[..., str], str | None]] = [
         ("Step time", "step_seconds", seconds, "predicted_seconds"),
         (f"Tokens/s per {unit}", "tokens_per_second_per_unit", lambda value: f"{value:,.0f}", None),
@@ -77,10 +77,7 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
         ("Cost, same tokens per rank", "cost_same_tokens", _percent, None),
         ("Cost, same length", "cost_same_length", _percent, None),
         ("Against softmax", "against_softmax", lambda value: f"{value:.2f}x", None),
-        ("Spread", "step_spread", _percent, None),
         ("Other work", "other_cores", lambda value: f"{value:.2f}", None),
-        (f"{flops} per {unit}", "tflops_per_unit_causal", lambda value: three_digits(value * scale), None),
-        ("Bytes per hop", "bytes_per_hop", format_bytes, None),
         ("Loss difference", "loss_difference", lambda value: "0" if value == 0 else f"{value:.1e}", None),
     ]
 
@@ -98,9 +95,10 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
         for heading, name, show, predicted in columns
         if any(getattr(row, name) is not None for row in report.rows)
     ]
+    about: list[tuple[str, _Cell]] = [("Memory settings", lambda row: row.memory or _NONE)]
     if len({row.gpu for row in report.rows}) > 1:
-        found.append(("GPU", lambda row: short(row.gpu)))
-    return [*found, ("Memory settings", lambda row: row.memory or _NONE)]
+        about.append(("GPU", lambda row: short(row.gpu)))
+    return [*about, *found]
 
 
 def _percent(value: float) -> str:

@@ -167,7 +167,7 @@ def _predictions(measured: Sequence[Row]) -> list[str]:
         ]
         if errors:
             told.append(f"{words} {_signed(min(errors))} to {_signed(max(errors))}")
-    return [f"Predicted, against measured: {', '.join(told)}."] if told else []
+    return [f"Predicted before each step, against measured: {', '.join(told)}."] if told else []
 
 
 def _signed(error: float) -> str:
