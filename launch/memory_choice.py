@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from launch.config import Config, MemoryConfig
 from launch.errors import ConfigError
+from launch.memory_advice import advice, largest_items, ranks
+from launch.memory_advice import describe as describe
 from launch.memory_items import MemoryCase
 from launch.memory_plan import GIB, MemoryEstimate, case_of, estimate_memory
-from launch.memory_search import DEVICE_PART, HOST_PART, Choice, DeviceFacts, choose, fits, longest_row, shortfall
+from launch.memory_search import DEVICE_PART, HOST_PART, Choice, DeviceFacts, choose, fits, shortfall
 from launch.meters import host_memory_limit
 from launch.model_shape import model_of
 from launch.progress import format_bytes
@@ -77,7 +79,7 @@ class MemoryPlan:
         return f"{peak} ({format_bytes(self.estimate.allocated)} by torch), {host}"
 
     def advice(self) -> str:
-        """The next thing to try: settings that fit, else a shorter row or more processes."""
+        """What to try instead, see `launch.memory_advice`."""
         return advice(self.case, self.facts or ASSUMED_MACHINE, beside=self.memory)
 
 
@@ -153,36 +155,6 @@ def layer_memory(config: Config) -> Memory:
     )
 
 
-def describe(memory: MemoryConfig) -> str:
-    """Settings in words, as they are written: `recompute=keep_attention, tile=4096`."""
-    plain = MemoryConfig()
-    told = [
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name in type(memory).model_fields
-        if name != "auto" and (value := getattr(memory, name)) != getattr(plain, name)
-    ]
-    return ", ".join(told) or "nothing recomputed or moved"
-
-
-def advice(case: MemoryCase, facts: DeviceFacts, *, beside: MemoryConfig | None) -> str:
-    """What fits instead: settings, else the longest row, and how many processes this one needs.
-
-    Args:
-        beside: Settings that were tried, which are no advice.
-    """
-    picked = choose(case, facts, RatesFile())
-    if picked is not None and picked.memory != beside:
-        return f"Next: memory settings predicted to fit: {describe(picked.memory)}"
-    rank_tokens = 1024 * case.plan.cp_size
-    longest = longest_row(case, facts, None, rank_tokens)
-    parts = [f"data.seq_len={longest}, the longest row that fits {case.plan.cp_size} ranks"] if longest else []
-    if picked is None or not longest:
-        parts.append("more processes (parallel.cp)")
-    else:
-        parts = ["a shorter data.seq_len, more processes (parallel.cp), or a smaller optim.loss_tile"]
-    return "Next: " + ", or ".join(parts)
-
-
 def _hopeless(estimate: MemoryEstimate, facts: DeviceFacts) -> bool:
     on_device = facts.device_bytes is not None and estimate.device_bytes > _REFUSED_DEVICE * facts.device_bytes
     return on_device or estimate.host_bytes > _REFUSED_HOST * facts.host_bytes
@@ -190,7 +162,7 @@ def _hopeless(estimate: MemoryEstimate, facts: DeviceFacts) -> bool:
 
 def _refusal(case: MemoryCase, facts: DeviceFacts, memory: MemoryConfig | None) -> str:
     """Why nothing is started: numbers, the largest items, and what fits."""
-    row = f"data.seq_len={case.plan.seq_len:,} over {case.plan.cp_size} ranks"
+    row = f"data.seq_len={case.plan.seq_len:,} over {ranks(case.plan.cp_size)}"
     tried = memory or MemoryConfig(
         recompute=True,
         offload="inputs" if case.on_gpu else "none",
@@ -198,20 +170,13 @@ def _refusal(case: MemoryCase, facts: DeviceFacts, memory: MemoryConfig | None) 
         optimizer="host" if case.on_gpu and case.engine == "fsdp" else "device",
     )
     estimate = estimate_memory(case, tried)
+    largest = largest_items(estimate, on_gpu=bool(shortfall(estimate, facts)[0]))
     which = f"the memory settings ({describe(tried)})" if memory is not None else "any memory settings"
     with_what = "" if memory is not None else f", taking {describe(tried)}"
     return (
         f"memory: {row} is predicted not to fit with {which}: {_lacking(estimate, facts)}{with_what} "
-        f"({_largest_items(estimate, facts)}). {advice(case, facts, beside=memory)}"
+        f"({largest}). {advice(case, facts, beside=memory)}"
     )
-
-
-def _largest_items(estimate: MemoryEstimate, facts: DeviceFacts) -> str:
-    """The three largest of what there is too little of."""
-    on_device = bool(shortfall(estimate, facts)[0]) or not estimate.on_gpu
-    sizes = [(item.device if on_device else item.host, item.name) for item in estimate.peak_items]
-    told = ", ".join(f"{name} {format_bytes(size)}" for size, name in sorted(sizes, reverse=True)[:3] if size)
-    return f"largest: {told}"
 
 
 def _lacking(estimate: MemoryEstimate, facts: DeviceFacts) -> str:

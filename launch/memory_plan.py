@@ -127,6 +127,15 @@ class MemoryEstimate:
         found = (*self.always, *self.peak.items, *self.outside)
         return tuple(sorted((item for item in found if item.device or item.host), key=lambda item: -item.device))
 
+    @property
+    def host_items(self) -> tuple[tuple[str, float], ...]:
+        """(name, bytes) on the host when a process has most there; on a CPU the device's items are among them."""
+        if self.host_peaks_at_start:
+            return tuple((item.name, item.host) for item in (*self.start, *self.outside))
+        phase = max(self.phases, key=lambda phase: phase.host) if self.on_gpu else self.peak
+        found = (*self.always, *phase.items, *self.outside)
+        return tuple((item.name, item.host if self.on_gpu else item.host + item.device) for item in found)
+
 
 def case_of(
     config: Config,

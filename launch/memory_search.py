@@ -138,13 +138,12 @@ def longest_row(case: MemoryCase, facts: DeviceFacts, memory: MemoryConfig | Non
         grain: Multiples are taken of it; usually of 1,024 x cp.
     """
     least = -(-min_seq_len(case.plan.layout, case.plan.cp_size) // grain)
-    settings = (memory,) if memory is not None else tuple(_frugal(case))
 
     def enough(count: int) -> bool:
         longer = case_at(case, count * grain)
         if memory is not None:
             return fits(estimate_memory(longer, memory), facts)
-        return any(_as_much_on_the_host(longer, one, facts) is not None for one in settings)
+        return any(_as_much_on_the_host(longer, one, facts) is not None for one in _frugal(longer))
 
     return grain * _largest(enough, least - 1, _LONGEST // grain) if enough(least) else 0
 
@@ -156,10 +155,10 @@ def case_at(case: MemoryCase, seq_len: int) -> MemoryCase:
 
 
 def _frugal(case: MemoryCase) -> Iterator[MemoryConfig]:
-    """Settings that no others go beyond: everything recomputed, in tiles, and on the host as far as it has room."""
-    long = case_at(case, TILE * 2 * case.plan.cp_size)
-    for memory in families(long):
-        if memory.recompute is True and memory.tile is not None:
+    """Of the settings that are tried, those that no others go beyond: everything recomputed, in tiles where a shard is
+    longer than one, and on the host as far as it has room."""
+    for memory in families(case):
+        if memory.recompute is True and (memory.tile is not None or case.tokens <= TILE):
             yield memory
     yield MemoryConfig()
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launch.errors import OutOfMemory
-from launch.memory_choice import ASSUMED_MACHINE, MemoryPlan, advice
-from launch.progress import format_bytes
+from launch.memory_advice import advice, largest_items
+from launch.memory_choice import ASSUMED_MACHINE, MemoryPlan
 
 if TYPE_CHECKING:
     from launch.topology import Topology
@@ -46,17 +46,20 @@ def as_out_of_memory(
     told = _allocation(str(error)) or type(error).__name__
     parts = [f"rank {topology.rank} of {topology.world_size} ran out of {what} memory {where}, {doing}: {told}"]
     if plan is not None:
-        parts.append(estimate_text(plan))
+        parts.append(estimate_text(plan, on_gpu=on_gpu))
         parts.append(next_setting(plan, on_gpu=on_gpu))
     else:
         parts.append("Next: memory: auto, more ranks per ring (parallel.cp), or a smaller data.seq_len")
     return OutOfMemory(". ".join(part.rstrip(". ") for part in parts))
 
 
-def estimate_text(plan: MemoryPlan) -> str:
-    """What was predicted, and of what most."""
-    largest = ", ".join(f"{item.name} {format_bytes(item.device)}" for item in plan.estimate.peak_items[:3])
-    return f"The estimate was: {plan.predicted()}, at its {plan.estimate.peak.name} (largest: {largest})"
+def estimate_text(plan: MemoryPlan, *, on_gpu: bool) -> str:
+    """What was predicted, and of what most, on the GPU or on the host."""
+    estimate = plan.estimate
+    where = f"at its {estimate.peak.name} "
+    if not on_gpu and estimate.on_gpu:  # the peaks of host and GPU are different moments
+        where = "while the model is built " if estimate.host_peaks_at_start else "on the host "
+    return f"The estimate was: {plan.predicted()}, {where}({largest_items(estimate, on_gpu=on_gpu)})"
 
 
 def next_setting(plan: MemoryPlan, *, on_gpu: bool) -> str:
@@ -66,7 +69,7 @@ def next_setting(plan: MemoryPlan, *, on_gpu: bool) -> str:
         facts = replace(facts, device_bytes=int(min(facts.device_bytes, _LESS * estimate.device_bytes)))
     else:
         facts = replace(facts, host_bytes=int(min(facts.host_bytes, _LESS * estimate.host_bytes)))
-    return advice(plan.case, facts, beside=plan.memory)
+    return advice(plan.case, facts, beside=plan.memory, by_auto=False)
 
 
 def _allocation(text: str) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import ringattn
 from launch.config import Config
-from launch.memory_choice import ASSUMED_MACHINE, MemoryPlan, describe, plan_memory
+from launch.memory_advice import describe
+from launch.memory_choice import ASSUMED_MACHINE, MemoryPlan, plan_memory
 from launch.model_shape import model_of as model_of
 from launch.plan_attention import (
     RingBytes,

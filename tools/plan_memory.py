@@ -21,7 +21,7 @@ from rich.table import Table
 from launch.config import Config, MemoryConfig
 from launch.config_load import load_config
 from launch.errors import EXIT_CONFIG, ConfigError, LaunchError
-from launch.memory_choice import advice, describe
+from launch.memory_advice import advice, describe
 from launch.memory_items import MemoryCase
 from launch.memory_plan import GIB, case_of, estimate_memory
 from launch.memory_search import LADDER, Choice, DeviceFacts, choose, fits, longest_row, shortfall

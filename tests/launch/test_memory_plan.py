@@ -12,10 +12,11 @@ from torch import Tensor
 import ringattn
 from launch.config import Config, MemoryConfig
 from launch.errors import ConfigError
-from launch.memory_choice import DeviceFacts, describe, layer_memory, plan_memory
+from launch.memory_advice import describe
+from launch.memory_choice import layer_memory, plan_memory
 from launch.memory_items import MemoryCase, kept_items
 from launch.memory_plan import GIB, case_of, estimate_memory
-from launch.memory_search import LADDER, _fitting, case_at, choose, families, fits, longest_row
+from launch.memory_search import LADDER, DeviceFacts, _fitting, case_at, choose, families, fits, longest_row
 from launch.memory_state import state_items
 from launch.rates import RatesFile
 from launch.step_time import step_time
@@ -351,7 +352,7 @@ def test_what_is_asked_for_is_refused_only_if_it_is_hopeless() -> None:
     close = plan_memory(config(204_800), 4, machine(68), preset("qwen3-0.6b"))
     assert close.warning is not None
     assert "this may not fit: a GPU needs" in close.warning
-    with pytest.raises(ConfigError, match=r"any memory settings.*data\.seq_len=\d+, the longest row that fits 4 ranks"):
+    with pytest.raises(ConfigError, match=r"any memory settings.*data\.seq_len=\d+ with memory=auto \(rec"):
         plan_memory(config(8_388_608, "llama-3-8b", memory={"auto": True}), 4, machine(), preset("llama-3-8b"))
 
 

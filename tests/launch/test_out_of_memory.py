@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from launch.config import Config
 from launch.errors import EXIT_BUG, EXIT_CONFIG, EXIT_DONE, EXIT_OUT_OF_MEMORY, OutOfMemory, exit_status_of
+from launch.memory_choice import plan_memory
+from launch.memory_search import DeviceFacts
 from launch.out_of_memory import as_out_of_memory
 from launch.status import read_status
 from launch.train import as_lost_peer
@@ -199,3 +202,43 @@ def test_every_way_in_which_memory_runs_out_is_told_as_that(error, kind):
 def test_other_errors_are_not_memory():
     for error in (RuntimeError("shape mismatch"), torch.distributed.DistBackendError("NCCL error: remote closed")):
         assert as_out_of_memory(error, SimpleNamespace(rank=0, world_size=2), "training", 0, None) is error
+
+
+def planned(**sections):
+    base = {
+        "run": {"dir": "unused"},
+        "data": {"seq_len": 65_536},
+        "optim": {"steps": 1},
+        "model": {"preset": "llama-3-8b", "vocab_size": 128_256},
+        "engine": {"name": "fsdp", "precision": "bf16"},
+    }
+    facts = DeviceFacts(device_bytes=80 * 2**30, host_bytes=125 * 2**30)
+    return plan_memory(Config(**{**base, **sections}), 4, facts)
+
+
+def test_what_is_largest_is_of_the_memory_that_ran_out():
+    """Sizes by hand: 32 layers of 16,384 tokens of 4,096 in bf16, of which the last layer's input stays; 3 copies of
+    8 B fp32 weights over four ranks; all of these weights."""
+    topology = SimpleNamespace(rank=0, world_size=4, cp=4)
+    memory = {"recompute": "keep_attention", "offload": "inputs", "tile": 4096}
+    plan = planned(memory=memory, checkpoint={"asynchronous": True})
+    host = str(as_out_of_memory(MemoryError(), topology, "saving", 4, plan))
+    assert "on the host (largest: copies for asynchronous saves 22.4 GiB, inputs of layers 3.9 GiB, libraries" in host
+    assert "offload=none, tile=null; or checkpoint.asynchronous=false with the memory settings as they are" in host
+    gpu = str(as_out_of_memory(torch.OutOfMemoryError(TORCH_SAYS), topology, "backward", 4, plan))
+    assert f"at its {plan.estimate.peak.name} (largest: AdamW's moments 15.0 GiB, weights in fp32 7.5 GiB" in gpu
+    assert "asynchronous saves" not in gpu.partition("largest")[2].partition(")")[0]
+    zero = planned(memory=memory, engine={"name": "zero", "precision": "bf16", "zero_stage": 3})
+    assert "while the model is built (largest: whole model in fp32 29.9 GiB, libraries 2.0 GiB)" in str(
+        as_out_of_memory(MemoryError(), topology, "building the model", None, zero)
+    )
+
+
+def test_on_a_cpu_the_largest_are_those_of_the_only_memory():
+    config = Config(run={"dir": "unused", "device": "cpu"}, data={"seq_len": 4096}, optim={"steps": 1})
+    plan = plan_memory(config, 2, DeviceFacts(device_bytes=None, host_bytes=2**36))
+    told = str(as_out_of_memory(MemoryError(), SimpleNamespace(rank=0, world_size=2, cp=2), "forward", 0, plan))
+    total = plan.estimate.host_bytes
+    assert sum(size for _, size in plan.estimate.host_items) == pytest.approx(total)
+    assert "at its backward of" in told
+    assert "largest: libraries 410 MiB, activations of all layers" in told
