@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from launch.config import Config, MemoryConfig
-from launch.errors import ConfigError
+from launch.errors import ConfigError, DataError
 from launch.memory_advice import advice, largest_items, ranks
 from launch.memory_advice import describe as describe
 from launch.memory_items import MemoryCase
 from launch.memory_plan import GIB, MemoryEstimate, case_of, estimate_memory
 from launch.memory_search import DEVICE_PART, HOST_PART, Choice, DeviceFacts, choose, fits, shortfall
 from launch.meters import host_memory_limit
-from launch.model_shape import model_of
+from launch.model_shape import LEAST_VOCABULARY, model_of
 from launch.progress import format_bytes
 from launch.rates import RatesFile
 from launch.step_time import StepTime, step_time
@@ -57,9 +57,14 @@ class MemoryPlan:
     @property
     def warning(self) -> str | None:
         """What to say if it is predicted not to fit; None if it does, or nobody knows."""
-        if self.facts is None or fits(self.estimate, self.facts):
+        shortage = None if self.facts is None else self.shortage(self.facts)
+        return None if shortage is None else f"memory: this may not fit: {shortage}"
+
+    def shortage(self, facts: DeviceFacts) -> str | None:
+        """What a machine lacks, and what to try instead; None if it is predicted to have enough."""
+        if fits(self.estimate, facts):
             return None
-        return f"memory: this may not fit: {_lacking(self.estimate, self.facts)}. {self.advice()}"
+        return f"{_lacking(self.estimate, facts)}. {advice(self.case, facts, beside=self.memory)}"
 
     def line(self) -> str:
         """What was picked and the predicted peak, in one line."""
@@ -77,10 +82,6 @@ class MemoryPlan:
         )
         peak = f"predicted peak {format_bytes(self.estimate.device_bytes)}{of} per GPU"
         return f"{peak} ({format_bytes(self.estimate.allocated)} by torch), {host}"
-
-    def advice(self) -> str:
-        """What to try instead, see `launch.memory_advice`."""
-        return advice(self.case, self.facts or ASSUMED_MACHINE, beside=self.memory)
 
 
 def device_facts(topology: Topology) -> DeviceFacts:
@@ -133,6 +134,29 @@ def plan_memory(
         chosen=config.memory.auto,
         facts=facts,
     )
+
+
+def refuse_hopeless(config: Config, num_processes: int, facts: DeviceFacts) -> None:
+    """`plan_memory` before the data is read, as far as that can be judged: what passes may be refused later.
+
+    Raises:
+        ConfigError: it cannot fit, whatever the vocabulary and `parallel.ulysses` turn out to be.
+    """
+    if config.parallel.ulysses == "auto":  # decided by the data too
+        return
+    try:
+        model = model_of(config)
+    except DataError:  # a tokenizer that cannot be loaded: opening the data says so
+        return
+    least = model
+    if config.model.vocab_size is None and config.data.tokenizer == "bpe":
+        least = replace(model, vocab_size=LEAST_VOCABULARY)
+    try:
+        plan_memory(config, num_processes, facts, least)
+    except ConfigError:
+        # Numbers and advice for the largest vocabulary: what fits with that fits with any.
+        plan_memory(config, num_processes, facts, model)
+        raise
 
 
 def with_memory(config: Config, plan: MemoryPlan) -> Config:

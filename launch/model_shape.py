@@ -6,6 +6,8 @@ from launch.config import Config
 from launch.errors import DataError
 from model.config import ModelConfig, preset
 
+LEAST_VOCABULARY = 257  # of the bytes, which every tokenizer that is trained here has, and the end of a document
+
 
 def model_of(config: Config) -> ModelConfig:
     """The model's shape, its vocabulary from the tokenizer where the configuration leaves that open.
@@ -22,7 +24,7 @@ def model_of(config: Config) -> ModelConfig:
 def _vocabulary(config: Config) -> int:
     name = config.data.tokenizer
     if name == "bytes":
-        return 257
+        return LEAST_VOCABULARY
     if name == "bpe":
         return config.data.bpe_vocab  # at most: a small corpus may not have so many merges
     from launch.data.tokenizer import FolderTokenizer, check_tokenizer_folder

@@ -125,10 +125,11 @@ def _memory_lines(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
     estimate = plan.estimate
     yield "parameters", f"{count_parameters(plan.case.model).total:,} in all"
     yield "settings", f"{describe(plan.memory)}{' (auto)' if plan.chosen else ''}"
-    if plan.chosen and plan.facts is None:
-        machine = (ASSUMED_MACHINE.device_bytes or 0, ASSUMED_MACHINE.host_bytes)
-        per_gpu, host = (format_bytes(size) for size in machine)
-        yield "chosen for", f"GPUs of {per_gpu}, {host} of host memory each; tools.plan_memory takes others"
+    machine = plan.facts or ASSUMED_MACHINE
+    if plan.facts is None:
+        per_gpu, host = (format_bytes(size) for size in (machine.device_bytes or 0, machine.host_bytes))
+        what = "chosen for" if plan.chosen else "judged by"
+        yield what, f"GPUs of {per_gpu}, {host} of host memory each; tools.plan_memory takes others"
     for item in estimate.peak_items:
         device = format_bytes(item.device) if item.device else ""
         yield (
@@ -145,6 +146,9 @@ def _memory_lines(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
         )
     node = f"{format_bytes(estimate.host_bytes_per_node)} for {estimate.per_node} processes"
     yield "sum on the host", f"{format_bytes(estimate.host_bytes)} a process at most, {node}"
+    shortage = plan.shortage(machine)
+    if shortage is not None:
+        yield "warning", f"does not fit: {shortage}"
 
 
 def _compute_lines(config: Config, model: ModelConfig, num_processes: int) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ from launch.engine import Engine
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError, OutOfMemory, WriteError, everywhere
 from launch.garbage import Settled
 from launch.heartbeat import Heartbeat
-from launch.memory_choice import MemoryPlan, device_facts, plan_memory, with_memory
+from launch.memory_choice import MemoryPlan, device_facts, plan_memory, refuse_hopeless, with_memory
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress
 from launch.ranks import Ranks
@@ -107,6 +107,8 @@ class Trainer:
             self.progress.step = found.step
             return EXIT_DONE
         store.clean_stale()
+        facts = device_facts(self.topology)
+        self._ranks.agree("planning memory", lambda: refuse_hopeless(self.config, self.topology.world_size, facts))
         corpus = self._open_corpus()
         model, engine = self.build(corpus)
         store.preflight(checkpoint_bytes(engine.state()))
@@ -289,7 +291,7 @@ class Trainer:
         return model, build_model(self.config, model, self.topology)
 
     def _plan_memory(self, model: ModelConfig) -> None:
-        """Before the model is built: what cannot fit is refused while nothing is allocated."""
+        """By the exact vocabulary, before the model is built: what cannot fit is refused while nothing is allocated."""
         facts = device_facts(self.topology)
         self.memory_plan = self._ranks.agree(
             "planning memory", lambda: plan_memory(self.config, self.topology.world_size, facts, model)

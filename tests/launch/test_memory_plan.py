@@ -13,7 +13,7 @@ import ringattn
 from launch.config import Config, MemoryConfig
 from launch.errors import ConfigError
 from launch.memory_advice import describe
-from launch.memory_choice import layer_memory, plan_memory
+from launch.memory_choice import layer_memory, plan_memory, refuse_hopeless
 from launch.memory_items import MemoryCase, kept_items
 from launch.memory_plan import GIB, case_of, estimate_memory
 from launch.memory_search import LADDER, DeviceFacts, _fitting, case_at, choose, families, fits, longest_row
@@ -354,6 +354,25 @@ def test_what_is_asked_for_is_refused_only_if_it_is_hopeless() -> None:
     assert "this may not fit: a GPU needs" in close.warning
     with pytest.raises(ConfigError, match=r"any memory settings.*data\.seq_len=\d+ with memory=auto \(rec"):
         plan_memory(config(8_388_608, "llama-3-8b", memory={"auto": True}), 4, machine(), preset("llama-3-8b"))
+
+
+def test_before_the_data_is_read_only_what_is_hopeless_for_any_vocabulary_is_refused() -> None:
+    def early(seq_len: int, bpe: int, **sections: Any) -> Config:
+        data = {"seq_len": seq_len, "tokenizer": "bpe", "bpe_vocab": bpe}
+        return config(seq_len, "test", "fp32", **{**sections, "data": data})
+
+    facts = DeviceFacts(device_bytes=None, host_bytes=GIB)
+    many = early(1024, 4_000_000)  # a small corpus would not have so many
+    refuse_hopeless(many, 2, facts)
+    with pytest.raises(ConfigError, match="predicted not to fit"):
+        plan_memory(many, 2, facts)
+    with pytest.raises(ConfigError) as alone:
+        plan_memory(early(1_000_000, 100_000), 2, facts)
+    with pytest.raises(ConfigError) as refused:
+        refuse_hopeless(early(1_000_000, 100_000), 2, facts)
+    assert str(refused.value) == str(alone.value)  # the numbers are those of all 100,000
+    refuse_hopeless(early(1_000_000, 100_000, parallel={"ulysses": "auto"}), 2, facts)
+    refuse_hopeless(config(0, "test", data={"seq_len": 1_000_000, "tokenizer": "nowhere/at-all"}), 2, facts)
 
 
 @pytest.mark.parametrize(("engine", "whole"), [("ddp", 0), ("fsdp", 0), ("zero", 4 * 8_030_261_248)])

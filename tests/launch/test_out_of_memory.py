@@ -150,12 +150,17 @@ def test_a_rank_that_cannot_notice_is_ended_by_its_watch(corpus, tmp_path):
 
 def small_machine(rank, world_size, nested, host_bytes):
     import launch.memory_choice
+    import launch.trainer
 
+    def unread(*arguments, **options):
+        raise AssertionError("the data must not be read for a run that cannot fit")
+
+    launch.trainer.open_corpus = unread
     launch.memory_choice.host_memory_limit = lambda: host_bytes
     return run(nested)
 
 
-def test_what_cannot_fit_is_refused_before_the_model_is_built(corpus, tmp_path):
+def test_what_cannot_fit_is_refused_before_the_data_is_read(corpus, tmp_path):
     nested = short_run(corpus, tmp_path, model__vocab_size=4_000_000, model__dim=512)
     assert run_ranks(small_machine, 2, nested, 2 * 2**30) == [EXIT_CONFIG] * 2
     told = read_status(tmp_path).message

@@ -1,6 +1,7 @@
 """`--plan` against numbers worked out by hand for a small case, and against what a ring really sends."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -42,6 +43,17 @@ def test_uneven_shards_windows_and_one_process():
     windowed = config(parallel={"layout": "contiguous", "window": 8}, data={"seq_len": 64})
     assert "1 forward, 1 backward" in render(windowed, 4)
     assert "none: one process holds the whole row" in render(config(), 1)
+
+
+def test_a_row_that_does_not_fit_is_told():
+    sections = {"model": {"preset": "llama-3-8b"}, "engine": {"name": "fsdp", "precision": "bf16"}}
+    long = render(config(data={"seq_len": 1_048_576}, **sections), 4)
+    assert "judged by                         GPUs of 80.0 GiB, 125 GiB of host memory each" in long
+    sum_on_device = re.search(r"sum on the device .*, (.*) with waste and libraries", long)[1]
+    assert f"  warning                           does not fit: a GPU needs {sum_on_device} and has 80.0 GiB" in long
+    assert "Next: memory settings predicted to fit: recompute=keep_attention, offload=all" in long
+    assert "warning" not in render(config(), 4)
+    assert "warning" not in render(config(data={"seq_len": 1_048_576}, memory={"auto": True}, **sections), 4)
 
 
 def test_processes_that_do_not_fit():
