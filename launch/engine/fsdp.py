@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -40,14 +41,17 @@ class FsdpEngine(PlainEngine):
         if config.memory.optimizer == "host":
             offload = CPUOffloadPolicy(pin_memory=topology.device.type == "cuda")  # nothing to pin for without a GPU
         shard = partial(fully_shard, mesh=topology.world_mesh, mp_policy=policy, offload_policy=offload)
-        for layer in getattr(module, "layers", ()):
-            shard(layer)
+        parts = [shard(layer) for layer in getattr(module, "layers", ())]
         head = getattr(module, "head", None)
         if head is not None and any(True for _ in head.parameters()):
             # By itself, its gradient is reduced while the last layers run backward, and its weights are gathered for
             # the loss alone. Its backward pass comes at once, so they are not let go in between.
-            shard(head, reshard_after_forward=False)
+            parts.append(shard(head, reshard_after_forward=False))
         shard(module)
+        for part, following in pairwise(parts):
+            # Gathered while this one computes; else only as early as the host is ahead of the GPU, which with many
+            # short kernels is not much. Backward FSDP does so by itself.
+            part.set_modules_to_forward_prefetch([following])
         if any(parameter.is_meta for parameter in module.parameters()):  # no rank has to hold the whole model, ever
             module.to_empty(device="cpu" if config.memory.optimizer == "host" else topology.device)
         super().__init__(module, topology, config)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from launch.engine import Engine
 from launch.errors import NumericsError
@@ -216,6 +217,24 @@ def order_of_gradients(rank: int, world_size: int, tied: bool) -> list[tuple[boo
 def test_the_gradient_of_a_head_of_its_own_is_reduced_before_the_layers() -> None:
     assert run_ranks(order_of_gradients, 2, False) == [[(True, False), (True, False), (True, True)]] * 2
     assert run_ranks(order_of_gradients, 2, True) == [[(False, False), (False, False), (False, True)]] * 2
+
+
+def prefetched(rank: int, world_size: int) -> list[tuple[str, list[str]]]:
+    """Which parts announce which others, by their kinds."""
+    told: list[tuple[Any, Any]] = []
+    announce = FSDPModule.set_modules_to_forward_prefetch
+    FSDPModule.set_modules_to_forward_prefetch = lambda self, modules: told.append((self, modules))  # type: ignore
+    try:
+        engine = toy.start("fsdp", tied=False)
+    finally:
+        FSDPModule.set_modules_to_forward_prefetch = announce  # type: ignore[method-assign]
+    names = {part: name for name, part in engine.module.named_modules()}
+    engine.close()
+    return [(names[part], [names[other] for other in others]) for part, others in told]
+
+
+def test_each_layer_gathers_the_next_and_the_last_the_head() -> None:
+    assert run_ranks(prefetched, 1) == [[("layers.0", ["layers.1"]), ("layers.1", ["head"])]]
 
 
 def with_wrong_scale(rank: int, world_size: int, kind: str) -> float:
