@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.config import Config, MemoryConfig
+from launch.config_checks import min_seq_len
 from launch.config_load import load_config
-from launch.errors import EXIT_CONFIG, ConfigError, LaunchError
+from launch.errors import EXIT_OUT_OF_MEMORY, ConfigError, LaunchError
 from launch.memory_advice import advice, describe
 from launch.memory_items import MemoryCase
 from launch.memory_plan import GIB, case_of, estimate_memory
@@ -63,6 +64,10 @@ class Question:
             return case, self.judged(case, self.config.memory), best
         return case, best or self.judged(case, LADDER[-1]), best
 
+    def enough(self, asked: Choice, best: Choice | None) -> bool:
+        """Whether what was asked for, as `answer` gives it, is predicted to fit."""
+        return best is not None if self.config.memory.auto else fits(asked.estimate, self.facts)
+
     def longest(self) -> tuple[int, Choice | None]:
         """The longest row with any settings, 0 if none fits, and the best settings for it."""
         tokens = longest_row(self.case(self.config.data.seq_len), self.facts, None, self.grain)
@@ -76,62 +81,92 @@ def main(
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings that win over the file")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="processes, one per GPU, all on one node")] = 4,
-    gpu_gb: Annotated[float, typer.Option(min=1, help="memory of a GPU, GiB")] = 80.0,
-    host_gb: Annotated[float, typer.Option(min=1, help="host memory of the node, GiB")] = 500.0,
+    gpu_gb: Annotated[float, typer.Option(help="memory of a GPU, GiB")] = 80.0,
+    host_gb: Annotated[float, typer.Option(help="host memory of the node, GiB")] = 500.0,
     tokens: Annotated[str | None, typer.Option(help="row lengths, with commas; else that of the file")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """Predicted memory and step time, the best memory settings, the longest row."""
+    """Predicted memory and step time, the best memory settings, the longest row.
+
+    Ends with status 0 if every length asked for fits, 71 if one does not, 64 if the question is wrong.
+    """
     try:
         loaded = load_config(config, overrides or [])
         for warning in loaded.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         found = loaded.config
-        lengths = _lengths(tokens, found.data.seq_len)
         _, cp = found.mesh(gpus)
-        facts = DeviceFacts(device_bytes=int(gpu_gb * GIB), host_bytes=int(host_gb * GIB / gpus))
+        lengths = _lengths(tokens, found, cp)
+        facts = DeviceFacts(device_bytes=_bytes("--gpu-gb", gpu_gb), host_bytes=_bytes("--host-gb", host_gb) // gpus)
         question = Question(config=found, gpus=gpus, facts=facts, rates=RatesFile(), grain=1024 * cp)
-        if as_json:
-            print(json.dumps(_as_json(question, lengths), indent=1))
-            return
-        _show(question, lengths, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
+        told = _as_json(question, lengths) if as_json else None
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_status if isinstance(error, LaunchError) else EXIT_CONFIG) from None
+        raise typer.Exit(error.exit_status) from None
+    if told is not None:
+        print(json.dumps(told, indent=1))
+        enough = told["fits"]
+    else:
+        enough = _show(question, lengths, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
+    if not enough:
+        raise typer.Exit(EXIT_OUT_OF_MEMORY)
 
 
-def _lengths(text: str | None, configured: int) -> list[int]:
+def _lengths(text: str | None, config: Config, cp: int) -> list[int]:
     if text is None:
-        return [configured]
+        return [config.data.seq_len]
     parts = [part.strip().replace("_", "") for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 2 for part in parts):
-        raise ConfigError(f"--tokens: expected row lengths of 2 or more, such as 32768,262144, got {text!r}")
+    layout = config.parallel.layout
+    least = max(2, min_seq_len(layout, cp))
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise ConfigError(
+            f"--tokens: expected row lengths of {least} or more (layout {layout}, cp {cp}), such as 32768,262144, "
+            f"got {text!r}"
+        )
     return [int(part) for part in parts]
 
 
-def _show(question: Question, lengths: list[int], console: Console) -> None:
+def _bytes(option: str, size: float) -> int:
+    if not 0 < size * GIB < float("inf"):
+        raise ConfigError(f"{option}: expected a size in GiB, got {size:g}")
+    return int(size * GIB)
+
+
+def _show(question: Question, lengths: list[int], console: Console) -> bool:
+    """Print all tables; returns whether every length fits."""
     case, asked, best = question.answer(lengths[-1])
     _show_machine(question, case, console)
     _show_items(asked, console)
     if len(lengths) > 1:
         _show_lengths(question, lengths, console)
     _show_settings(question, case, asked, best, console)
-    if best is None:
-        console.print(f"\nNothing fits {case.plan.seq_len:,} tokens. {advice(case, question.facts, beside=None)}.")
-    elif not fits(asked.estimate, question.facts):
-        console.print(f"\nThe configured settings do not fit. {advice(case, question.facts, beside=asked.memory)}.")
+    wrong = [text for length in lengths if (text := _misfit(question, length)) is not None]
+    for text in wrong:
+        console.print(f"\n{text}", markup=False, soft_wrap=True)
     for name, seconds in (("offload", asked.time.offload), ("communication", asked.time.communication)):
         if seconds > 0.005 * asked.time.seconds:
             part = seconds / asked.time.seconds
             console.print(f"\n{name} does not hide behind the computation: {seconds:.3g} s, {part:.1%} of the step.")
+    return not wrong
+
+
+def _misfit(question: Question, length: int) -> str | None:
+    """What does not fit at a length, and what to change; None if it fits."""
+    case, asked, best = question.answer(length)
+    if question.enough(asked, best):
+        return None
+    beside = None if question.config.memory.auto else asked.memory
+    what = "Nothing fits" if best is None else "The configured settings do not fit"
+    return f"{what} {length:,} tokens. {advice(case, question.facts, beside=beside)}."
 
 
 def _show_machine(question: Question, case: MemoryCase, console: Console) -> None:
     facts, engine = question.facts, question.config.engine
+    gpus = "1 GPU" if question.gpus == 1 else f"{question.gpus} GPUs"
     rows = "1 row" if case.rows == 1 else f"{case.rows} rows"
     gpu, host = ((size or 0) / GIB for size in (facts.device_bytes, facts.host_bytes))
     console.print(
-        f"{case.plan.seq_len:,} tokens over {question.gpus} GPUs (cp {case.plan.cp_size}), {case.tokens:,} each, "
+        f"{case.plan.seq_len:,} tokens over {gpus} (cp {case.plan.cp_size}), {case.tokens:,} each, "
         f"{rows} a step; {engine.name}, {engine.precision}. "
         f"A GPU has {gpu:.0f} GiB, a process {host:.0f} GiB of the host."
     )
@@ -227,9 +262,10 @@ def _gib(size: float) -> str:
 
 
 def _as_json(question: Question, lengths: list[int]) -> dict[str, Any]:
-    rows = []
+    rows, enough = [], True
     for length in lengths:
         case, asked, best = question.answer(length)
+        enough = enough and question.enough(asked, best)
         rows.append(
             {
                 "tokens": length,
@@ -244,6 +280,7 @@ def _as_json(question: Question, lengths: list[int]) -> dict[str, Any]:
     ]
     tokens, choice = question.longest()
     return {
+        "fits": enough,
         "gpus": question.gpus,
         "gpu_bytes": question.facts.device_bytes,
         "host_bytes_per_process": question.facts.host_bytes,

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from launch.errors import EXIT_CONFIG
+from launch.errors import EXIT_CONFIG, EXIT_OUT_OF_MEMORY
 from launch.memory_search import LADDER
 from tools.plan_memory import app
 
 CONFIG = str(Path(__file__).parents[2] / "configs/qwen3-0.6b-32k.yaml")
-SHAPE = ("model.vocab_size=151936", "optim.rows_per_step=1", "memory.recompute=false")
+SHAPE = ("model.vocab_size=151936", "optim.rows_per_step=1")
 
 
 def run(*words: str) -> Result:
@@ -35,19 +35,30 @@ def test_tables_of_items_settings_and_lengths() -> None:
 
 
 def test_what_to_change_where_it_does_not_fit() -> None:
-    asked = run("--tokens", "1048576").output
+    found = run("memory.recompute=false", "--tokens", "131072,1048576")
+    assert found.exit_code == EXIT_OUT_OF_MEMORY
     assert (
-        "The configured settings do not fit. Next: memory settings predicted to fit: recompute=keep_attention" in asked
+        "The configured settings do not fit 1,048,576 tokens. Next: memory settings predicted to fit: "
+        "recompute=keep_attention (what memory=auto picks); or data.seq_len=" in found.output
     )
-    assert "334.5 !" in asked
-    none = run("memory=auto", "--tokens", "2000000", "--gpus", "1", "--host-gb", "20", "parallel.cp=1").output
-    assert "Nothing fits 2,000,000 tokens. Next: data.seq_len=" in none
+    assert "fit 131,072 tokens" not in found.output
+    assert "334.5 !" in found.output
+    told = run("memory.recompute=false", "--tokens", "1048576,131072", "--json")
+    assert (told.exit_code, json.loads(told.stdout)["fits"]) == (EXIT_OUT_OF_MEMORY, False)
+    words = ("memory=auto", "--tokens", "2000000", "--gpus", "1", "--host-gb", "20", "parallel.cp=1")
+    none = run(*words)
+    assert none.exit_code == EXIT_OUT_OF_MEMORY
+    assert "2,000,000 tokens over 1 GPU (cp 1)" in none.output
+    assert "Nothing fits 2,000,000 tokens. Next: data.seq_len=" in none.output
+    assert "the longest row that fits 1 rank;" in none.output
+    assert json.loads(run(*words, "--json").stdout)["fits"] is False
 
 
 def test_json_has_every_number() -> None:
     found = run("memory=auto", "--tokens", "32768,1048576", "--gpu-gb", "50", "--host-gb", "100", "--json")
     assert found.exit_code == 0, found.output
-    told = json.loads(found.output)
+    told = json.loads(found.stdout)
+    assert told["fits"] is True
     assert told["gpus"] == 4
     assert told["gpu_bytes"] == 50 * 2**30
     short, long = told["lengths"]
@@ -78,7 +89,15 @@ def test_json_has_every_number() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--tokens", "many"), "--tokens: expected row lengths of 2 or more, such as 32768,262144, got 'many'"),
+        (
+            ("--tokens", "many"),
+            "--tokens: expected row lengths of 8 or more (layout zigzag, cp 4), such as 32768,262144, got 'many'",
+        ),
+        (("--tokens", "32768,5"), "--tokens: expected row lengths of 8 or more (layout zigzag, cp 4)"),
+        (("--host-gb", "inf"), "--host-gb: expected a size in GiB, got inf"),
+        (("--gpu-gb", "nan"), "--gpu-gb: expected a size in GiB, got nan"),
+        (("--gpu-gb", "1e300"), "--gpu-gb: expected a size in GiB, got 1e+300"),
+        (("--host-gb", "0"), "--host-gb: expected a size in GiB, got 0"),
         (("--gpus", "6"), "parallel.cp=4"),
         (("memory.tile=0",), "memory.tile: expected an integer >= 1"),
     ],
@@ -87,4 +106,8 @@ def test_bad_input_is_one_message(words: tuple[str, ...], message: str) -> None:
     found = run(*words)
     assert found.exit_code == EXIT_CONFIG
     assert message in found.output
-    assert "Traceback" not in found.output
+    assert isinstance(found.exception, SystemExit)
+
+
+def test_the_help_says_what_the_status_means() -> None:
+    assert f"{EXIT_OUT_OF_MEMORY} if one does not" in " ".join(run("--help").output.split())
