@@ -68,7 +68,8 @@ def check_attention(
     assert report is not None
     errors = ", ".join(f"{name} {report.errors[name]:.1e}" for name in ("out", "dq", "dk", "dv"))
     where = f"{report.cp_size} rank{'s' if report.cp_size > 1 else ''}, {report.seq_len} tokens"
-    return f"self-check: attention is exact on {where}, largest errors {errors}; {report.seconds:.2f} s"
+    compiled = f", {report.compiling:.2f} of them for compiling kernels" if report.compiling else ""
+    return f"self-check: attention is exact on {where}, largest errors {errors}; {report.seconds:.2f} s{compiled}"
 
 
 @dataclass(frozen=True, kw_only=True)

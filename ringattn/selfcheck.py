@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.compiling import Compiling, compiling
 from ringattn.errors import RingAttnError
 from ringattn.plan import Plan
 from ringattn.scoring.expansion import Expand
@@ -36,10 +37,12 @@ class SelfCheckError(RingAttnError):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfCheck:
-    """A check that passed: seconds it took, tokens of its sequence, ranks, and errors beside what is tolerated, by name
-    (out, dq, dk, dv and the gradients of what scoring learns), each the worst of all ranks and cases."""
+    """A check that passed: seconds it took and how many of them kernels were compiled on this rank (for the run, too),
+    tokens of its sequence, ranks, and errors beside what is tolerated, by name (out, dq, dk, dv and the gradients of
+    what scoring learns), each the worst of all ranks and cases."""
 
     seconds: float
+    compiling: float
     seq_len: int
     cp_size: int
     errors: dict[str, float]
@@ -133,6 +136,7 @@ def self_check(
     widths = (head_dim, head_dim if value_dim is None else value_dim)
     found: list[tuple[Case, Errors]] = []
     with ExitStack() as stack:
+        compiled = stack.enter_context(compiling() if parts.device.type == "cuda" else nullcontext(Compiling()))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(parts.device.type, enabled=False))
         for one in plans:
@@ -146,6 +150,7 @@ def self_check(
             carrier.stats.take()
     return SelfCheck(
         seconds=time.perf_counter() - began,
+        compiling=compiled.seconds,
         seq_len=seq_len,
         cp_size=parts.size,
         errors=_worst(found[0][1].names, [errors.errors.amax(dim=0) for _, errors in found]),
