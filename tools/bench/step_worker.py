@@ -72,6 +72,7 @@ class _Case:
     other_cores: float | None = None
     device_used: float = 0.0
     host_build: float = 0.0
+    retries_before: int = 0
     _next_row: int = 0
 
     @property
@@ -88,6 +89,7 @@ class _Case:
             if tokens != self.task.config.data.seq_len:
                 torch.cuda.empty_cache()  # blocks of the short row would only be in the way
             reset_peak_memory(self.topology.device)
+            self.retries_before = _retries()
         reset_peak_memory(_CPU)
 
     def time(self, start: StartClock) -> None:
@@ -166,6 +168,7 @@ class _Case:
                 "peak_allocated": topology.max_of(torch.cuda.max_memory_allocated()) / GIB,
                 "peak_reserved": topology.max_of(torch.cuda.max_memory_reserved()) / GIB,
                 "device_used": topology.max_of(self.device_used),
+                "alloc_retries": int(topology.max_of(_retries() - self.retries_before)),
             }
         return values
 
@@ -206,3 +209,7 @@ class _Case:
     def _synchronize(self) -> None:
         if self._on_cuda:
             torch.cuda.synchronize()
+
+
+def _retries() -> int:
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
