@@ -76,7 +76,7 @@ class Heartbeat:
 
     def _look(self, moment: Moment) -> None:
         if moment.seconds >= _SHOWN_AFTER_S:
-            self._bar.within(moment.text, moment.place.done, moment.seconds_left)
+            self._bar.within(moment.brief, moment.place.done, moment.seconds_left)
         now = time.monotonic()
         if moment.seconds < self._every or now - self._told < self._every:
             return
@@ -95,9 +95,9 @@ class Heartbeat:
             ring_bytes_sent=place.bytes_sent,
         )
         since = format_duration(moment.seconds)
-        line = f"step {moment.step}: {moment.text}, {since} since it began"
+        line = f"step {moment.step}: {moment.brief}, {since} since it began"
         if not moment.running:
-            line = f"after step {moment.step}: {moment.text}, {since} since it ended"
+            line = f"after step {moment.step}: {moment.brief}, {since} since it ended"
         if left is not None:
             line += f", about {format_duration(left)} left"
         self._bar.line(line)

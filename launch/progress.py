@@ -12,10 +12,25 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 _RATE_WINDOW = 32  # steps that the time left is judged by
+
+
+class _OneLine(TextColumn):
+    """Words that a narrow terminal cuts at their end: the bar and the count beside them stay."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
+def _bar_width(columns: int) -> int:
+    """Of a terminal: what about 60 characters of words and 20 of the rest leave, 10 to 24."""
+    return max(10, min(24, columns - 84))
 
 
 class RunProgress:
@@ -56,14 +71,15 @@ class RunProgress:
         if enabled and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[state]}"),
+                BarColumn(bar_width=None, table_column=Column(width=_bar_width(self._console.width))),
+                TextColumn("{task.fields[count]}"),
+                _OneLine("{task.fields[state]}", markup=False, table_column=Column()),
                 console=self._console,
             )
-            self._task = self._bar.add_task(description, total=total_steps, completed=first_step, state="")
+            count = f"{first_step}/{total_steps}"
+            self._task = self._bar.add_task(description, total=total_steps, completed=first_step, count=count, state="")
             # Of the step at work, in percent; shown while there is something to tell.
-            self._inner = self._bar.add_task("step", total=100, state="", visible=False)
+            self._inner = self._bar.add_task("step", total=100, count="", state="", visible=False)
 
     def __enter__(self) -> RunProgress:
         if self._bar is not None:
@@ -90,7 +106,7 @@ class RunProgress:
             return
         state = f"loss {loss_nats_per_token:.4f}  {tokens_per_second:,.0f} tokens/s  {self._time_left()}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, state=state)
+            self._bar.update(self._task, completed=step, count=f"{step}/{self._total}", state=state)
             self._bar.update(self._inner, visible=False)
         elif step % self._every == 0 or step >= self._total:
             self.note(f"{self._description} step {step}/{self._total}  {state}")
@@ -104,8 +120,11 @@ class RunProgress:
             seconds_left: Of the step; None: not known.
         """
         if self._bar is not None:
-            left = "" if seconds_left is None else f"  {format_duration(seconds_left)} left in this step"
-            self._bar.update(self._inner, completed=100 * (done or 0.0) // 1, state=f"{text}{left}", visible=True)
+            left = "" if seconds_left is None else f"{format_duration(seconds_left)} left  "
+            count = "" if done is None else f"{int(100 * done)}%"
+            self._bar.update(
+                self._inner, completed=100 * (done or 0.0), count=count, state=f"{left}{text}", visible=True
+            )
 
     def line(self, text: str) -> None:
         """Print a line about the step at work, unless a bar shows it; from any thread."""

@@ -36,6 +36,7 @@ class Place(NamedTuple):
             graph; between the layers' attention).
         done: Part of the step's work before this place, 0 to 1, backward counted as twice the forward; None: unknown.
         bytes_sent: By this rank's ring since the step began.
+        row: Of the step, from 0; None outside of the rows. The one in `phase` is counted over all the data.
     """
 
     phase: str
@@ -44,6 +45,7 @@ class Place(NamedTuple):
     hops: int | None = None
     done: float | None = None
     bytes_sent: int = 0
+    row: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Moment:
         step: The step at work, from 1; between steps the one that was done last.
         place: The last place that is known to be reached.
         layers: Of the model.
+        rows: Of the step that this rank works on.
         running: Whether it is inside of a step.
         seconds: Since the step began; between steps since it ended.
         seconds_here: Since it was first seen that this place is reached; a stall shows here.
@@ -63,6 +66,7 @@ class Moment:
     step: int
     place: Place
     layers: int
+    rows: int
     running: bool
     seconds: float
     seconds_here: float
@@ -70,11 +74,23 @@ class Moment:
 
     @property
     def text(self) -> str:
-        """For people: "backward of row 7, layer 3 of 28, hop 1 of 3"."""
+        """For messages: "backward of row 41231, layer 3 of 28, hop 1 of 3"; the row counted over all the data."""
+        return f"{self.place.phase}{self._within}"
+
+    @property
+    def brief(self) -> str:
+        """For who watches: "backward of row 2 of 8, layer 3 of 28, hop 1 of 3"; the step's row, if it has several."""
+        phase, of_row, _ = self.place.phase.partition(" of row ")
+        if of_row and self.place.row is not None and self.rows > 1:
+            phase += f" of row {self.place.row + 1} of {self.rows}"
+        return f"{phase}{self._within}"
+
+    @property
+    def _within(self) -> str:
         place = self.place
         layer = "" if place.layer is None else f", layer {place.layer + 1} of {self.layers}"
         hop = "" if place.hop is None or not place.hops or place.hops < 2 else f", hop {place.hop} of {place.hops - 1}"
-        return f"{place.phase}{layer}{hop}"
+        return f"{layer}{hop}"
 
 
 class Pulse:
@@ -139,7 +155,8 @@ class Pulse:
 
     def phase(self, phase: str) -> None:
         """Something else begins."""
-        self._mark(Place(phase=phase, done=self._said.done, bytes_sent=self._bytes_sent()))
+        row = self._row if self._row >= 0 else None
+        self._mark(Place(phase=phase, done=self._said.done, bytes_sent=self._bytes_sent(), row=row))
 
     def layer(self, which: Pass, layer: int) -> None:
         """Attention of a layer (from 0) begins: forward, forward again within the backward pass, or backward."""
@@ -149,7 +166,7 @@ class Pulse:
             before = self._layers + (self._layers - 1 - layer) * self._backward
             before += float(self._again and which == "backward")
         self._base = before
-        self._mark(Place(self._said.phase, layer, None, None, self._done(0.0), self._bytes_sent()))
+        self._mark(Place(self._said.phase, layer, None, None, self._done(0.0), self._bytes_sent(), self._said.row))
 
     def hop(self, hop: int, hops: int) -> None:
         """Work on a hop of the layer's attention begins."""
@@ -158,7 +175,7 @@ class Pulse:
             said, done = self._said, self._done(hop / max(1, hops))
             if done is not None and said.done is not None:  # the own tokens may come in two halves, first and last
                 done = max(done, said.done)
-            self._mark(Place(said.phase, said.layer, hop, hops, done, self._bytes_sent()))
+            self._mark(Place(said.phase, said.layer, hop, hops, done, self._bytes_sent(), said.row))
 
     def now(self) -> Moment:
         """The place that is reached. Waits for nothing but a short lock; for any thread."""
@@ -176,6 +193,7 @@ class Pulse:
                 step=self._step,
                 place=place,
                 layers=self._layers,
+                rows=self._rows,
                 running=self._rows > 0,
                 seconds=seconds,
                 seconds_here=now - self._seen,

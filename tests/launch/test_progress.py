@@ -1,6 +1,7 @@
 """The progress bar, the plain lines where there is no terminal, and the final table."""
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -51,6 +52,36 @@ def test_a_terminal_gets_one_bar_with_the_same_words(monkeypatch: pytest.MonkeyP
     assert "saved [step-000002]" in text
     assert "2/3 loss 4.5000  12,345 tokens/s  time left unknown" in text
     assert "\x1b[?25h" in text, "the cursor must come back"
+
+
+@pytest.mark.parametrize(
+    ("width", "text", "shown"),
+    [
+        (80, "backward, layer 13 of 28, hop 1 of 3", "2:34 left  backward, layer 13 of 28, hop 1 of 3"),
+        (100, "backward of row 2 of 8, layer 13 of 28, hop 1 of 3", None),
+        (80, "backward of row 2 of 8, layer 13 of 28, hop 1 of 3", "2:34 left  backward of row 2 of 8, layer 13 of 28"),
+    ],
+)
+def test_the_bar_within_a_step_can_be_read(width: int, text: str, shown: str | None) -> None:
+    console, out = _console(True, width)
+    with RunProgress(total_steps=2000, first_step=999, console=console) as bar:
+        bar.update(1000, loss_nats_per_token=4.5, tokens_per_second=123_456.0)
+        bar.within(text, 0.999, 154.2)
+    # what the last refresh left on the screen
+    lines = [re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", line).rstrip() for line in re.split(r"[\r\n]+", out.getvalue())]
+    step, within = [line for line in lines if line][-2:]
+    assert step.startswith("train ")
+    assert step.endswith("1000/2000 loss 4.5000  123,456 tokens/s  time left unknown")
+    assert re.match(rf"step +[━╸]{{10,24}} +99% +{re.escape(shown or f'2:34 left  {text}')}", within), within
+    assert max(len(step), len(within)) <= width
+
+
+def test_where_a_step_is_may_be_unknown() -> None:
+    console, out = _console(True, 80)
+    with RunProgress(total_steps=3, console=console) as bar:
+        bar.within("reading [data]", None, None)
+    assert re.search(r"step +[━╸ ]* reading \[data\]", out.getvalue())
+    assert "%" not in out.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
