@@ -22,7 +22,8 @@ import yaml
 from launch.config import Config
 from launch.config_load import load_config
 from launch.errors import ConfigError
-from launch.memory_choice import MemoryPlan, describe, plan_memory
+from launch.memory_advice import describe
+from launch.memory_choice import MemoryPlan, plan_memory
 from launch.memory_search import DeviceFacts
 from launch.progress import format_bytes
 from model.presets import PRESETS

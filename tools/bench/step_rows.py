@@ -36,7 +36,7 @@ class StepRow:
         mfu_causal, mfu_full: See `launch.meters`; None where the device's peak is not known.
         peak_allocated, peak_reserved: Of torch's allocator during the timed steps, largest of all ranks; CUDA only.
         device_used: All of the memory in use at the allocator's peak (contexts, NCCL and peer buffers too), largest.
-        alloc_retries: Times that memory ran short and the allocator gave back what it kept for later, in the timed steps.
+        alloc_retries: Times that memory ran short, and the allocator gave back what it kept, in the timed steps.
         host_build, host_steps: Peak resident memory of a process until the timed steps and during them, largest.
         host_machine: What the machine's available memory fell by since the case began, at most.
         exposed_seconds: Waiting for the ring's messages, mean over ranks and steps; None if it is not measured.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.errors import ConfigError
-from launch.memory_choice import describe
+from launch.memory_advice import describe
 from launch.memory_plan import GIB, case_of
 from launch.memory_search import DeviceFacts, case_at, choose, longest_row
 from launch.model_shape import model_of
