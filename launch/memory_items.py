@@ -22,6 +22,7 @@ from model.flops import (
     votes_bytes_per_token,
 )
 from model.kinds import attention_shape
+from ringattn.scoring.simulated_limits import size_problem
 from ringattn.transport.copy_engine import GRAPH_BYTES
 
 # Payloads that wait in an inbox of peer memory, beside the own payload: as `ringattn.transport.copy_engine`.
@@ -38,9 +39,11 @@ _VOTE_PARTS = 8.0
 _VOTE_PARTS_RING = 9.4
 # Layer inputs on the GPU while the others are on the host: in use, and on the way.
 _INPUTS_AT_HAND = 2
-# Rows and keys whose biases exist at once: `span` and `span_all` of the kernels for a GPU of 132 multiprocessors.
-_SELECTION_SPAN = 4096
+# Rows and keys whose biases exist at once: `span_of` (two tiles of rows for each of 132 multiprocessors, over all
+# heads) and `span_all` of the kernels, and bytes of a pair in two buffers.
+_SELECTION_PROGRAMS = 264
 _SELECTION_KEYS = 32_768
+_SELECTION_PAIR = 6
 _FP32 = 4
 
 
@@ -193,13 +196,14 @@ def attention_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iter
     shape, inputs = attention_shape(model), model.dim * size
     yield from _gradient_items(case)
     between = (
-        model.dim + between_elements(model, fused=case.on_gpu)
+        model.dim + between_elements(model, fused=_fused(case))
     ) * size  # the norm's output, and what lies before the attention
     if memory.recompute:
         again = _attention_bytes_per_token(case) + (between if memory.tile is None else 0)
         yield Item(name="one layer again", device=tokens * again)
     gradients = shape.heads * shape.value_dim
-    if _goes_in_groups(model):  # else those of queries and payload are there when the last sums have gone
+    # in a ring without groups those of queries and payload are there when the last sums have gone
+    if _goes_in_groups(model) or inner_plan(case.plan, case.ulysses).cp_size == 1:
         gradients += shape.heads * shape.score_dim + shape.payload
     yield Item(name="gradients inside a layer", device=tokens * (gradients * size + inputs))
     votes = (layers - 1) * tokens * votes_bytes_per_token(model, size)
@@ -212,7 +216,7 @@ def attention_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iter
 def _layer_bytes_per_token(case: MemoryCase) -> float:
     """What a layer keeps if nothing is recomputed or in tiles; a compiled gate keeps its inputs, not silu's result."""
     gate = case.model.ffn_dim * case.element_bytes if case.compiled else 0
-    return layer_bytes_per_token(case.model, case.element_bytes, fused=case.on_gpu) - gate
+    return layer_bytes_per_token(case.model, case.element_bytes, fused=_fused(case)) - gate
 
 
 def _attention_bytes_per_token(case: MemoryCase) -> float:
@@ -228,7 +232,7 @@ def _ring_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
         yield Item(name="exchange of heads", device=exchanged.memory - exchanged.ring.memory)
         expanded = expanded_at_home(model, plan, size, recompute=True) if memory.recompute else 0  # else it is kept
     else:
-        expanded = expanded_bytes(model, plan, size, fused=case.on_gpu)
+        expanded = expanded_bytes(model, plan, size, fused=_fused(case))
     if expanded:
         yield Item(name="expanded keys and values", device=expanded)
     if model.selection is None:
@@ -262,6 +266,17 @@ def _group_bytes(case: MemoryCase) -> tuple[float, float]:
     return queries / count, payload / count
 
 
+def _fused(case: MemoryCase) -> bool:
+    """Whether what expands does so by GPU kernels that keep nothing; SAS has some for 16 bits, up to some sizes."""
+    model = case.model
+    if model.attention != "sas" or not case.on_gpu:
+        return case.on_gpu
+    if case.element_bytes != 2:
+        return False
+    sizes = (model.head_dim, model.simulated_heads or 0, model.simulated_dim, model.kernel_size or 1)
+    return all(size_problem(heads, *sizes) is None for heads in (model.heads, model.kv_heads))
+
+
 def _goes_in_groups(model: ModelConfig) -> bool:
     """Whether heads go around in groups, if they are many: neither with selection nor with what expands."""
     return model.selection is None and not attention_shape(model).payload_flops
@@ -276,8 +291,11 @@ def _selection_working_set(case: MemoryCase) -> float:
     if ring > 1:
         sums += shape.payload
     messages = shape.payload * (min(_AHEAD, ring - 1) + 1) if ring > 1 else 0
-    spans = _SELECTION_SPAN * min(tokens, _SELECTION_KEYS) * _FP32
-    return tokens * heads * (sums * _FP32 + messages * case.element_bytes) + spans
+    rows = 256 * max(2, _SELECTION_PROGRAMS // max(1, round(shape.heads * heads)))
+    spans = rows * min(tokens, _SELECTION_KEYS) * _SELECTION_PAIR
+    # votes travel as those of another layer: both ballots joined, and their fp32 gradients
+    votes = 24 * shape.score_dim * tokens if case.ulysses > 1 else 0
+    return tokens * heads * (sums * _FP32 + messages * case.element_bytes) + spans + votes
 
 
 def _gradient_items(case: MemoryCase) -> Iterator[Item]:

@@ -230,7 +230,7 @@ def _phases(
     weights = Item(name="the head's weights", device=case.element_bytes * head)
     yield Phase(name="loss", items=(*kept, weights, *loss_items(case)))
     # what is reduced stays until the next reduction, at the end of this layer
-    kept = (*kept, Item(name="the head's gradient on its way", device=_FP32 * head))
+    kept = (*kept, Item(name="the head's gradient on its way", device=_FP32 * (1 + 1 / case.num_processes) * head))
     rest = (*at_work, *early, *kept_items(case, memory, 1))
     feed_forward = tuple(feed_forward_items(case, memory))
     last, first = (tuple(attention_items(case, memory, layers)) for layers in (case.model.layers, 1))

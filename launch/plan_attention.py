@@ -145,6 +145,8 @@ def expanded_bytes(model: ModelConfig, plan: ringattn.Plan, element_bytes: int, 
         return 0
     kept = shape.heads * (3 * shape.value_dim + shape.score_dim) if model.attention == "sas" and not fused else 0
     sums = _FP32 if not fused or model.selection is not None else element_bytes
+    if plan.window is not None and fused:  # many blocks: summed in fp32, and then rounded
+        sums = _FP32 + element_bytes
     return plan.longest_shard * ((shape.expanded + kept) * element_bytes + shape.expanded * sums)
 
 

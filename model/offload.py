@@ -15,6 +15,7 @@ may be written again as soon as nobody asks for its content any more. On the CPU
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -188,9 +189,10 @@ def _touch(buffer: Tensor) -> None:
     The kernel gives memory at the first touch, on virtual machines at less than 1 GB/s to a thread. Pinning memory that
     is not there yet would touch it in one thread, inside the driver.
     """
-    storage = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
+    size, part = buffer.nbytes, -(-buffer.nbytes // _TOUCHING)
     with ThreadPoolExecutor(_TOUCHING, thread_name_prefix="offload") as pool:
-        list(pool.map(Tensor.zero_, storage.chunk(_TOUCHING)))
+        for start in range(0, size, part or 1):
+            pool.submit(ctypes.memset, buffer.data_ptr() + start, 0, min(part, size - start))
 
 
 def _pin(buffer: Tensor) -> None:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ringattn.mask import Block, Relation
 
+# Of a pack. Flash's backward pass takes fp32 scratch of 128 rows for each, beside that of the rows themselves.
+MOST_BLOCKS = 128
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -64,13 +67,13 @@ def pack(blocks: Sequence[Block], alone: Callable[[Block], bool]) -> tuple[Block
     for block in blocks:
         if block.relation is not Relation.PARTIAL:
             loose.append(block)
-        elif len(_runs(_alike(block.pieces))) == 1:
+        elif len(_runs(_alike(block.pieces), most=len(block.pieces))) == 1:
             loose += block.pieces
         else:
             whole.append(block)  # without pieces, or one mask does more than pieces that lie apart
     loose = _alike(loose)
     whole += [block for block in loose if alone(block)]
-    runs = _runs(block for block in loose if not alone(block))
+    runs = _runs((block for block in loose if not alone(block)), most=MOST_BLOCKS)
     return (*(_packed(run) if len(run) > 1 else run[0] for run in runs), *whole)
 
 
@@ -83,13 +86,14 @@ def _alike(blocks: Iterable[Block]) -> list[Block]:
     return [replace(b, relation=Relation.CAUSAL) if one else b for b, one in zip(found, single, strict=True)]
 
 
-def _runs(blocks: Iterable[Block]) -> list[list[Block]]:
-    """Runs of one relation in which each block begins, in queries and keys, where the one before ends."""
+def _runs(blocks: Iterable[Block], most: int) -> list[list[Block]]:
+    """Runs, of `most` blocks at most, of one relation, each beginning in queries and keys where the one before ends."""
     runs: list[list[Block]] = []
     for block in sorted(blocks, key=lambda b: (b.relation.value, b.q_start, b.k_start)):
         last = runs[-1][-1] if runs else None
         here = (block.relation, block.q_start, block.k_start)
-        if last is not None and (last.relation, last.q_stop, last.k_stop) == here:
+        meets = last is not None and (last.relation, last.q_stop, last.k_stop) == here
+        if meets and len(runs[-1]) < most:
             runs[-1].append(block)
         else:
             runs.append([block])

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.compiling import Compiling, compiling
 from ringattn.errors import RingAttnError
 from ringattn.plan import Plan
 from ringattn.scoring.expansion import Expand
@@ -136,7 +136,11 @@ def self_check(
     widths = (head_dim, head_dim if value_dim is None else value_dim)
     found: list[tuple[Case, Errors]] = []
     with ExitStack() as stack:
-        compiled = stack.enter_context(compiling() if parts.device.type == "cuda" else nullcontext(Compiling()))
+        compiled = None
+        if parts.device.type == "cuda" and find_spec("triton") is not None:
+            from ringattn.triton_compiling import compiling  # slow to import
+
+            compiled = stack.enter_context(compiling())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(parts.device.type, enabled=False))
         for one in plans:
@@ -150,7 +154,7 @@ def self_check(
             carrier.stats.take()
     return SelfCheck(
         seconds=time.perf_counter() - began,
-        compiling=compiled.seconds,
+        compiling=0.0 if compiled is None else compiled.seconds,
         seq_len=seq_len,
         cp_size=parts.size,
         errors=_worst(found[0][1].names, [errors.errors.amax(dim=0) for _, errors in found]),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ringattn.kernels import PackedKernel, accumulator_dtype, pick_kernel, pick_packed
+from ringattn.kernels import WORTH_A_PLAN, PackedKernel, accumulator_dtype, pick_kernel, pick_packed
 from ringattn.mask import Block, Relation
 from ringattn.merge import RowMerge, RowSum
 from ringattn.packs import Pack, pack
@@ -156,16 +156,15 @@ class SoftmaxAttention:
     def _blocks(
         self, stop: Stop, packing: PackedKernel | None, q: Tensor, v: Tensor, all_heads: int, *, backward: bool
     ) -> tuple[Block | Pack, ...]:
-        """The stop's blocks, in packs but for those that a kernel with a plan of its own is worth."""
+        """The stop's blocks, in packs but for the large ones."""
         if packing is None:
             return stop.blocks
         plan, rank = self.ring.plan, self.ring.rank
         key = ("packs", rank, stop.hops, stop.share, self.kernel, packing.name, q.shape, q.dtype, backward)
         if key not in plan._schedules:
 
-            def alone(block: Block) -> bool:
-                planned = self._planned(block, q, v, all_heads, backward=backward)
-                return pick_kernel(self.kernel, q, q, v, masked=False, backward=backward, planned=planned).plans
+            def alone(block: Block) -> bool:  # large enough for a better kernel than the one that takes packs
+                return self._planned(block, q, v, all_heads, backward=backward) >= WORTH_A_PLAN
 
             plan._schedules[key] = pack(stop.blocks, alone)
         return plan._schedules[key]

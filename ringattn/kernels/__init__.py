@@ -89,7 +89,7 @@ KERNELS: dict[str, Kernel] = {
 
 # Operations. On an H100 cuDNN takes 0.09 to 0.35 s to plan both passes for a new size (torch 2.11, cuDNN 9.19), mostly
 # 0.1, and gains 1.4 s per 10^15 operations on flash (`measured`), in each of some 28 layers that use the plan.
-_WORTH_A_PLAN = 1.5e12
+WORTH_A_PLAN = 1.5e12
 
 
 def check_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -125,7 +125,7 @@ def pick_kernel(
         kernel = KERNELS[candidate]
         if kernel.unsupported(q, k, v, masked) is not None:
             continue
-        if kernel.plans and planned < _WORTH_A_PLAN:
+        if kernel.plans and planned < WORTH_A_PLAN:
             passed_over = passed_over or kernel
         else:
             return passed_over if passed_over is not None and candidate == "reference" else kernel

@@ -80,7 +80,7 @@ class FlashKernel:
         batch, rows = q.shape[:2]
         starts, causal = pack.starts(batch, q.device), pack.relation is Relation.CAUSAL
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(x.flatten(0, 1) for x in (q, k, v)), *starts, *pack.longest, 0.0, causal, False, scale=scale
+            *(x.flatten(0, 1) for x in (q, k, v)), *starts, *_bounds(pack), 0.0, causal, False, scale=scale
         )
         return out.unflatten(0, (batch, rows)), lse.unflatten(1, (batch, rows)).transpose(0, 1)
 
@@ -105,7 +105,7 @@ class FlashKernel:
             out.flatten(0, 1).contiguous(),
             lse.transpose(0, 1).flatten(1).contiguous(),
             *pack.starts(batch, q.device),
-            *pack.longest,
+            *_bounds(pack),
             0.0,
             pack.relation is Relation.CAUSAL,
             no_seed,
@@ -114,3 +114,9 @@ class FlashKernel:
         )
         dq, dk, dv = (x.unflatten(0, (batch, -1)) for x in found)
         return dq, dk, dv
+
+
+def _bounds(pack: Pack) -> tuple[int, int]:
+    """Of queries and keys of a block. With one query at most and grouped heads flash would take another way."""
+    queries, keys = pack.longest
+    return max(2, queries), keys

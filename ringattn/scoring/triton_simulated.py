@@ -21,12 +21,12 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ringattn.scoring.simulated_limits import size_problem
 from ringattn.scoring.triton_simulated_backward import add_kernel, features_backward_kernel, heads_backward_kernel
 from ringattn.scoring.triton_simulated_kernels import features_kernel, heads_kernel
 from ringattn.scoring.triton_simulated_taps import taps_backward_kernel, taps_kernel
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_MAX_HEADS, _MAX_WIDTH, _MAX_INNER = 128, 128, 192
 _SMALL_WEIGHTS = 49152  # bytes of feature weights that a multiprocessor holds three times
 
 
@@ -90,16 +90,7 @@ def unsupported(
         return f"it needs bf16 or fp16 on CUDA, got {x.dtype} on {x.device.type}"
     if not interpreted and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs compute capability 8.0"
-    if max(x.shape[-2], simulated_heads) > _MAX_HEADS:
-        return f"it holds at most {_MAX_HEADS} heads, got {x.shape[-2]} and {simulated_heads}"
-    if max(x.shape[-1], simulated_dim or 0) > _MAX_WIDTH:
-        return f"it holds at most {_MAX_WIDTH} features, got {x.shape[-1]} and {simulated_dim}"
-    if simulated_dim is not None and simulated_dim % 2:
-        return f"it works on two halves of the features, got {simulated_dim}"
-    inner = kernel_size * max(x.shape[-2], simulated_heads)
-    if kernel_size > 1 and inner > _MAX_INNER:
-        return f"it holds at most {_MAX_INNER} taps times heads, got {inner}"
-    return None
+    return size_problem(x.shape[-2], x.shape[-1], simulated_heads, simulated_dim, kernel_size)
 
 
 def expand(

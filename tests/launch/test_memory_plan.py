@@ -278,7 +278,7 @@ def test_each_setting_saves_what_it_is_for() -> None:
         ("qwen3-0.6b", 262_144, 80, {"recompute": "keep_attention", "keep_layers": None, "offload": "none"}),
         ("qwen3-0.6b", 1_048_576, 80, {"recompute": "keep_attention", "keep_layers": None, "offload": "none"}),
         ("qwen3-0.6b", 1_048_576, 50, {"recompute": "keep_attention", "tile": 4096, "offload": "inputs"}),
-        ("llama-3-8b", 524_288, 80, {"recompute": "keep_attention", "tile": 4096, "offload": "inputs"}),
+        ("llama-3-8b", 524_288, 80, {"recompute": "keep_attention", "tile": None, "offload": "all"}),
         # the host has no room for all layers but the last: some keep on the GPU what they keep
         ("llama-3-8b", 1_048_576, 80, {"keep_layers": None, "offload": "all", "offload_layers": 29}),
         ("llama-3-8b", 2_000_000, 80, {"tile": 4096, "offload": "inputs", "offload_layers": None}),

@@ -144,8 +144,28 @@ def test_documents_worth_a_plan_are_called_by_themselves(monkeypatch):
     packing, planner = PackingReference("flash"), PackingReference("cudnn")
     planner.plans, planner.packs = True, False
     monkeypatch.setattr("ringattn.kernels.KERNELS", {**KERNELS, "cudnn": planner, "flash": packing})
-    monkeypatch.setattr("ringattn.kernels._WORTH_A_PLAN", 2 * 2 * 129 * 129 / 2 * 16)
+    for place in ("kernels", "softmax"):
+        monkeypatch.setattr(f"ringattn.{place}.WORTH_A_PLAN", 2 * 2 * 129 * 129 / 2 * 16)
     q = torch.randn(1, T, 2, 8, dtype=torch.float64)
     ringattn.ring_attention(q, q, q, ringattn.Plan(T, 1, documents=DOCUMENTS), group=None)
     assert planner.calls["blocks"] == 2, "the documents of 130 and 139 tokens"
     assert (packing.calls["packs"], packing.calls["blocks"]) == (1, 1), "the five before them, and the one between"
+
+
+def test_a_pack_is_of_a_hundred_documents_or_so():
+    starts = (*range(0, 2 * 300, 2), 600)
+    found = pack([Block(a, b, a, b, Relation.CAUSAL) for a, b in itertools.pairwise(starts)], lambda block: False)
+    assert [len(one.q_starts) - 1 for one in found] == [128, 128, 44]
+    assert [one.q_start for one in found] == [0, 256, 512]
+
+
+def test_large_documents_are_not_packed_whatever_their_kernel(monkeypatch):
+    """Where a faster kernel without plans is there, it gets them."""
+    packing, faster = PackingReference("flash"), PackingReference("flash4")
+    faster.packs = False
+    monkeypatch.setattr("ringattn.kernels.KERNELS", {**KERNELS, "flash": packing, "flash4": faster})
+    monkeypatch.setattr("ringattn.kernels._order", lambda *_, **__: ("flash4", "flash", "reference"))
+    monkeypatch.setattr("ringattn.softmax.WORTH_A_PLAN", 2 * 2 * 129 * 129 / 2 * 16)
+    q = torch.randn(1, T, 2, 8, dtype=torch.float64)
+    ringattn.ring_attention(q, q, q, ringattn.Plan(T, 1, documents=DOCUMENTS), group=None)
+    assert (faster.calls["blocks"], packing.calls["packs"]) == (3, 1), "both large ones, and the single token between"

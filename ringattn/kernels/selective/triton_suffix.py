@@ -32,7 +32,7 @@ def _queries_kernel(
     last = tl.minimum(m, tl.minimum(row + ROWS, n) - 1 + delta)
     q = rows_of(QB + batch * q_batch + term * q_term, row, n, q_row, ROWS, WIDTH, PADDED)
     source = describe(KB + batch * k_batch + term * k_term, m, k_row, KEYS, WIDTH, PADDED, DESCRIPTORS)
-    scale = tl.load(SCALES + term)
+    scale, weight = tl.load(SCALES + term), tl.load(WEIGHTS + term)
     dq = tl.zeros([ROWS, PADDED], tl.float32)
     dweight = tl.zeros([ROWS], tl.float32)
     for position in tl.range(first, last, KEYS):
@@ -48,12 +48,12 @@ def _queries_kernel(
             may = may & firsts_of(K_DOCUMENTS, key, m, k_start, KEYS, HAS_DOCUMENTS, PROTECT)[None, :]
             dvotes = tl.where(may, dvotes, 0.0)
         dweight += tl.sum(dvotes * z, axis=1)
-        dq = tl.dot(dvotes.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = tl.dot((dvotes * weight).to(k.dtype), k, dq, input_precision=PRECISION)
     if last > first:
         d = tl.arange(0, PADDED)
         at = DQ + batch * dq_batch + term * dq_term + i.to(tl.int64)[:, None] * dq_row + d[None, :]
         inside = (i < n)[:, None] & (d < WIDTH)[None, :]
-        tl.store(at, tl.load(at, mask=inside, other=0.0) + dq * (scale * tl.load(WEIGHTS + term)), mask=inside)
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + dq * scale, mask=inside)
         tl.atomic_add(DWEIGHTS + term, tl.sum(dweight, axis=0), sem="relaxed")
 
 

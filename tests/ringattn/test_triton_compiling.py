@@ -4,8 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from ringattn.compiling import compiling
-
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
@@ -13,6 +11,8 @@ from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+
+from ringattn.triton_compiling import compiling  # noqa: E402
 
 
 def add_one(X, n):

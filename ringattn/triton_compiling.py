@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
+
+from triton import knobs
 
 
 class Compiling:
@@ -16,13 +17,8 @@ class Compiling:
 
 @contextmanager
 def compiling() -> Iterator[Compiling]:
-    """Count what is compiled inside; nothing where there is no Triton, or one that tells nobody."""
+    """Count what is compiled inside."""
     found = Compiling()
-    if find_spec("triton") is None:
-        yield found
-        return
-    from triton import knobs  # slow to import
-
     before = knobs.compilation.listener
 
     def listen(*, times: Any, cache_hit: bool, **rest: Any) -> None:
