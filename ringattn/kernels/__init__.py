@@ -87,7 +87,8 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-# Operations. On an H100 cuDNN takes some 0.1 s to plan both passes for a new size (torch 2.11, cuDNN 9.19), and gains 1.4 s per 10^15 operations on flash (`measured`), in each of some 28 layers that use the plan.
+# Operations. On an H100 cuDNN takes some 0.1 s to plan both passes for a new size (torch 2.11, cuDNN 9.19), and gains
+# 1.4 s per 10^15 operations on flash (`measured`), in each of some 28 layers that use the plan.
 WORTH_A_PLAN = 1.5e12
 
 
