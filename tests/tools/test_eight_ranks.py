@@ -135,4 +135,5 @@ def test_steps_with_selection_are_those_of_one_process(layout: str, kinds: str, 
         assert one.losses[0] == pytest.approx(other.losses[0], rel=1e-6)
         assert one.gradient_norms[0] == pytest.approx(other.gradient_norms[0], rel=1e-5)
     assert len({row.losses[0] for row in ring}) == len(ring), "the kinds are not the same attention"
-    assert "| selective, 1 layer | 8 | 290 |" in (tmp_path / "report.md").read_text()
+    name = "selective, 1 layer, model.selection_gain_start=0.5"
+    assert f"| {name} | 8 | 290 |" in (tmp_path / "report.md").read_text()
