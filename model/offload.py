@@ -191,8 +191,8 @@ def _touch(buffer: Tensor) -> None:
     """
     size, part = buffer.nbytes, -(-buffer.nbytes // _TOUCHING)
     with ThreadPoolExecutor(_TOUCHING, thread_name_prefix="offload") as pool:
-        for start in range(0, size, part or 1):
-            pool.submit(ctypes.memset, buffer.data_ptr() + start, 0, min(part, size - start))
+        starts = range(0, size, part or 1)
+        list(pool.map(lambda start: ctypes.memset(buffer.data_ptr() + start, 0, min(part, size - start)), starts))
 
 
 def _pin(buffer: Tensor) -> None:

@@ -88,7 +88,8 @@ KERNELS: dict[str, Kernel] = {
 
 
 # Operations. On an H100 cuDNN takes some 0.1 s to plan both passes for a new size (torch 2.11, cuDNN 9.19), and gains
-# 1.4 s per 10^15 operations on flash (`measured`), in each of some 28 layers that use the plan.
+# 1.4 s per 10^15 operations on flash (`measured`), in each of some 28 layers that use the plan. From here on a
+# document is not packed either: a better kernel is worth a call.
 WORTH_A_PLAN = 1.5e12
 
 

@@ -34,7 +34,9 @@ def test_memory_is_within_a_tenth_of_what_was_measured(row: StepRow, tmp_path: P
     facts = DeviceFacts(device_bytes=int((row.device_total or 79.2) * GIB), host_bytes=int(503 * GIB / row.num_ranks))
     planned = plan_memory(config, row.num_ranks, facts)
     assert row.peak_allocated is not None
-    assert planned.estimate.allocated / GIB == pytest.approx(row.peak_allocated, rel=0.1)
+    # measured before a head of its own was reduced by itself, which is more at the end of a short row
+    before = row.model == "llama-3-8b" and row.tokens == 65_536
+    assert planned.estimate.allocated / GIB == pytest.approx(row.peak_allocated, rel=0.1 if before else 0.05)
     assert row.seconds is not None
     assert planned.time.seconds == pytest.approx(row.seconds, rel=0.25)
 
