@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton import knobs  # noqa: E402
+from triton import knobs
 
-from ringattn.triton_compiling import compiling  # noqa: E402
+from ringattn.triton_compiling import compiling
 
 ROOT = Path(__file__).parents[2]
 REAL = """
