@@ -115,7 +115,8 @@ def pick_tiles(dtype: torch.dtype, lag: int) -> Tiles:
     if dtype == torch.float32:
         return Tiles(
             vote_rows=32, vote_stages=2, ballot_stages=1, keys=32, stages=2, back_rows=32, back_warps=8, back_stages=1,
-            query_warps=8, query_stages=1, suffix_own=32, suffix_other=32, suffix_stages=1, descriptors=False,
+            query_warps=8, query_stages=1, suffix_own=32, suffix_other=32, suffix_warps=8, suffix_stages=1,
+            descriptors=False,
         )  # fmt: skip
     if lag % 128 == 0:
         return Tiles(vote_span=16, ballot_stages=3, query_keys=64, query_stages=3)

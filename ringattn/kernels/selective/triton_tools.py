@@ -62,10 +62,10 @@ class Tiles:
     query_keys: int = 32
     query_warps: int = 4
     query_stages: int = 4
-    suffix_own: int = 128
-    suffix_other: int = 64
-    suffix_warps: int = 8
-    suffix_stages: int = 3
+    suffix_own: int = 64
+    suffix_other: int = 128
+    suffix_warps: int = 4
+    suffix_stages: int = 2
     span: int | None = None
     span_all: int = 32768
     buffers: int = 1
