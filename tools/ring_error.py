@@ -5,8 +5,8 @@
 
 By itself it runs all ranks in one process: each rank's blocks, merges and sums as in a ring, in turn; what travels is
 handed over in memory, in the payload's dtype. Started by torchrun the ranks are real, one per GPU if there are any,
-and a ring of n is the first n of them. "x single" is the error divided by that of the single kernel: it should stay
-near 1, whatever the ring's size.
+and all of them are in rings of n at a time, of which the first ring's errors are shown. "x single" is the error divided
+by that of the single kernel: it should stay near 1, whatever the ring's size.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ def _simulated() -> tuple[int, torch.device, Rings]:
 def _real(sizes: list[int]) -> tuple[int, torch.device, Rings]:
     """(rank, device, rings) of one of torchrun's processes, which joins the others here."""
     there = int(os.environ["WORLD_SIZE"])
-    if max(sizes) > there:
-        raise ValueError(f"--ranks: expected at most the {there} ranks that torchrun started, got {max(sizes)}")
+    for size in sizes:
+        if there % size:
+            raise ValueError(f"--ranks: expected divisors of the {there} ranks that torchrun started, got {size}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -114,16 +115,16 @@ def _real(sizes: list[int]) -> tuple[int, torch.device, Rings]:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank = dist.get_rank()
-    groups = {size: dist.new_group(list(range(size))) for size in sorted({*sizes} - {1})}
-    # Collective in each group: the others come to the next one, and wait there.
-    transports = {size: make_transport("auto", group) for size, group in groups.items() if rank < size}
+    groups: dict[int, dist.ProcessGroup] = {}
+    for size in sorted({*sizes} - {1}):
+        # Nobody stays out: peer memory of rings that overlap in part cannot be made (see `agree_on_rendezvous`).
+        groups[size], _ = dist.new_subgroups(size)
+    transports = {size: make_transport("auto", group) for size, group in groups.items()}
 
     def run(whole: tuple[Tensor, ...], plan: ringattn.Plan) -> tuple[tuple[Tensor, ...], str]:
         size = plan.cp_size
-        if rank >= size:
-            return (), ""
         group, transport = groups.get(size), transports.get(size, "auto")
-        *inputs, dout = (ringattn.shard(x, plan, rank) for x in whole)
+        *inputs, dout = (ringattn.shard(x, plan, rank % size) for x in whole)
         q, k, v = (x.detach().requires_grad_() for x in inputs)
         out = ringattn.ring_attention(q, k, v, plan, group, transport=transport)
         parts = (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))

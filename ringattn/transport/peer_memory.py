@@ -10,11 +10,13 @@ import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ringattn.errors import TopologyError
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _GRAIN = 2**21  # regions are multiples of this
@@ -84,6 +86,8 @@ class CudaPeerMemory:
         ranks: of the group's members in the ring, if it is a part of the ring; they go by these here.
     """
 
+    _rendezvous: ClassVar[int] = 0  # of this process, in any group
+
     def __init__(
         self,
         group: dist.ProcessGroup,
@@ -109,7 +113,8 @@ class CudaPeerMemory:
         import torch.distributed._symmetric_memory as symmetric  # there is none without CUDA
 
         torch.cuda.synchronize(self.device)
-        dist.barrier(self._group)  # no rank is using the old regions any more
+        agree_on_rendezvous(self._group, CudaPeerMemory._rendezvous)  # and no rank is using the old regions any more
+        CudaPeerMemory._rendezvous += 1
         if self.pinned:
             self._kept.append((self._handle, self._regions))
         size = -(-size // _GRAIN) * _GRAIN
@@ -187,6 +192,26 @@ def host_name() -> str:
         return f"{socket.gethostname()} (boot {_BOOT.read_text().strip()})"
     except OSError:
         return socket.gethostname()
+
+
+def agree_on_rendezvous(group: dist.ProcessGroup, before: int) -> None:
+    """Refuse a rendezvous that would hang: torch numbers its messages by process, not by group. Collective.
+
+    Args:
+        before: how many this process has had, in any group.
+
+    Raises:
+        TopologyError: on all ranks, if they have not had equally many (https://github.com/pytorch/pytorch/issues/196082).
+    """
+    counts = [before] * dist.get_world_size(group)
+    dist.all_gather_object(counts, before, group=group)
+    if len(set(counts)) > 1:
+        told = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(counts))
+        raise TopologyError(
+            "transport: expected ranks that have been in equally many rings over copy engines before, got another "
+            f"number of times that peer memory was made ({told}), after which torch's symmetric memory would wait for "
+            "ever; let every rank be in a ring whenever one is made, or use transport='p2p' for rings that overlap"
+        )
 
 
 def peer_memory_problem(group: dist.ProcessGroup) -> str | None:

@@ -109,6 +109,40 @@ def needs_gpus(world_size):
         pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")
 
 
+def overlapping_worker(rank, world_size):
+    """Rings of two side by side, one of all, and then one of all but rank 0, which none of the others may join."""
+    torch.cuda.set_device(rank)
+    dist.new_group(backend="nccl")
+    results = []
+    for size in (2, world_size):
+        group, _ = dist.new_subgroups(size, backend="nccl")
+        plan = ringattn.Plan(257, size)
+        channel = ringattn.make_transport("copy_engine", group)
+        results.append(attend(problem(torch.float64), plan, group, rank % size, "auto", channel))
+    some = dist.new_group([1, 2], backend="nccl")
+    group = dist.new_group(backend="nccl")
+    told = None
+    if rank in (1, 2):
+        ringattn.make_transport("copy_engine", some).memory.reserve(1)
+    try:
+        ringattn.make_transport("copy_engine", group).memory.reserve(1)
+    except ringattn.TopologyError as error:
+        told = str(error)
+    torch.cuda.synchronize()
+    return results, told
+
+
+def test_rings_side_by_side_and_rings_that_overlap():
+    needs_gpus(4)
+    ranks = run_ranks(overlapping_worker, 4, timeout=180)
+    truth = oracle(problem(torch.float64), {})
+    for results, told in ranks:
+        for found in results:
+            for actual, expected in zip(found, truth, strict=True):
+                assert error(actual, expected) <= 1e-10
+        assert "in equally many rings" in told
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("transport", ["copy_engine", "p2p"])
 def test_rings_over_nccl(world_size, transport):

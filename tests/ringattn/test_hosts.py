@@ -56,3 +56,23 @@ def refused_worker(rank, world_size, uuids, names, reach):
 )
 def test_why_there_is_no_copy_engine_is_the_same_on_all_ranks(uuids, names, reach, expected):
     assert run_ranks(refused_worker, 2, uuids, names, reach) == [expected] * 2
+
+
+def rendezvous_worker(rank, world_size, counts):
+    try:
+        peer_memory.agree_on_rendezvous(dist.group.WORLD, counts[rank])
+    except ringattn.TopologyError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("counts", [(2, 2, 2), (2, 0, 2)])
+def test_a_rendezvous_that_would_hang_is_refused_on_all_ranks(counts):
+    """Ranks 0 and 2 were in a ring that rank 1 was not in."""
+    found = run_ranks(rendezvous_worker, 3, counts)
+    if len(set(counts)) == 1:
+        assert found == [None] * 3
+        return
+    assert len(set(found)) == 1
+    assert "(rank 0: 2, rank 1: 0, rank 2: 2)" in found[0]
+    assert "use transport='p2p' for rings that overlap" in found[0]

@@ -36,10 +36,10 @@ def test_bad_input(change, message):
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
-def test_rings_larger_than_what_torchrun_started_are_refused(monkeypatch):
+def test_rings_that_leave_a_rank_out_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(app, SMALL)
     assert result.exit_code == 2
     told = " ".join(result.output.replace("│", " ").split())
-    assert "--ranks: expected at most the 2 ranks that torchrun started, got 3" in told
+    assert "--ranks: expected divisors of the 2 ranks that torchrun started, got 3" in told
