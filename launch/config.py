@@ -107,7 +107,9 @@ class EngineConfig(Section):
         default="fp32", description="of the computation; the master weights stay fp32"
     )
     compile: bool | Literal["auto"] = Field(
-        default="auto", description="norms, gates, the loss and RoPE (SAS has its own) by torch.compile; auto: on GPUs"
+        default="auto",
+        description="norms, gates, the loss and RoPE (SAS has its own) by torch.compile; auto: on GPUs, but not with "
+        "run.deterministic=true, since the order of compiled sums depends on the length that came first",
     )
 
 
@@ -226,6 +228,11 @@ class Config(Section):
         if problems:
             raise ConflictingSettings(problems)
         return self
+
+    def compiles(self, *, on_gpu: bool) -> bool:
+        """`engine.compile`, resolved for a kind of device."""
+        choice = self.engine.compile
+        return (on_gpu and self.run.deterministic is not True) if choice == "auto" else choice
 
     def mesh(self, num_processes: int) -> tuple[int, int]:
         """Resolve `auto` for this many processes.

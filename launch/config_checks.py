@@ -26,6 +26,7 @@ def cross_problems(config: Config) -> list[Problem]:
         _data_problems,
         selection_problems,
         _kernel_problems,
+        _repeatable_problems,
         _mesh_problems,
         memory_problems,
         _optim_problems,
@@ -69,6 +70,15 @@ def _data_problems(config: Config) -> Iterator[Problem]:
             message=f"evaluating every {config.evaluate.every_steps} steps needs held-out data, got "
             f"data.held_out_fraction={data.held_out_fraction} and data.held_out_rows={data.held_out_rows}; "
             "make both positive, or set evaluate.every_steps=0",
+        )
+
+
+def _repeatable_problems(config: Config) -> Iterator[Problem]:
+    if config.run.deterministic is True and config.engine.compile is True:
+        yield Problem(
+            keys=("run.deterministic", "engine.compile"),
+            message="expected nothing compiled, got engine.compile=true: the order of compiled sums depends on the "
+            "length that came first, so that a resumed run would have other bits; leave engine.compile at auto",
         )
 
 

@@ -30,7 +30,7 @@ def build_model(config: Config, model: ModelConfig, topology: Topology) -> Engin
     DeepSpeed's `zero` shards what is whole, on the host; `ddp` stays whole.
     """
     device, name = topology.device, config.engine.name
-    compiled = device.type == "cuda" if config.engine.compile == "auto" else config.engine.compile
+    compiled = config.compiles(on_gpu=device.type == "cuda")
     # Without storage also where it is whole a moment later: torch's modules would draw values that nobody wants.
     with torch.device("meta"):
         decoder = Decoder(model, layer_memory(config), Pointwise("inductor") if compiled else PLAIN)

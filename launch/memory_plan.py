@@ -170,7 +170,7 @@ def case_of(
         loss_tile=config.optim.loss_tile,
         rows=config.optim.rows_per_step // dp,
         asynchronous_saves=config.checkpoint.asynchronous,
-        compiled=on_gpu if config.engine.compile == "auto" else config.engine.compile,
+        compiled=config.compiles(on_gpu=on_gpu),
         on_gpu=on_gpu,
     )
 

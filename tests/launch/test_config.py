@@ -161,11 +161,18 @@ def test_values_out_of_range_or_of_another_type_are_refused(key: str, value: obj
         ({**ON, "parallel__kernel": "cpu"}, "parallel.kernel: selective attention is computed by one of tiled, triton"),
         ({"parallel__kernel": "tiled"}, "parallel.kernel: kernel tiled computes selective attention only"),
         ({**ON, "parallel__kernel": "triton", "run__device": "cpu"}, "kernel triton runs on cuda only"),
+        ({"run__deterministic": True, "engine__compile": True}, "so that a resumed run would have other bits; leave"),
     ],
 )
 def test_conflicting_settings_are_refused_with_what_to_do(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValidationError, match=expected):
         make(**changes)
+
+
+def test_nothing_is_compiled_by_itself_where_bits_must_repeat() -> None:
+    assert [make().compiles(on_gpu=True), make().compiles(on_gpu=False)] == [True, False]
+    assert not make(run__deterministic=True).compiles(on_gpu=True)
+    assert make(engine__compile=True).compiles(on_gpu=False)
 
 
 def test_the_shortest_rows_that_fill_every_rank_are_accepted() -> None:
