@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 import ringattn
-from ringattn.kernels import Kernel, pick_kernel
+from ringattn.kernels import KERNELS, Kernel, pick_kernel
 from ringattn.mask import Block, Relation
 from ringattn.teams import heads_problem
 from tools.bench.problem import Case, Cut, Point, Variant
 from tools.bench.ranks import Ranks, UnsupportedError
 
 IDEAL = "ideal"
+ON_CUDNN = "ideal, cudnn"  # where the ring takes another kernel, what is usual elsewhere
 
 CAPTURED, NO_GRAPHS = ", captured", ", no graphs"  # ends of names
 COPY_ENGINE, P2P = "ours copy_engine", "ours p2p"
@@ -41,32 +42,34 @@ def own_variants() -> list[Variant]:
     ideal, blocks = Variant(name=IDEAL, make=_ideal), Variant(name="blocks", make=_blocks)
     captured = (ideal, ours[COPY_ENGINE], blocks, ours[ULYSSES])
     return [
-        *(ideal, *ours.values(), blocks),
+        *(ideal, Variant(name=ON_CUDNN, make=_ideal_on_cudnn), *ours.values(), blocks),
         *(Variant(name=v.name + CAPTURED, make=_AsGraph(v.make)) for v in captured),
     ]
 
 
-def block_kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool = False, *, backward: bool = False) -> Kernel:
-    """The kernel that the ring itself would take; on Hopper cuDNN."""
-    return pick_kernel("auto", q, k, v, masked, backward=backward)
+def block_kernel(
+    q: Tensor, k: Tensor, v: Tensor, masked: bool = False, *, backward: bool = False, name: str = "auto"
+) -> Kernel:
+    """The kernel that the ring itself would take; on Hopper cuDNN, or flash-attn 4 where it is installed."""
+    return pick_kernel(name, q, k, v, masked, backward=backward)
 
 
 class LocalAttention(torch.autograd.Function):
-    """Attention of one process, on the ring's own kernel: a call per document, which `starts` are the bounds of."""
+    """Attention of one process on one kernel: a call per document, which `starts` are the bounds of."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: tuple[int, ...], causal: bool, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: tuple[int, ...], causal: bool, scale: float, name: str
     ) -> Tensor:
         ctx.rows = [slice(*bounds) for bounds in pairwise(starts)]
         found = []
         for rows in ctx.rows:
             here = (q[:, rows], k[:, rows], v[:, rows])
-            found.append(block_kernel(*here).forward(*here, causal=causal, mask=None, scale=scale))
+            found.append(block_kernel(*here, name=name).forward(*here, causal=causal, mask=None, scale=scale))
         outs, ctx.lses = zip(*found, strict=True)
         out = _joined(outs)
         ctx.save_for_backward(q, k, v, out)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.causal, ctx.scale, ctx.name = causal, scale, name
         return out
 
     @staticmethod
@@ -76,21 +79,31 @@ class LocalAttention(torch.autograd.Function):
         for rows, lse in zip(ctx.rows, ctx.lses, strict=True):
             here = (q[:, rows], k[:, rows], v[:, rows])
             rest = (out[:, rows], lse)
-            kernel = block_kernel(*here, backward=True)
+            kernel = block_kernel(*here, backward=True, name=ctx.name)
             found.append(kernel.backward(dout[:, rows], *here, *rest, causal=ctx.causal, mask=None, scale=ctx.scale))
-        return *(_joined(parts) for parts in zip(*found, strict=True)), None, None, None
+        return *(_joined(parts) for parts in zip(*found, strict=True)), None, None, None, None
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
-def _ideal(point: Point, ranks: Ranks) -> Case:
+def _ideal(point: Point, ranks: Ranks, kernel: str = "auto") -> Case:
     """One rank's share of the FLOPs with nothing to send: its heads over the whole sequence."""
     return Case(
         cut=Cut.of_heads(point, ranks.rank),
-        attend=lambda q, k, v: LocalAttention.apply(q, k, v, point.starts, point.causal, point.scale),
+        attend=lambda q, k, v: LocalAttention.apply(q, k, v, point.starts, point.causal, point.scale, kernel),
     )
+
+
+def _ideal_on_cudnn(point: Point, ranks: Ranks) -> Case:
+    few = torch.empty(1, 16, 1, point.head_dim, device=ranks.device, dtype=point.torch_dtype)
+    reason = KERNELS["cudnn"].unsupported(few, few, few, masked=False)
+    if reason is not None:
+        raise UnsupportedError(reason)
+    if block_kernel(few, few, few).name == "cudnn":
+        raise UnsupportedError("it is the ring's own kernel: see the ideal")
+    return _ideal(point, ranks, "cudnn")
 
 
 class _Ours:
