@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringattn.errors import PeerError
 from ringattn.parcel import Parcel
@@ -132,31 +130,3 @@ class HeadExchange:
         sent = sum(to) - to[self.team[self.member]]
         equal = len({*own, *theirs}) == 1
         return _Counts(None, None, sent) if equal else _Counts(to, since, sent)
-
-
-class ToHeads(torch.autograd.Function):
-    """`HeadExchange.to_heads`, differentiable: (exchange, parcel, *tensors) -> tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, exchange: HeadExchange, parcel: Parcel, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.parcel = exchange, parcel
-        return tuple(exchange.to_heads(parcel, tensors))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, None, *ctx.exchange.to_tokens(ctx.parcel, gradients)
-
-
-class ToTokens(torch.autograd.Function):
-    """`HeadExchange.to_tokens`, differentiable: (exchange, parcel, *tensors) -> tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, exchange: HeadExchange, parcel: Parcel, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.parcel = exchange, parcel
-        return tuple(exchange.to_tokens(parcel, tensors))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, None, *ctx.exchange.to_heads(ctx.parcel, gradients)

@@ -12,7 +12,7 @@ Source: Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509; crossed with a ring:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -23,14 +23,14 @@ from torch import Tensor
 
 from ringattn.agreement import DTYPES, agree
 from ringattn.arguments import check_group, default_scale, scoring_description, scoring_problem
-from ringattn.attention import ring_attention
-from ringattn.exchanged import Exchanged, ExchangedAttention
-from ringattn.head_exchange import HeadExchange, ToHeads, ToTokens
+from ringattn.exchanged import Exchanged, ExchangedAttention, ExchangedSelection, ExchangedSelectiveAttention
+from ringattn.head_exchange import HeadExchange
 from ringattn.kernels import accumulator_dtype
 from ringattn.plan import Plan
 from ringattn.ring import Ring
+from ringattn.scoring.attention import SelectiveAttention, selection_terms
 from ringattn.scoring.expansion import Expand, Expansion, expand_checked
-from ringattn.scoring.selection import Selection, Votes
+from ringattn.scoring.selection import Selection
 from ringattn.softmax import SoftmaxAttention
 from ringattn.teams import degree_problem, heads_problem, ring_of, team_of
 from ringattn.transport import RingStats, Transport, make_transport
@@ -47,7 +47,7 @@ class Ulysses:
         transport: of the inner ring; None if r is 1.
         timeout: how long gloo waits for the others in an exchange; None: as long as `group` was made with.
         stats: counts of all that this rank sends, the inner ring's included.
-        turn: of exchanges of plain attention, whatever the length of their rows; those of selection have none.
+        turn: of all exchanges, whatever the length of their rows.
     """
 
     group: dist.ProcessGroup
@@ -198,25 +198,20 @@ def ulysses_attention(
         return ExchangedAttention.apply(_exchanged(q, k, v, plan, ulysses, scale, kernel, expand), q, k, v)
     _check(q, k, v, plan, ulysses, scale, kernel, selection, expand, problem)
     assert selection is not None  # or there was a problem, which has been raised
-    exchange = ulysses.exchange(plan, q.device)
     ballots = _ballots(q, k, selection)
-    tensors = (q, k, v, *ballots)
-    there = exchange.parcel([(x, x.shape[3]) for x in tensors])
-    back = exchange.parcel([(q, v.shape[3])])
-    team_q, team_k, team_v, *team_ballots = ToHeads.apply(exchange, there, *tensors)
-    found = ring_attention(
-        team_q,
-        team_k,
-        team_v,
-        ulysses.inner_plan(plan),
-        ulysses.ring_group,
-        scale=scale,
-        selection=_carried(selection, team_ballots, q, scale),
-        kernel=kernel,
-        transport=ulysses.transport or "auto",
+    exchange = ulysses.exchange(plan, q.device)
+    # Its own votes are those of its first head, which count nothing: this rank may not have the selection head.
+    terms = selection_terms(selection, q, k, scale)
+    terms = replace(terms, head=0, key_head=0, scales=(scale, *terms.scales))
+    exchanged = ExchangedSelection(
+        exchange=exchange,
+        there=exchange.parcel([(x, x.shape[3]) for x in (q, k, v, *ballots)]),
+        back=exchange.parcel([(q, v.shape[3])]),
+        work=SelectiveAttention(*_inner(plan, ulysses, q.device), kernel, scale, terms),
+        width=v.shape[3],
     )
-    out, cost = found if isinstance(found, tuple) else (found, None)
-    out = ToTokens.apply(exchange, back, out)[0]
+    weights = selection.weights(q, accumulator_dtype(q.dtype))
+    out, cost = ExchangedSelectiveAttention.apply(exchanged, weights, q, k, v, *ballots)
     return out if cost is None else (out, exchange.own(cost))  # the cost is the same on the whole team
 
 
@@ -229,15 +224,8 @@ def _exchanged(
     found: Exchanged | None = plan._exchanged.get(key)
     if found is None:
         _check(q, k, v, plan, ulysses, scale, kernel, None, expand)
-        exchange, inner, ring = ulysses.exchange(plan, q.device), ulysses.inner_plan(plan), ulysses.ring_group
-        # What the inner ring would have to agree on follows from what all ranks have agreed on here.
-        inner_rank = 0 if ring is None else dist.get_rank(ring)
-        work = SoftmaxAttention(
-            Ring(plan=inner, rank=inner_rank, transport=ulysses.transport),
-            Expansion(None, inner, q.device),
-            kernel,
-            scale,
-        )
+        exchange = ulysses.exchange(plan, q.device)
+        work = SoftmaxAttention(*_inner(plan, ulysses, q.device), kernel, scale)
         found = plan._exchanged[key] = Exchanged(
             exchange=exchange,
             there=exchange.parcel([(x, x.shape[3]) for x in tensors]),
@@ -246,6 +234,16 @@ def _exchanged(
             width=v.shape[3],
         )
     return found
+
+
+def _inner(plan: Plan, ulysses: Ulysses, device: torch.device) -> tuple[Ring, Expansion]:
+    """The inner ring, and that nothing is expanded there.
+
+    What it would have to agree on follows from what all ranks have agreed on before.
+    """
+    inner, group = ulysses.inner_plan(plan), ulysses.ring_group
+    rank = 0 if group is None else dist.get_rank(group)
+    return Ring(plan=inner, rank=rank, transport=ulysses.transport), Expansion(None, inner, device)
 
 
 def _check(
@@ -268,6 +266,7 @@ def _check(
     problem = problem or _problem(q, k, v, plan, rank, ulysses)
     problem = problem or scoring_problem(q, k, v, ulysses.inner_plan(plan), kernel, selection)
     if ulysses.size > 1:
+        ulysses.turn.check()  # agreeing is an exchange too
         scoring = f"ulysses of degree {ulysses.degree}, {scoring_description(selection, expand)}"
         agree(q, k, v, plan, ulysses.group, problem, scale, scoring)
     elif problem is not None:
@@ -297,22 +296,8 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, ulysses: Ul
     return heads_problem(q.shape[2], k.shape[2], ulysses.size, ulysses.degree)
 
 
-def _ballots(q: Tensor, k: Tensor, selection: Selection | None) -> list[Tensor]:
+def _ballots(q: Tensor, k: Tensor, selection: Selection) -> list[Tensor]:
     """Queries and keys [B, S, 1, Dz] of all votes, the selection head's first."""
-    if selection is None:
-        return []
     key_head = selection.head * k.shape[2] // q.shape[2]
     own = [q[:, :, selection.head : selection.head + 1], k[:, :, key_head : key_head + 1]]
     return own + [x.unsqueeze(2) for votes in selection.earlier for x in (votes.q, votes.k)]
-
-
-def _carried(selection: Selection, ballots: Sequence[Tensor], q: Tensor, scale: float) -> Selection:
-    """The same for a rank that may not have the selection head: its votes come like those of another layer."""
-    gain = selection.weights(q, accumulator_dtype(q.dtype))[:1]
-    pairs = [(ballots[i].squeeze(2), ballots[i + 1].squeeze(2)) for i in range(0, len(ballots), 2)]
-    terms = [(gain, scale), *((votes.weight, votes.scale) for votes in selection.earlier)]
-    earlier = tuple(
-        Votes(q=query, k=key, weight=weight, scale=factor)
-        for (query, key), (weight, factor) in zip(pairs, terms, strict=True)
-    )
-    return replace(selection, head=0, gain=0.0, earlier=earlier)
