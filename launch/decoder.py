@@ -8,12 +8,10 @@ import torch
 
 from launch.config import Config
 from launch.engine import Engine, build_engine
-from launch.engine.plain import own_rows
 from launch.memory_choice import layer_memory
 from launch.topology import Topology
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.initial import Rows
 from model.pointwise import PLAIN, Pointwise
 from ringattn.transport.peer_memory import host_name
 
@@ -25,27 +23,19 @@ _MOST_THREADS = 32
 def build_model(config: Config, model: ModelConfig, topology: Topology) -> Engine:
     """A decoder of shape `model`, run as `config.memory` (resolved) and `config.engine` say. Collective.
 
-    Its first weights depend on `run.seed` and the shape alone, not on engine or world size. With `fsdp` no rank ever
-    holds the whole model: it is sharded while it has no storage, and each rank draws the rows that are its own.
-    DeepSpeed's `zero` shards what is whole, on the host; `ddp` stays whole.
+    Its first weights depend on `run.seed` and the shape alone, not on engine or world size. It gets storage from its
+    engine, as that shards it, and each rank draws the values that it keeps: none ever holds the whole model that would
+    not hold it in training.
     """
     device, name = topology.device, config.engine.name
     compiled = config.compiles(on_gpu=device.type == "cuda")
-    # Without storage also where it is whole a moment later: torch's modules would draw values that nobody wants.
     with torch.device("meta"):
         decoder = Decoder(model, layer_memory(config), Pointwise("inductor") if compiled else PLAIN)
     assert not list(decoder.buffers()), "first values are known for parameters only"
+    engine = build_engine(name, decoder, topology=topology, config=config)
     threads = drawing_threads(topology)
-    if name == "fsdp":
-        engine = build_engine(name, decoder, topology=topology, config=config)
-        own = {name: own_rows(parameter) for name, parameter in decoder.named_parameters()}
-        rows = {name: Rows(values=values, first=first) for name, (values, first) in own.items()}
-        decoder.init_rows(rows, config.run.seed, threads)
-        return engine
-    # DeepSpeed casts before it moves a model to the GPU, which then never holds it in fp32.
-    decoder.to_empty(device="cpu" if name == "zero" else device)
-    decoder.init_weights(config.run.seed, threads)
-    return build_engine(name, decoder, topology=topology, config=config)
+    engine.write_weights(lambda parts: decoder.init_parts(parts, config.run.seed, threads))
+    return engine
 
 
 def drawing_threads(topology: Topology) -> int:

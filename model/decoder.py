@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.attend import AttentionFn
 from model.attention_kinds import build_attention
 from model.config import ModelConfig
-from model.initial import Rows, write_initial_values
+from model.initial import Part, write_initial_values
 from model.layers import DecoderLayer, RMSNorm
 from model.loss import IGNORED_LABEL, tiled_cross_entropy
 from model.memory import LayerRunner, Memory
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         """
         for name, shape in self._full_shapes.items():
             values = torch.empty(shape, dtype=torch.float32, device="cpu")
-            self.init_rows({name: Rows(values=values)}, seed, threads)
+            self.init_parts({name: Part(values=values)}, seed, threads)
             yield name, values
 
     def init_weights(self, seed: int, threads: int = 1) -> None:
@@ -156,13 +156,13 @@ class Decoder(nn.Module):
             if parameters[name].shape != shape:
                 raise ValueError(
                     f"init_weights: {name} has shape {list(parameters[name].shape)} instead of {list(shape)}; "
-                    "call it before the engine shards the module, or init_rows with the rows that are here"
+                    "call it before the engine shards the module, or init_parts with the parts that are here"
                 )
-        self.init_rows({name: Rows(values=parameter) for name, parameter in parameters.items()}, seed, threads)
+        self.init_parts({name: Part(values=parameter) for name, parameter in parameters.items()}, seed, threads)
 
-    def init_rows(self, rows: Mapping[str, Rows], seed: int, threads: int = 1) -> None:
-        """Write first values into some rows of some parameters: the same ones that `init_weights` writes there.
+    def init_parts(self, parts: Mapping[str, Part], seed: int, threads: int = 1) -> None:
+        """Write first values into parts of some parameters: the same ones that `init_weights` writes there.
 
         Values depend neither on order nor on how an engine shards: see `model.initial` for them and the arguments.
         """
-        write_initial_values(rows, self._full_shapes, seed=seed, config=self.config, threads=threads)
+        write_initial_values(parts, self._full_shapes, seed=seed, config=self.config, threads=threads)

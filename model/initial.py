@@ -1,7 +1,7 @@
 """First values of parameters, from a parameter's name and shape alone, so that no module need exist or be whole.
 
 A parameter is drawn in chunks of `CHUNK` elements of its flat form, each with a generator of its own: chunks can be
-drawn by any thread on any rank, in any order, and a rank draws only those that reach into its rows.
+drawn by any thread on any rank, in any order, and a rank draws only those that reach into its part.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ _FACTORS = ("q_factors.weight", "k_factors.weight", "v_factors.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Some rows of a parameter: `values` [n, ...], contiguous, of any dtype and device, from row `first` on."""
+class Part:
+    """Consecutive elements of a parameter in its flat form: as many as `values` has, from number `first` on.
+
+    `values` is contiguous, of any shape, dtype and device.
+    """
 
     values: Tensor
     first: int = 0
 
 
 def write_initial_values(
-    rows: Mapping[str, Rows],
+    parts: Mapping[str, Part],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     seed: int,
@@ -50,14 +53,14 @@ def write_initial_values(
     - expansions of "sas", weights and biases: uniform within 1 / sqrt(fan in), as torch initialises Conv1d and Linear
 
     Args:
-        rows: What to write, by the parameter's name in `named_parameters()` of the bare decoder.
+        parts: What to write, by the parameter's name in `named_parameters()` of the bare decoder.
         shapes: Of all parameters by name, unsharded.
         seed: A value depends on it, on the parameter's name and on its place there, and on nothing else.
         config: The shape of the decoder.
         threads: That draw at a time, at most. Each needs up to one chunk (16 MiB) beside what is written.
     """
     # Taken here: "no gradient" is a state of this thread, and the others would be refused writing into a parameter.
-    detached = {name: Rows(values=part.values.detach(), first=part.first) for name, part in rows.items()}
+    detached = {name: Part(values=part.values.detach(), first=part.first) for name, part in parts.items()}
     pieces = [piece for name, part in detached.items() for piece in _pieces(name, part, shapes[name])]
     threads = min(threads, len(pieces))
     if threads <= 1:
@@ -91,11 +94,10 @@ class _Piece:
         self.target.copy_(values[self.skip : self.skip + len(self.target)])
 
 
-def _pieces(name: str, rows: Rows, shape: tuple[int, ...]) -> Iterator[_Piece]:
-    flat = rows.values.view(-1)
-    begin = rows.first * math.prod(shape[1:])
+def _pieces(name: str, part: Part, shape: tuple[int, ...]) -> Iterator[_Piece]:
+    flat, begin = part.values.view(-1), part.first
     end = begin + len(flat)
-    assert end <= math.prod(shape), f"{name}: rows from {rows.first} on, {list(rows.values.shape)}, of {list(shape)}"
+    assert end <= math.prod(shape), f"{name}: elements {begin} to {end} of {list(shape)}"
     place = begin
     while place < end:
         chunk, skip = divmod(place, CHUNK)

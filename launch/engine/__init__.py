@@ -20,8 +20,7 @@ def build_engine(name: str, module: nn.Module, *, topology: Topology, config: Co
 
     Args:
         name: Usually `config.engine.name`.
-        module: Initialised to the same fp32 weights on every rank, see `Engine`; the engine moves, casts or shards it
-            in place.
+        module: Without storage, see `Engine`; its values follow by `Engine.write_weights` or `Engine.load`.
         topology: This process and its groups.
         config: Of this run; `engine` and `optim` are read.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.errors import CheckpointError, NumericsError
+from model.initial import Part
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -30,14 +31,13 @@ if TYPE_CHECKING:
 class Engine(ABC):
     """A module whose weights, gradients and AdamW state are spread over the world in one way or another.
 
-    One step: `forward` and `backward` per micro-batch (`last=True` for the last one), `gradient_norm`, then either
-    `update` or `discard`. All calls but `forward` are collective. Without gradients (`torch.no_grad()`) `forward`
-    evaluates.
+    It starts without values: `write_weights` or `load` comes first. One step: `forward` and `backward` per micro-batch
+    (`last=True` for the last one), `gradient_norm`, then either `update` or `discard`. All calls but `forward` are
+    collective. Without gradients (`torch.no_grad()`) `forward` evaluates.
 
     Args:
-        module: Initialised to the same fp32 weights on every rank (or, for FSDP, without storage); `module.layers`,
-            where it has them, are the units in which FSDP gathers weights. `module(**inputs)` returns a scalar loss
-            sum.
+        module: On the meta device; the engine shards it and gives it storage, in place. `module.layers`, where it has
+            them, are the units in which weights are gathered. `module(**inputs)` returns a scalar loss sum.
         topology: This process and its groups.
         config: Of this run; `engine` and `optim` are read.
     """
@@ -47,6 +47,15 @@ class Engine(ABC):
         self.topology = topology
         self.config = config
         self._norm: float | None = None
+
+    @abstractmethod
+    def write_weights(self, write: Callable[[Mapping[str, Part]], None]) -> None:
+        """Give all weights their values. Collective; no rank ever has them all, unless it holds them all.
+
+        Args:
+            write: Fills what it is handed, in place: of each parameter, by its name, the part (fp32) that this rank
+                keeps. A parameter of which it keeps nothing may be missing.
+        """
 
     @abstractmethod
     def forward(self, **inputs: Any) -> Tensor:
@@ -188,20 +197,29 @@ def state_names(name: str) -> tuple[str, str, str]:
     return f"model.{name}", f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: matrices decay (embedding and head too), vectors (norm gains, biases) do not."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def decay_groups(
+    module: nn.Module, weight_decay: float, shapes: Mapping[str, torch.Size] | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW: matrices decay (embedding and head too), vectors (norm gains, biases) do not.
+
+    Args:
+        module: Whose parameters are meant.
+        weight_decay: Of matrices.
+        shapes: Of all parameters by name, where the module's own are not those of the whole.
+    """
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    ndim = {name: len(parameter.shape if shapes is None else shapes[name]) for name, parameter in parameters.items()}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if ndim[name] >= 2], "weight_decay": weight_decay},
+        {"params": [p for name, p in parameters.items() if ndim[name] < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def build_adamw(module: nn.Module, config: Config) -> torch.optim.AdamW:
-    """The optimizer of every engine; the learning rate is set anew at each update."""
+def build_adamw(module: nn.Module, config: Config, shapes: Mapping[str, torch.Size] | None = None) -> torch.optim.AdamW:
+    """The optimizer of every engine; the learning rate is set anew at each update. See `decay_groups` for `shapes`."""
     optim = config.optim
-    groups = decay_groups(module, optim.weight_decay)
+    groups = decay_groups(module, optim.weight_decay, shapes)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 

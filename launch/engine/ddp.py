@@ -19,7 +19,7 @@ class DdpEngine(PlainEngine):
     """Every rank holds all weights (fp32) and all AdamW state; bf16 is torch.autocast."""
 
     def __init__(self, module: nn.Module, topology: Topology, config: Config) -> None:
-        module = module.to(topology.device)
+        module.to_empty(device=topology.device)
         super().__init__(module, topology, config)
         self._ddp = DistributedDataParallel(
             module,

@@ -26,7 +26,7 @@ class FsdpEngine(PlainEngine):
     With `memory.optimizer: host` the shards of weights, gradients and AdamW state are in host memory, and AdamW runs
     there. A layer's weights come to the GPU whenever they are gathered, its reduced gradient goes back.
 
-    A module on the meta device is sharded before it has storage; the caller then writes each rank's own rows.
+    The module is sharded before it has storage, so that no rank ever has to hold it whole.
     """
 
     def __init__(self, module: nn.Module, topology: Topology, config: Config) -> None:
@@ -52,8 +52,7 @@ class FsdpEngine(PlainEngine):
             # Gathered while this one computes; else only as early as the host is ahead of the GPU, which with many
             # short kernels is not much. Backward FSDP does so by itself.
             part.set_modules_to_forward_prefetch([following])
-        if any(parameter.is_meta for parameter in module.parameters()):  # no rank has to hold the whole model, ever
-            module.to_empty(device="cpu" if config.memory.optimizer == "host" else topology.device)
+        module.to_empty(device="cpu" if config.memory.optimizer == "host" else topology.device)
         super().__init__(module, topology, config)
         self._fsdp = cast(FSDPModule, module)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from launch.engine.base import Engine, build_adamw, fill_adamw_state, state_names
+from model.initial import Part
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -20,7 +22,7 @@ class PlainEngine(Engine):
     """Update, state and norm over `parameter.grad`; subclasses say how it gets there.
 
     Args:
-        module: Already in the form whose parameters are to be optimized (sharded for FSDP).
+        module: Already in the form whose parameters are to be optimized (sharded for FSDP), with storage.
         topology: This process and its groups.
         config: Of this run.
     """
@@ -31,6 +33,10 @@ class PlainEngine(Engine):
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._optimizer = build_adamw(module, config)
         fill_adamw_state(self._optimizer, self._parameters.values())
+
+    def write_weights(self, write: Callable[[Mapping[str, Part]], None]) -> None:
+        """See `Engine.write_weights`."""
+        write({name: own_part(parameter) for name, parameter in self._parameters.items()})
 
     def _named_gradients(self) -> Iterable[tuple[str, Tensor]]:
         for name, parameter in self._parameters.items():
@@ -70,16 +76,16 @@ class PlainEngine(Engine):
             self._optimizer.state[parameter]["step"].fill_(float(state["optim.step"]))
 
 
-def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows of a DTensor as FSDP cuts it, without a copy, and the number of the first; else all rows, 0."""
+def own_part(tensor: Tensor) -> Part:
+    """This rank's rows of a DTensor as FSDP cuts it, without a copy; all of a plain tensor."""
     if not isinstance(tensor, DTensor):
-        return tensor.detach(), 0
+        return Part(values=tensor.detach())
     assert tensor.placements == (Shard(0),), tensor.placements
     most = -(-tensor.shape[0] // tensor.device_mesh.size())
     first = min(most * tensor.device_mesh.get_local_rank(), tensor.shape[0])
     mine = local_tensor(tensor.detach())
     assert len(mine) == min(most, tensor.shape[0] - first), (mine.shape, first, tensor.shape)
-    return mine, first
+    return Part(values=mine, first=first * math.prod(tensor.shape[1:]))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from launch.engine.base import Engine, build_adamw, state_names
 from launch.engine.zero_shards import Bf16Shards, FlatShards, ParameterShards, Shards, WholeShards
 from launch.errors import ConfigError
+from model.initial import Part
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -38,6 +39,9 @@ class ZeroEngine(Engine):
     bf16: weights and activations in bf16, fp32 weights for AdamW, gradients summed over micro-batches in fp32; stage
     0 has no such mode and uses torch.autocast, as DDP does.
 
+    In stage 3 a part of the module gets storage and is cut at once, before the next one does, so that no rank ever has
+    to hold it whole.
+
     Raises:
         ConfigError: deepspeed is not installed.
     """
@@ -45,31 +49,36 @@ class ZeroEngine(Engine):
     def __init__(self, module: nn.Module, topology: Topology, config: Config) -> None:
         super().__init__(module, topology, config)
         deepspeed = _import_deepspeed(topology.device)
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._global_shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._global_shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
         self._cpu_mesh = DeviceMesh.from_group(topology.cpu_group, "cpu")
-        # In bf16 DeepSpeed would make its fp32 weights from rounded ones; the start is the same for every engine.
-        exact = self._cut_weights() if _low_precision_weights(config) else {}
         # DeepSpeed reads it in later steps too; close() puts it back.
         self._local_rank_before = os.environ.get("LOCAL_RANK")
         os.environ["LOCAL_RANK"] = str(topology.device.index or 0)
+        settings = _deepspeed_config(config, module, topology.world_size)
+        if _low_precision_weights(config):
+            module.bfloat16()
         if config.engine.zero_stage == 3:
+            self._cut(deepspeed, module)
             # A layer's weights are gathered as one: an expansion inside the ring's backward uses some of them between
             # hops, and a fetch of its own there could wait for ranks that are at another hop.
             for layer in getattr(module, "layers", ()):
                 deepspeed.utils.set_z3_leaf_module(layer, True)
+        else:
+            module.to_empty(device=topology.device)
+        self._parameters = {name: p for name, p in module.named_parameters() if name in self._global_shapes}
         self._deepspeed, *_ = deepspeed.initialize(
             model=module,
-            optimizer=build_adamw(module, config),
-            config=_deepspeed_config(config, module, topology.world_size),
+            optimizer=build_adamw(module, config, self._global_shapes),
+            config=settings,
         )
         self._shards = _shards(self._deepspeed, self._parameters)
         self._shards.fill()
-        if exact:
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    self._shards.write(parameter, None, self._gather(exact.pop(name)))
-            self._shards.refresh()
+
+    def write_weights(self, write: Callable[[Mapping[str, Part]], None]) -> None:
+        """See `Engine.write_weights`. Written are the fp32 weights, from which DeepSpeed makes rounded ones."""
+        found = {name: self._shards.own(parameter) for name, parameter in self._parameters.items()}
+        write({name: part for name, part in found.items() if part is not None})
+        self._shards.refresh()
 
     def forward(self, **inputs: Any) -> Tensor:
         """See `Engine.forward`."""
@@ -104,7 +113,7 @@ class ZeroEngine(Engine):
         for name, parameter in self._parameters.items():
             for key, moment in zip(state_names(name), (None, *_MOMENTS), strict=True):
                 whole = self._shards.read(parameter, moment).view(self._global_shapes[name])
-                state[key] = self._cut(whole)
+                state[key] = self._own_rows(whole)
         first = self._shards.adamw.state[self._shards.masters()[0]]
         state["optim.step"] = torch.tensor(int(first["step"]), dtype=torch.int64)
         return state
@@ -123,10 +132,14 @@ class ZeroEngine(Engine):
         self._deepspeed.destroy()
         _restore("LOCAL_RANK", self._local_rank_before)
 
-    def _cut_weights(self) -> dict[str, Tensor]:
-        return {name: self._cut(parameter.detach()) for name, parameter in self._parameters.items()}
+    def _cut(self, deepspeed: Any, module: nn.Module) -> None:
+        """Let DeepSpeed cut the parameters of one module after the other, each given storage just before."""
+        for part in reversed(list(module.modules())):  # what is inside first: DeepSpeed looks inside too
+            part.to_empty(device=self.topology.device, recurse=False)
+            if any(True for _ in part.parameters(recurse=False)):
+                deepspeed.zero.Init(module=part)
 
-    def _cut(self, whole: Tensor) -> DTensor:
+    def _own_rows(self, whole: Tensor) -> DTensor:
         """This rank's rows of a tensor that all ranks have, copied to the CPU."""
         rows = -(-whole.shape[0] // self.topology.world_size)
         mine = whole[rows * self.topology.rank : rows * (self.topology.rank + 1)]
@@ -136,7 +149,7 @@ class ZeroEngine(Engine):
         )
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        """The whole of a tensor that `_cut` made, flat, on this rank's device. Collective."""
+        """The whole of a tensor that `_own_rows` made, flat, on this rank's device. Collective."""
         assert isinstance(tensor, DTensor), "load() takes what state() made"
         rows = -(-tensor.shape[0] // self.topology.world_size)
         mine = tensor.to_local()

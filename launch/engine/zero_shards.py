@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.engine.base import fill_adamw_state
+from model.initial import Part
 
 
 class Shards(ABC):
@@ -54,6 +55,11 @@ class Shards(ABC):
         """Create AdamW's state now, not in the first step."""
         fill_adamw_state(self.adamw, self.masters())
 
+    def own(self, parameter: nn.Parameter) -> Part | None:
+        """What of a fp32 weight this rank updates, live; None: nothing."""
+        fragment = cast(Any, parameter)._hp_mapping
+        return None if fragment is None else Part(values=fragment.hp_fragment, first=fragment.lp_fragment_address.start)
+
     def read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """A whole fp32 weight (`key` None) or moment, flat, on every rank. Collective."""
         return cast(Any, parameter).get_full_hp_param(optim_state_key=key).flatten()
@@ -87,6 +93,10 @@ class WholeShards(Shards):
 
     def refresh(self) -> None:
         """Nothing to do: there is one copy."""
+
+    def own(self, parameter: nn.Parameter) -> Part:
+        """See `Shards.own`."""
+        return Part(values=parameter)
 
     def read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """See `Shards.read`."""
@@ -185,6 +195,13 @@ class ParameterShards(Shards):
         # Small parameters are kept whole on every rank between steps.
         if self._optimizer.persistent_parameters:
             self._optimizer.persistent_parameters[0].all_gather(self._optimizer.persistent_parameters)
+
+    def own(self, parameter: nn.Parameter) -> Part | None:
+        """See `Shards.own`. The last pieces of a parameter may be padded, or nothing else."""
+        piece: Tensor = self._optimizer.get_local_fp32_param(parameter)  # no copy: nothing is offloaded
+        first = piece.numel() * torch.distributed.get_rank()
+        count = min(piece.numel(), cast(Any, parameter).ds_numel - first)
+        return Part(values=piece[:count], first=first) if count > 0 else None
 
     def read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """See `Shards.read`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from model import initial
 from model.config import ModelConfig, SelectionConfig
 from model.decoder import Decoder
-from model.initial import Rows
+from model.initial import Part
 from tests.model.kinds import kind
 
 SEED = 5
@@ -88,16 +88,20 @@ def test_longer_ones_are_drawn_chunk_by_chunk_by_any_number_of_threads(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_rows_are_those_of_the_whole(small_chunks: None, dtype: torch.dtype, threads: int) -> None:
+def test_parts_are_those_of_the_whole(small_chunks: None, dtype: torch.dtype, threads: int) -> None:
     module = Decoder(SHAPES["gqa"])
     whole: dict[str, Tensor] = dict(module.initial_values(SEED))
-    for first, stop in ((0, 1), (3, 3), (1, 9), (5, 10**9)):
-        long = {name: values for name, values in whole.items() if len(values) >= first}
+    for first, stop in ((0, 1), (3, 3), (1, 9), (5, 10**9), (51, 175)):
+        long = {name: values.flatten() for name, values in whole.items() if values.numel() >= first}
         wanted = {name: values[first:stop].to(dtype) for name, values in long.items()}
-        rows = {name: Rows(values=torch.full_like(values, math.nan), first=first) for name, values in wanted.items()}
-        module.init_rows(rows, SEED, threads)
-        for name, part in rows.items():
+        parts = {name: Part(values=torch.full_like(values, math.nan), first=first) for name, values in wanted.items()}
+        module.init_parts(parts, SEED, threads)
+        for name, part in parts.items():
             assert torch.equal(part.values, wanted[name]), (name, first)
+    embedding = whole["embed.weight"]
+    rows = Part(values=torch.zeros_like(embedding[5:8]), first=5 * embedding.shape[1])  # of any shape
+    module.init_parts({"embed.weight": rows}, SEED, threads)
+    assert torch.equal(rows.values, embedding[5:8])
 
 
 def test_an_error_in_a_thread_is_not_lost(small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
