@@ -114,7 +114,8 @@ class Transport(Protocol):
             where: what this is, for errors ("forward hop 2").
 
         Raises:
-            PeerError: here or in `wait`, if the peer died or the group's timeout passed.
+            PeerError: here or in `wait`, if the peer died or the group's timeout passed; and if a passage did not end:
+                its messages may still be under way.
         """
 
 

@@ -138,6 +138,7 @@ class CopyEngineTransport:
         return CopyEnginePassage(self, plan, stops, room, payload, own, returns=returns)
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
+        self.turn.check()
         return self._control.exchange(send, send_to, receive, receive_from, where)
 
     def _place(self, plan: Plan, payload: Sequence[Tensor]) -> tuple[Room, tuple[Tensor, ...]]:

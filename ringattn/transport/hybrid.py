@@ -89,6 +89,7 @@ class HybridTransport:
         return HybridPassage(passages, dict(zip((stop.hops for stop in stops), inside, strict=True)), served)
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
+        self._near.turn.check()
         return self._far.exchange(send, send_to, receive, receive_from, where)
 
 

@@ -74,6 +74,11 @@ class P2PTransport:
         return P2PPassage(self, plan, payload, what)
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
+        self.turn.check()
+        return self.post(send, send_to, receive, receive_from, where)
+
+    def post(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
+        """`exchange` as a part of a passage, whose turn it is."""
         operations: list[tuple[Any, Tensor, int]] = []
         # An empty shard's message is empty on both sides, and neither side posts it.
         if send.numel():
@@ -173,7 +178,7 @@ class P2PPassage:
         if sent is None and message is None:
             return _Arriving(None, None, None)
         send, receive = (torch.empty(0, dtype=torch.uint8) if part is None else part.buffer for part in (sent, message))
-        return _Arriving(self._transport.exchange(send, to, receive, source, where), message, sent)
+        return _Arriving(self._transport.post(send, to, receive, source, where), message, sent)
 
 
 class _Arriving:

@@ -92,7 +92,7 @@ def silent(rank: int, world_size: int, degree: int) -> tuple[str, float] | None:
         time.sleep(2)
         return None
     if rank == 0:
-        carrier.ulysses.transport.exchange = lambda *arguments: time.sleep(2)  # type: ignore[union-attr, method-assign]
+        carrier.ulysses.transport.post = lambda *arguments: time.sleep(2)  # type: ignore[union-attr, method-assign]
     began = time.monotonic()
     with pytest.raises(PeerError if rank else AttributeError) as caught:
         ringattn.ring_attention(q, k, v, plan, topology.cp_group, **carrier.options)

@@ -59,20 +59,20 @@ def kill_in_hop(rank, victim, step, where):
     from ringattn.transport.p2p import P2PTransport
 
     seen = {"step": 0}
-    train, exchange = StepRunner.train, P2PTransport.exchange
+    train, post = StepRunner.train, P2PTransport.post
 
     def counting_train(self, *arguments, **options):
         seen["step"] += 1
         return train(self, *arguments, **options)
 
-    def deadly_exchange(self, send, send_to, receive, receive_from, label):
+    def deadly_post(self, send, send_to, receive, receive_from, label):
         if seen["step"] == step and label.startswith(where):
             seen["at"] = time.monotonic()
             if rank == victim:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return exchange(self, send, send_to, receive, receive_from, label)
+        return post(self, send, send_to, receive, receive_from, label)
 
-    StepRunner.train, P2PTransport.exchange = counting_train, deadly_exchange
+    StepRunner.train, P2PTransport.post = counting_train, deadly_post
     return seen
 
 

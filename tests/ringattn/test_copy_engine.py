@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -159,6 +160,34 @@ def broken_worker(rank, world_size, folder):
 
 def test_after_a_passage_that_broke_off_nothing_more_is_sent(tmp_path):
     assert run_ranks(broken_worker, 2, str(tmp_path)) == [[0, 0], [0, 0]]
+
+
+def unfinished_worker(rank, world_size, folder):
+    """An exchange while a passage has not ended, and after it has; what each rank got of the one before it."""
+    plan, found = ringattn.Plan(48, world_size), []
+    for transport in (copy_engine_on_files(dist.group.WORLD, folder), P2PTransport(dist.group.WORLD)):
+        stops = plain_schedule(plan, rank)
+        send, receive = torch.full((4,), rank, dtype=torch.uint8), torch.empty(4, dtype=torch.uint8)
+        exchange = partial(transport.exchange, send, (rank + 1) % world_size, receive, (rank - 1) % world_size, "sums")
+        passage = transport.open(plan, stops, (torch.zeros(1, 16, 1, 8),), "selection", returns=False)
+        passage.arrival(stops[0])
+        hops = transport.stats.hops
+        with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(selection\) broke off"):
+            exchange()
+        assert transport.stats.hops == hops
+        passage.leave(stops[0])
+        for stop in stops[1:]:
+            passage.arrival(stop)
+            passage.leave(stop)
+        passage.close()
+        exchange().wait()
+        found.append(receive.tolist())
+    return found
+
+
+def test_nothing_is_exchanged_until_a_passage_has_ended(tmp_path):
+    for rank, found in enumerate(run_ranks(unfinished_worker, 3, str(tmp_path))):
+        assert found == [[(rank - 1) % 3] * 4] * 2
 
 
 class FullSum:

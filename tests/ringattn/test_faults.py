@@ -127,14 +127,14 @@ def killed_worker(rank, world_size, phase):
     plan = ringattn.Plan(64, world_size)
     transport = ringattn.make_transport("p2p", dist.group.WORLD)
     transport.stats.layer = 4
-    exchange = transport.exchange
+    post = transport.post
 
     def fault(send, send_to, receive, receive_from, where):
         if rank == 1 and where.startswith(f"{phase} hop 2"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return exchange(send, send_to, receive, receive_from, where)
+        return post(send, send_to, receive, receive_from, where)
 
-    transport.exchange = fault
+    transport.post = fault
     started = time.monotonic()
     try:
         ringattn.ring_attention(

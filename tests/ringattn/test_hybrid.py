@@ -1,6 +1,7 @@
 """Rings over made-up hosts: shared files inside a host, gloo between hosts, against the dense oracle."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import ringattn
@@ -44,6 +45,22 @@ def test_equals_the_dense_oracle(hosts, tmp_path):
         for name, actual, expected in zip(("out", "dq", "dk", "dv"), result, oracle(case), strict=True):
             assert error(actual, expected) <= 1e-10, (case, name, error(actual, expected))
     assert description == "copy_engine inside each of 2 hosts, p2p over gloo between them"
+
+
+def broken_worker(rank, world_size, folder):
+    """What one of the two broke off on makes both void."""
+    transport, nothing = hybrid("ab", folder), torch.empty(0, dtype=torch.uint8)
+    for turn in (transport._near.turn, transport._far.turn):
+        transport.exchange(nothing, 1 - rank, nothing, 1 - rank, "sums").wait()
+        turn.begin("backward")
+        with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(backward\) broke off"):
+            transport.exchange(nothing, 1 - rank, nothing, 1 - rank, "sums")
+        turn.end()
+    return transport.stats.hops
+
+
+def test_after_a_passage_that_broke_off_there_is_no_exchange(tmp_path):
+    assert run_ranks(broken_worker, 2, str(tmp_path)) == [2, 2]
 
 
 def test_each_pair_of_ranks_is_served_by_exactly_one_of_the_two():

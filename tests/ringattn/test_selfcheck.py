@@ -207,13 +207,13 @@ class TamperedTransport(P2PTransport):
     change = None
     before = None
 
-    def exchange(self, send, send_to, receive, receive_from, where):
+    def post(self, send, send_to, receive, receive_from, where):
         def changed():
             kept = receive.clone()
             type(self).change(where, receive, self.before)
             self.before = kept
 
-        return Tampered(super().exchange(send, send_to, receive, receive_from, where), changed)
+        return Tampered(super().post(send, send_to, receive, receive_from, where), changed)
 
 
 def stale(where, received, before):
