@@ -198,6 +198,9 @@ def estimate_memory(case: MemoryCase, memory: MemoryConfig) -> MemoryEstimate:
         Item(name="positions, labels, rotary tables", device=case.tokens * table_bytes_per_token(case.model)),
         Item(name="copies for asynchronous saves", host=copies),
     )
+    # To lay its part of the weights out in one piece, stage 3 takes it from the GPU to the host, once.
+    through_host = case.engine == "zero" and case.zero_stage == 3 and case.on_gpu
+    moved = case.element_bytes * parameters / case.num_processes if through_host else 0.0
     libraries = LIBRARIES_HOST_BYTES_CUDA if case.on_gpu else LIBRARIES_HOST_BYTES
     return MemoryEstimate(
         always=always,
@@ -206,8 +209,7 @@ def estimate_memory(case: MemoryCase, memory: MemoryConfig) -> MemoryEstimate:
             Item(name="libraries", device=LIBRARIES_DEVICE_BYTES if case.on_gpu else 0.0, host=libraries),
             Item(name="peer memory of the ring", device=peer_bytes(case)),
         ),
-        # see launch.decoder: the other engines start where the weights will stay
-        start=(Item(name="whole model in fp32", host=_FP32 * parameters),) if case.engine == "zero" else (),
+        start=(Item(name="DeepSpeed's copy of its weights", host=moved),),
         per_node=case.per_node,
         on_gpu=case.on_gpu,
     )

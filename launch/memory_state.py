@@ -83,15 +83,16 @@ def _zero_items(
     element_bytes: int,
 ) -> tuple[tuple[str, float, float], ...]:
     narrow = low and stage >= 1  # stage 0 uses autocast
-    masters = _FP32 * total * (part if stage >= 3 or narrow else 1.0)
+    masters = _FP32 * total * (part if stage >= 1 else 1.0)
     moments = 2 * _FP32 * total * (part if stage >= 1 else 1.0)
     gradients = _FP32 * total * (part if stage >= 2 else 1.0)
     if stage == 1 and narrow:
         gradients += 2 * total  # in bf16, beside the fp32 sums
     found = list(_placed(masters, gradients, moments, on_host))
-    if narrow:
-        found.append(("weights in bf16", 2 * total * (part if stage >= 3 else 1.0), 0.0))
-    elif stage == 0 and low:
+    if stage >= 1:  # in fp32 too: DeepSpeed has those that AdamW runs on apart
+        name = f"weights in {'bf16' if low else 'fp32, to compute with'}"
+        found.append((name, element_bytes * total * (part if stage >= 3 else 1.0), 0.0))
+    elif low:
         found.append(("weights in bf16", 2 * total, 0.0))
     if stage >= 3:
         found.append((GATHERED, _gathered(count, model, element_bytes, head=0.0), 0.0))
