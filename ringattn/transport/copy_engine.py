@@ -68,6 +68,18 @@ def _aligned(tail: tuple[int, tuple[int, ...], torch.dtype], tokens: int) -> int
     return -(-batch * tokens * prod(sizes) * dtype.itemsize // _ALIGN) * _ALIGN
 
 
+def _switches() -> tuple[bool, bool]:
+    """Of torch's switches those that decide what a pass launches: a graph holds their answers for good.
+
+    Where it may, cuBLAS rounds the operands of fp32 products to TF32: those of the reference kernel, which takes fp32
+    inputs and masked blocks. Read here is what it reads itself, whichever of torch's names set it; asked for the older
+    ones torch raises if both kinds were used. Others decide nothing here: those of `torch.backends.cudnn` are for
+    convolutions and recurrent layers (its attention sums in fp32), those of scaled_dot_product_attention for calls that
+    name no kernel, and no bf16 or fp16 product is cuBLAS's.
+    """
+    return torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 class CopyEngineTransport:
     """See the file's text.
 
@@ -101,8 +113,7 @@ class CopyEngineTransport:
         self.follow(self.memory.caller())
         # Of what a graph holds for good, all that shapes and dtypes do not tell. Not the plan itself, which keeps
         # transports by name: a circle; but the positions that masks are made of lie where the graph reads them.
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        key = (key, plan.fingerprint, deterministic, self.memory.patience_ms())
+        key = (key, plan.fingerprint, _switches(), self.memory.patience_ms())
         return self._graphs.run(key, step, inputs, payload, lambda: self._place(plan, payload)[1], plan._positions)
 
     def follow(self, main: Lane) -> None:

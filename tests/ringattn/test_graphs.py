@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
+from ringattn.kernels import reference
 from ringattn.testing import dense_attention, error
 from ringattn.transport import graphs
 from ringattn.transport.copy_engine import CopyEngineTransport
@@ -102,6 +103,66 @@ def test_graphs_of_one_shape_serve_their_own_mask_and_scale_and_each_call_s_tens
     found = run_ranks(masks_worker, 2, str(tmp_path), fault, timeout=60)
     assert all(replayed > 0 for _, replayed in found)
     assert (max(worst for worst, _ in found) <= 1e-10) == (fault is None)
+
+
+def deterministic_or_not(on):
+    torch.use_deterministic_algorithms(on)
+
+
+def allow_tf32(on):
+    torch.backends.cuda.matmul.allow_tf32 = on
+
+
+def by_matmul_precision(on):
+    torch.set_float32_matmul_precision("high" if on else "highest")
+
+
+def by_fp32_precision(on):
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if on else "ieee"
+
+
+def by_precision_of_all(on):
+    torch.backends.fp32_precision = "tf32" if on else "none"
+
+
+def switched_worker(rank, world_size, folder, turn, fault):
+    """Largest errors against passes without graphs, how much the switch changes, and how many graphs there are."""
+    scores, dtype = reference._scores, torch.float64
+
+    def switched(q, keys, *rest):
+        """The reference kernel's, whose operands lose bits as CUDA's do where the switch is on."""
+        tf32 = torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+        on = torch.are_deterministic_algorithms_enabled() if turn is deterministic_or_not else tf32
+        return scores(*(x.half().double() for x in (q, keys)), *rest) if on else scores(q, keys, *rest)
+
+    reference._scores = switched
+    transport = recording_transport(folder)
+    if fault:
+        without(2)(transport._graphs)
+    plan, generator = ringattn.Plan(TOKENS, world_size), torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, TOKENS, 2, 8, generator=generator, dtype=dtype) for _ in range(4)]
+    *leaves, dout = (ringattn.shard(x, plan, rank) for x in whole)
+    leaves = [x.requires_grad_() for x in leaves]
+    worst, found = 0.0, {}
+    for on in (False, True) * 4:
+        turn(on)
+        for channel in ("p2p", transport):
+            out = ringattn.ring_attention(*leaves, plan, dist.group.WORLD, transport=channel, kernel="reference")
+            found[channel, on] = (out.detach(), *torch.autograd.grad(out, leaves, dout))
+        worst = max(worst, *map(error, found[transport, on], found["p2p", on]))
+    apart = min(map(error, found["p2p", True], found["p2p", False]))
+    return worst, apart, len(transport._graphs._captured)
+
+
+@pytest.mark.parametrize("fault", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "turn", [deterministic_or_not, allow_tf32, by_matmul_precision, by_fp32_precision, by_precision_of_all]
+)
+def test_a_graph_serves_the_switches_of_torch_that_it_was_captured_under(turn, fault, tmp_path):
+    for worst, apart, graphs_made in run_ranks(switched_worker, 2, str(tmp_path), turn, fault, timeout=60):
+        assert apart > 1e-6
+        assert (worst <= 1e-10) == (not fault)
+        assert graphs_made == (2 if fault else 4)  # forward and backward, with the switch off and on
 
 
 def growing_worker(rank, world_size, folder):
