@@ -20,7 +20,7 @@ from ringattn.errors import RingAttnError
 from ringattn.plan import Plan
 from ringattn.scoring.expansion import Expand
 from ringattn.scoring.selection import Selection
-from ringattn.selfcheck_case import Case, Errors, Parts, compare, make_case
+from ringattn.selfcheck_case import Case, Errors, Parts, compare, make_case, rehearse
 from ringattn.teams import heads_problem
 from ringattn.testing import visibility
 from ringattn.transport import Transport
@@ -29,6 +29,7 @@ from ringattn.ulysses import Ulysses
 # Tokens of a rank: enough for several tiles of a GPU kernel, few enough for the oracle, whose cost is their square.
 _TOKENS = {"cuda": 64, "cpu": 24}
 _MOST_TOKENS = 2048
+_LAG = 128  # GPU kernels of selection have other tiles for multiples of this lag, and the run's are to be checked
 
 
 class SelfCheckError(RingAttnError):
@@ -121,9 +122,10 @@ def self_check(
     if expand is None:
         payload = None
         heads, kv_heads = _fewer_heads(heads, kv_heads, parts)
-    seq_len = _length(parts.size, parts.device.type)
+    lag = 1 if selection is None else selection.lag
+    seq_len = _length(parts.size, parts.device.type, lag)
     if selection is not None:
-        lag = min(selection.lag, seq_len // 4)
+        lag = min(lag, seq_len // 4)
         parts = replace(parts, selection=replace(selection, head=selection.head % heads, lag=lag))
     window = None if window is None else min(window, seq_len // 3)
     plan = Plan(seq_len, parts.size, layout=layout, causal=causal, window=window, sinks=min(sinks, 3))
@@ -134,18 +136,20 @@ def self_check(
         # Plain attention treats documents in other blocks, selection in the same ones.
         plans = [plan, packed] if selection is None else [packed]
     widths = (head_dim, head_dim if value_dim is None else value_dim)
-    found: list[tuple[Case, Errors]] = []
+    cases = [make_case(one, parts, (heads, kv_heads), widths, payload) for one in plans]
     with ExitStack() as stack:
-        compiled = None
-        if parts.device.type == "cuda" and find_spec("triton") is not None:
-            from ringattn.triton_compiling import compiling  # slow to import
-
-            compiled = stack.enter_context(compiling())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(parts.device.type, enabled=False))
-        for one in plans:
-            case = make_case(one, parts, (heads, kv_heads), widths, payload)
-            found.append((case, compare(case, parts)))
+        compiled = None
+        if parts.device.type == "cuda" and find_spec("triton") is not None:
+            from ringattn.triton_compiling import compiling, rehearsal  # slow to import
+
+            compiled = stack.enter_context(compiling())
+            if selection is not None or expand is not None:  # a dozen kernels; plain attention has one or two
+                with rehearsal(compiled):
+                    for case in cases:
+                        rehearse(case, parts)
+        found = [(case, compare(case, parts)) for case in cases]
         bad = [(case, errors) for case, errors in found if bool(errors.wrong().any())]
         if bad:
             raise SelfCheckError(_report(*bad[0], parts))
@@ -170,10 +174,11 @@ def _fewer_heads(heads: int, kv_heads: int, parts: Parts) -> tuple[int, int]:
     return heads // kv_heads * few, few
 
 
-def _length(size: int, device: str) -> int:
+def _length(size: int, device: str, lag: int) -> int:
     """An odd number of tokens that does not divide by the number of ranks."""
     per_rank = max(5, min(_TOKENS.get(device, 24), _MOST_TOKENS // size))
-    length = max(65, per_rank * size) | 1
+    least = 4 * min(lag, _LAG) if device == "cuda" else 65
+    length = max(65, least, per_rank * size) | 1
     while size > 1 and length % size == 0:
         length += 2
     return length

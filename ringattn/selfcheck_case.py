@@ -138,42 +138,47 @@ def compare(case: Case, parts: Parts) -> Errors:
     )
 
 
+def rehearse(case: Case, parts: Parts) -> None:
+    """All launches of a case over the ring, for nothing. A collective of the ring."""
+    _attend(case, parts, 1.0)
+
+
 def _over_the_ring(case: Case, parts: Parts) -> dict[str, Tensor]:
     """This rank's part of out and of the gradients of all leaves, and the whole gradients of shared parameters."""
-    plan, rank = case.plan, parts.rank
-
-    def cut(x: Tensor) -> Tensor:
-        return shard(x, plan, rank).to(parts.device)
-
-    watched = None if case.watched is None else cut(case.watched[None])
-
-    def attend(factor: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        leaves = {name: cut(factor * x).requires_grad_() for name, x in case.leaves.items()}
-        selection, expand, shared = _scoring(case, parts, leaves, parts.dtype)
-        out = ring_attention(
-            leaves["q"],
-            leaves["k"],
-            leaves["v"],
-            plan,
-            parts.group,
-            scale=parts.scale,
-            selection=selection,
-            expand=expand,
-            kernel=parts.kernel,
-            transport=parts.transport,
-            ulysses=parts.ulysses,
-        )
-        return _with_gradients(out, cut(factor * case.dout), leaves, shared, watched), shared
-
     for _ in range(parts.calls_before):
-        attend(0.5)  # other numbers, so that what is left of them is seen
-    found, shared = attend(1.0)
+        _attend(case, parts, 0.5)  # other numbers, so that what is left of them is seen
+    found, shared = _attend(case, parts, 1.0)
     for name in shared:
         total = found[f"d{name}"].contiguous()
         if parts.group is not None and parts.size > 1:
             dist.all_reduce(total, group=parts.group)  # as an engine does
         found[f"d{name}"] = total
     return found
+
+
+def _attend(case: Case, parts: Parts, factor: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Out and gradients of `factor` times the case's tensors, this rank's part; and the shared parameters."""
+
+    def cut(x: Tensor) -> Tensor:
+        return shard(x, case.plan, parts.rank).to(parts.device)
+
+    leaves = {name: cut(factor * x).requires_grad_() for name, x in case.leaves.items()}
+    selection, expand, shared = _scoring(case, parts, leaves, parts.dtype)
+    out = ring_attention(
+        leaves["q"],
+        leaves["k"],
+        leaves["v"],
+        case.plan,
+        parts.group,
+        scale=parts.scale,
+        selection=selection,
+        expand=expand,
+        kernel=parts.kernel,
+        transport=parts.transport,
+        ulysses=parts.ulysses,
+    )
+    watched = None if case.watched is None else cut(case.watched[None])
+    return _with_gradients(out, cut(factor * case.dout), leaves, shared, watched), shared
 
 
 def _densely(case: Case, parts: Parts, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

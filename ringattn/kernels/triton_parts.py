@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringattn.triton_compiling import run_kernel
+
 MAX_PARTS = 6
 _ROWS = 32
 
@@ -162,7 +164,7 @@ def sum_parts(parts: Sequence[Part], out: Tensor) -> None:
         for x in (row, row + part.shape[1], head, head + part.shape[2], *part.stride()[:3])
     ]
     with torch.cuda.device_of(out):
-        _sum_kernel[_grid(out)](
+        run_kernel(_sum_kernel, _grid(out),
             out, *(part for _, _, part in filled), rows, heads, *out.stride()[:3], *spans,
             PARTS=len(parts), WIDTH=width, PADDED=triton.next_power_of_2(width), ROWS=_ROWS,
         )  # fmt: skip
@@ -182,7 +184,7 @@ def merge_parts(parts: Sequence[LsePart], out: Tensor, lse: Tensor) -> None:
         for x in (start, start + part.shape[1], *part.stride()[:3], *part_lse.stride())
     ]
     with torch.cuda.device_of(out):
-        _merge_kernel[_grid(out)](
+        run_kernel(_merge_kernel, _grid(out),
             out, lse, *(part for _, part, _ in filled), *(part_lse for _, _, part_lse in filled),
             rows, heads, *out.stride()[:3], *lse.stride(), *spans,
             PARTS=len(parts), WIDTH=width, PADDED=triton.next_power_of_2(width), ROWS=_ROWS,

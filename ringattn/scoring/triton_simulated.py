@@ -25,6 +25,7 @@ from ringattn.scoring.simulated_limits import size_problem
 from ringattn.scoring.triton_simulated_backward import add_kernel, features_backward_kernel, heads_backward_kernel
 from ringattn.scoring.triton_simulated_kernels import features_kernel, heads_kernel
 from ringattn.scoring.triton_simulated_taps import taps_backward_kernel, taps_kernel
+from ringattn.triton_compiling import run_kernel
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _SMALL_WEIGHTS = 49152  # bytes of feature weights that a multiprocessor holds three times
@@ -152,7 +153,7 @@ def _forward(tiles: Tiles, x: Tensor, weights: Any) -> Tensor:
         tile = tiles.keys if size * (size + _padded(width)) * x.itemsize <= _SMALL_WEIGHTS else tiles.wide_keys
 
     def run(rows: int, grid: int, num_tiles: int) -> None:
-        heads_kernel[(grid,)](
+        run_kernel(heads_kernel, (grid,),
             x, *weights, out, count, num_tiles, 1 if cos is None else cos.shape[0],
             **_sizes(channels, heads, width), HALF=half, HALF_PADDED=_padded(half), TOKENS=rows // _padded(heads),
             FEATURES=features is not None, TURN=cos is not None, SIDEWAYS=tile.sideways, AHEAD=tile.ahead,
@@ -170,7 +171,7 @@ def _taps(tile: Tile, x: Tensor, weights: Any) -> Tensor:
     def run(rows: int, grid: int, num_tiles: int) -> None:
         tokens = rows // _padded(width)
         scratch = x.new_empty(grid, tokens, width + size - 1, channels + heads)
-        taps_kernel[(grid,)](
+        run_kernel(taps_kernel, (grid,),
             x, *weights, out, scratch, count, num_tiles, **_sizes(channels, heads, width),
             SIZE=size, INNER=_padded(size * channels), TOKENS=tokens, PRECISION=_precision(x), **_options(tile),
         )  # fmt: skip
@@ -184,7 +185,7 @@ def _features(tile: Tile, y: Tensor, weights: Any) -> Tensor:
     out = y.new_empty(count, heads, 2 * half)
 
     def run(rows: int, grid: int, num_tiles: int) -> None:
-        features_kernel[(grid,)](
+        run_kernel(features_kernel, (grid,),
             y, *weights, out, count * heads, num_tiles, 1 if cos is None else cos.shape[0],
             HEADS=heads, WIDTH=width, WIDTH_PADDED=_padded(width), HALF=half, HALF_PADDED=_padded(half), ROWS=rows,
             TURN=cos is not None, PRECISION=_precision(y), **_options(tile),
@@ -203,7 +204,7 @@ def _features_back(tile: Tile, y: Tensor, dout: Tensor, weights: Any) -> tuple[T
     def run(rows: int, grid: int, num_tiles: int) -> None:
         sums[:] = [y.new_empty(grid, sum(t.numel() for t in weights[:4]), dtype=torch.float32)]
         for first in (True, False):
-            features_backward_kernel[(grid,)](
+            run_kernel(features_backward_kernel, (grid,),
                 y, *weights[:3], *weights[4:], dout, dy, sums[0], count * heads, num_tiles,
                 1 if cos is None else cos.shape[0], TOTAL=sums[0].shape[1], FIRST=first,
                 HEADS=heads, WIDTH=width, WIDTH_PADDED=_padded(width), HALF=half, HALF_PADDED=_padded(half), ROWS=rows,
@@ -225,12 +226,22 @@ def _heads_back(tiles: Tiles, x: Tensor, dy: Tensor, weights: Any) -> tuple[Tens
         tokens = rows // _padded(width)
         shape = {**_sizes(channels, heads, width), "TOKENS": tokens, "PRECISION": _precision(x), **_options(tile)}
         if size == 1:
-            heads_backward_kernel[(grid,)](
-                x, *weights[:3], dy, dx, sums[0], count, num_tiles, TOTAL=sums[0].shape[1], **shape
+            run_kernel(
+                heads_backward_kernel,
+                (grid,),
+                x,
+                *weights[:3],
+                dy,
+                dx,
+                sums[0],
+                count,
+                num_tiles,
+                TOTAL=sums[0].shape[1],
+                **shape,
             )
             return
         scratch = x.new_empty(grid, tokens, width + size - 1, channels + 3 * heads)
-        taps_backward_kernel[(grid,)](
+        run_kernel(taps_backward_kernel, (grid,),
             x, *weights[:3], dy, dx, sums[0], scratch, count, num_tiles, TOTAL=sums[0].shape[1],
             SIZE=size, INNER=_padded(size * channels), **shape,
         )  # fmt: skip
@@ -242,7 +253,7 @@ def _heads_back(tiles: Tiles, x: Tensor, dy: Tensor, weights: Any) -> tuple[Tens
 def _added(sums: Tensor, weights: Any) -> list[Any]:
     """Sums over programs, one gradient for each of the weights that lie in a row of `sums`."""
     total = weights[0].new_empty(sums.shape[1])
-    add_kernel[(triton.cdiv(len(total), 64),)](sums, total, len(sums), TOTAL=len(total), COLUMNS=64)
+    run_kernel(add_kernel, (triton.cdiv(len(total), 64),), sums, total, len(sums), TOTAL=len(total), COLUMNS=64)
     parts = total.split([t.numel() for t in weights])
     return [part.view(t.shape) for part, t in zip(parts, weights, strict=True)]
 

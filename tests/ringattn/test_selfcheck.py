@@ -11,7 +11,7 @@ import torch.distributed as dist
 import ringattn
 from ringattn.kernels import KERNELS
 from ringattn.kernels.reference import ReferenceKernel
-from ringattn.selfcheck import _fewer_heads
+from ringattn.selfcheck import _fewer_heads, _length
 from ringattn.transport.p2p import P2PTransport
 from tests.processes import run_ranks
 
@@ -333,3 +333,12 @@ def test_bad_arguments_are_refused_as_by_ring_attention():
         ringattn.self_check(heads=3, kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match="kernel: expected auto or one of"):
         ringattn.self_check(heads=2, kv_heads=2, head_dim=8, kernel="fast")
+
+
+def test_problems_on_gpus_are_long_enough_for_the_tiles_of_a_lag():
+    """Four groups of it at least, up to lag 128: multiples of that have other tiles, and one stands for all."""
+    for lag, least in ((1, 257), (100, 401), (128, 513), (512, 513)):
+        length = _length(4, "cuda", lag)
+        assert least <= length <= least + 2
+        assert length % 4
+    assert _length(4, "cpu", 128) == _length(4, "cpu", 1)

@@ -24,9 +24,10 @@ from ringattn.kernels.selective.triton_tools import (
     rows_of,
 )  # fmt: skip
 from ringattn.kernels.selective.triton_votes import Votes
+from ringattn.triton_compiling import run_kernel
 
 
-@triton.jit(do_not_specialize=["n", "padded"])
+@triton.jit(do_not_specialize=["n", "padded", "l_batch", "l_head"])
 def _prepare_kernel(
     OUT, DOUT, LSE, DOT, BASE, n, padded, heads,
     o_batch, o_row, o_head, d_batch, d_row, d_head, l_batch, l_head, l_row,
@@ -99,7 +100,22 @@ def _steps(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "group", "row_low", "row_high", "key_low", "key_high"])
+@triton.jit(
+    do_not_specialize=[
+        "n",
+        "m",
+        "delta",
+        "k_start",
+        "group",
+        "row_low",
+        "row_high",
+        "key_low",
+        "key_high",
+        "b_rows",
+        "f_batch",
+    ],
+    do_not_specialize_on_alignment=["DOCUMENTS"],
+)
 def _backward_keys_kernel(
     Q, K, V, DOUT, DOT, BASE, BIASES, DOCUMENTS, LIMITS, COSTS, OFFSETS, SUMS, DK, DV,
     n, m, delta, k_start, group, row_low, row_high, key_low, key_high, scale, scale_log2, tau, heads, padded,
@@ -202,7 +218,7 @@ def prepare(dout: Tensor, out: Tensor, lse: Tensor, dot: Tensor, base: Tensor) -
     out, dout = dense_rows(out), dense_rows(dout)
     batch, n, heads, width = out.shape
     padded = dot.shape[-1]
-    _prepare_kernel[(padded // 64, batch * heads)](
+    run_kernel(_prepare_kernel, (padded // 64, batch * heads),
         out, dout, lse, dot, base, n, padded, heads, *out.stride()[:3], *dout.stride()[:3], *lse.stride(),
         V_WIDTH=width, V_PADDED=max(16, triton.next_power_of_2(width)), ROWS=64, LOG2=LOG2E, num_warps=4,
     )  # fmt: skip
@@ -240,7 +256,7 @@ def launch(
         limits = torch.searchsorted(documents, ends.to(documents.dtype), right=True).to(torch.int32)
     s_batch, s_row = (0, 0) if sums is None else sums.stride()[:2]
     costs = None if dcost is None else dcost.contiguous()
-    _backward_keys_kernel[(num_tiles, batch * heads)](
+    run_kernel(_backward_keys_kernel, (num_tiles, batch * heads),
         q, k, v, dout, dot, base, biases, base if documents is None else documents, base if limits is None else limits,
         base if costs is None else costs, base if least is None else least, base if sums is None else sums, dk, dv,
         n, m, votes.delta, geometry.k_start, votes.group, *rows, *keys, scale, scale * LOG2E, tau, heads, dot.shape[-1],

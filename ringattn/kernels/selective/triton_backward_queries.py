@@ -24,6 +24,7 @@ from ringattn.kernels.selective.triton_tools import (
     lows_of,
 )  # fmt: skip
 from ringattn.kernels.selective.triton_votes import Votes
+from ringattn.triton_compiling import run_kernel
 
 
 @triton.jit
@@ -71,7 +72,10 @@ def _steps(
     return dq
 
 
-@triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "row_high", "key_low", "key_high"])
+@triton.jit(
+    do_not_specialize=["n", "m", "delta", "k_start", "row_high", "key_low", "key_high", "b_rows", "f_batch"],
+    do_not_specialize_on_alignment=["DOCUMENTS"],
+)
 def _backward_queries_kernel(
     Q, K, V, DOUT, DOT, BASE, BIASES, DOCUMENTS, COSTS, OFFSETS, PAIRS, DQ,
     n, m, delta, k_start, group, row_low, row_high, key_low, key_high, scale, scale_log2, tau, heads, padded,
@@ -180,7 +184,7 @@ def launch(
     shape = (0, 0, 0) if pairs is None else (pairs.stride(0), *pairs.shape[1:])
     descriptors = tiles.descriptors and describable(q, dout, k, v)
     grid = (-(-(rows[1] - rows[0]) // tiles.query_rows), batch * heads)
-    _backward_queries_kernel[grid if pairs is None else grid[::-1]](
+    run_kernel(_backward_queries_kernel, grid if pairs is None else grid[::-1],
         q, k, v, dout, dot, base, biases, base if documents is None else documents, base if costs is None else costs,
         base if least is None else least, base if pairs is None else pairs, dq,
         n, m, votes.delta, geometry.k_start, votes.group, *rows, *keys, scale, scale * LOG2E, tau, heads, dot.shape[-1],

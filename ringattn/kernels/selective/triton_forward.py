@@ -32,6 +32,7 @@ from ringattn.kernels.selective.triton_tools import (
 )  # fmt: skip
 from ringattn.kernels.selective.triton_values import fp16_memory, fp16_values, power_of
 from ringattn.kernels.selective.triton_votes import Votes
+from ringattn.triton_compiling import run_kernel
 
 TABLE, BUFFER = 1, 2
 MAX_TABLE = 1 << 27  # bytes of a table of (group, key): keys are taken in ranges so that it stays below
@@ -78,7 +79,24 @@ def _steps(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "group", "row_low", "row_high", "key_low", "key_high"])
+@triton.jit(
+    do_not_specialize=[
+        "n",
+        "m",
+        "delta",
+        "k_start",
+        "group",
+        "row_low",
+        "row_high",
+        "key_low",
+        "key_high",
+        "b_rows",
+        "f_batch",
+        "l_batch",
+        "l_head",
+    ],
+    do_not_specialize_on_alignment=["DOCUMENTS"],
+)
 def _forward_kernel(
     Q, K, V, MOST, BIASES, OFFSETS, DOCUMENTS, OUT, LSE,
     n, m, delta, k_start, group, row_low, row_high, key_low, key_high, scale_log2, heads,
@@ -221,7 +239,7 @@ def _launch(
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, n, heads, width = q.shape
     m, v_width = k.shape[1], v.shape[-1]
-    _forward_kernel[(-(-(rows[1] - rows[0]) // tiles.rows), batch * heads)](
+    run_kernel(_forward_kernel, (-(-(rows[1] - rows[0]) // tiles.rows), batch * heads),
         q, k, v, lse if most is None else most, biases,
         lse if least is None else least, lse if documents is None else documents, out, lse,
         n, m, votes.delta, geometry.k_start, votes.group, *rows, *keys, scale * LOG2E, heads,

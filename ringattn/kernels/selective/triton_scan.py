@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ringattn.kernels.selective.triton_tools import lows_of
+from ringattn.triton_compiling import run_kernel
 
 if TYPE_CHECKING:
     from ringattn.kernels.selective.triton_votes import Votes
 
 
-@triton.jit(do_not_specialize=["count", "m"])
+@triton.jit(do_not_specialize=["count", "m", "c_batch", "o_batch"], do_not_specialize_on_alignment=["CARRY"])
 def _scan_kernel(
     TABLE, CARRY, TOTAL, count, m, sign, t_batch, t_row, c_batch, c_key, o_batch, o_key,
     ROWS: tl.constexpr, KEYS: tl.constexpr, REVERSE: tl.constexpr,
@@ -54,14 +55,17 @@ def scan(table: Tensor, carry: Tensor, m: int, *, reverse: bool = False, sign: f
     """
     batch, count, _ = table.shape
     total = torch.empty(batch, m, dtype=torch.float32, device=table.device)
-    _scan_kernel[(-(-m // 32), batch)](
+    run_kernel(_scan_kernel, (-(-m // 32), batch),
         table, carry, total, count, m, sign, *table.stride()[:2], *carry.stride(), *total.stride(),
         ROWS=min(128, max(16, triton.next_power_of_2(count))), KEYS=32, REVERSE=reverse, num_warps=4,
     )  # fmt: skip
     return total
 
 
-@triton.jit(do_not_specialize=["n", "count", "groups", "delta", "k_start", "key_low", "lag"])
+@triton.jit(
+    do_not_specialize=["n", "count", "groups", "delta", "k_start", "key_low", "lag", "total_batch", "o_batch"],
+    do_not_specialize_on_alignment=["DOCUMENTS"],
+)
 def _offsets_kernel(
     TABLE, TOTAL, DOCUMENTS, OFFSETS, n, count, groups, group, delta, k_start, key_low, lag,
     t_batch, t_row, total_batch, o_batch,
@@ -110,7 +114,7 @@ def offsets(votes: Votes, table: Tensor, total: Tensor, key_low: int, key_high: 
     result = torch.empty(votes.batch, votes.n, dtype=torch.float32, device=table.device)
     documents = votes.geometry.q_documents
     rows = 64 if votes.group <= 64 else 128
-    _offsets_kernel[(-(-votes.group // rows), votes.groups, votes.batch)](
+    run_kernel(_offsets_kernel, (-(-votes.group // rows), votes.groups, votes.batch),
         table, total, table if documents is None else documents, result, votes.n, min(key_high, votes.m), votes.groups,
         votes.group, votes.delta, votes.geometry.k_start, key_low, votes.geometry.lag, *table.stride()[:2],
         total.stride(0), result.stride(0),

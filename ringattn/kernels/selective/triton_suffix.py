@@ -12,9 +12,13 @@ from torch import Tensor
 
 from ringattn.kernels.selective.triton_tools import describable, describe, firsts_of, load_rows, lows_of, rows_of
 from ringattn.kernels.selective.triton_votes import Votes
+from ringattn.triton_compiling import run_kernel
 
 
-@triton.jit(do_not_specialize=["n", "m", "delta", "k_start"])
+@triton.jit(
+    do_not_specialize=["n", "m", "delta", "k_start", "s_batch"],
+    do_not_specialize_on_alignment=["Q_DOCUMENTS", "K_DOCUMENTS", "SUFFIX"],
+)
 def _queries_kernel(
     QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, SUFFIX, DQ, DWEIGHTS,
     n, m, delta, k_start, q_batch, q_row, q_term, k_batch, k_row, k_term, s_batch, dq_batch, dq_row, dq_term,
@@ -57,7 +61,10 @@ def _queries_kernel(
         tl.atomic_add(DWEIGHTS + term, tl.sum(dweight, axis=0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n", "m", "delta", "k_start"])
+@triton.jit(
+    do_not_specialize=["n", "m", "delta", "k_start", "s_batch"],
+    do_not_specialize_on_alignment=["Q_DOCUMENTS", "K_DOCUMENTS", "SUFFIX"],
+)
 def _keys_kernel(
     QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, SUFFIX, DK,
     n, m, delta, k_start, q_batch, q_row, q_term, k_batch, k_row, k_term, s_batch, dk_batch, dk_row, dk_term,
@@ -113,11 +120,11 @@ def add_suffix_gradients(votes: Votes, suffix: Tensor, dballot_q: Tensor, dballo
         "num_stages": tiles.suffix_stages,
     }
     own, other = tiles.suffix_own, tiles.suffix_other
-    _queries_kernel[(-(-votes.n // own), votes.terms, votes.batch)](
+    run_kernel(_queries_kernel, (-(-votes.n // own), votes.terms, votes.batch),
         *shared, dballot_q, dweights, *sizes, suffix.stride(0), *dballot_q.stride()[:3],
         ROWS=own, KEYS=other, DESCRIPTORS=votes.descriptors, **options,
     )  # fmt: skip
-    _keys_kernel[(-(-votes.m // own), votes.terms, votes.batch)](
+    run_kernel(_keys_kernel, (-(-votes.m // own), votes.terms, votes.batch),
         *shared, dballot_k, *sizes, suffix.stride(0), *dballot_k.stride()[:3],
         ROWS=other, KEYS=own, DESCRIPTORS=tiles.descriptors and describable(votes.q), **options,
     )  # fmt: skip

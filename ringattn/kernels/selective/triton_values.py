@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ringattn.kernels.selective.triton_tools import dense_rows
+from ringattn.triton_compiling import run_kernel
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def fp16_values(v: Tensor, narrow: Tensor, most: Tensor | None) -> None:
     v = dense_rows(v)
     batch, m, groups, width = v.shape
     torch.linalg.vector_norm(v, float("inf"), dim=(1, 3), dtype=torch.float32, out=most)
-    _narrow_kernel[(-(-m // 64), batch * groups)](
+    run_kernel(_narrow_kernel, (-(-m // 64), batch * groups),
         v, most, narrow, m, groups, *v.stride()[:3], *narrow.stride()[:3],
         WIDTH=width, PADDED=triton.next_power_of_2(width), ROWS=64, num_warps=4,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 from ringattn.kernels.selective.geometry import Ballot, Geometry
 from ringattn.kernels.selective.triton_tools import LOG2E, MAX_BIAS, Tiles, constants, describable
 from ringattn.kernels.selective.triton_votes_kernels import fill_kernel, sums_kernel
+from ringattn.triton_compiling import run_kernel
 
 
 class Votes:
@@ -70,7 +71,7 @@ class Votes:
         tiles = self.tiles
         span = tiles.vote_keys * tiles.vote_span
         grid = (-(-(key_high - key_low) // span), table.shape[1] * parts, self.batch)
-        sums_kernel[grid](
+        run_kernel(sums_kernel, grid,
             self.q, self.k, self.weights, self.scales, *self._documents(), table,
             self.n, min(self.m, key_high), self.delta, self.geometry.k_start, group, parts, key_low, span,
             *self.q.stride()[:3], *self.k.stride()[:3], *table.stride()[:2],
@@ -105,7 +106,7 @@ class Votes:
         clear = whole and pairs is not None
         if pairs is not None and not whole:
             pairs.zero_()
-        fill_kernel[grid](
+        run_kernel(fill_kernel, grid,
             self.q, self.k, self.weights, self.scales, *self._documents(), table, offsets,
             *(table if x is None else x for x in (bias, pairs, cost)),
             self.n, self.m, self.delta, self.geometry.k_start, self.geometry.lag, self.group, first,

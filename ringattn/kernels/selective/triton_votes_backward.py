@@ -23,6 +23,7 @@ from ringattn.kernels.selective.triton_tools import (
     rows_of,
 )  # fmt: skip
 from ringattn.kernels.selective.triton_votes import Votes
+from ringattn.triton_compiling import run_kernel
 
 
 @triton.jit(do_not_specialize=["n", "m", "first_part", "row_high"])
@@ -42,7 +43,10 @@ def _column_sums_kernel(
     tl.atomic_add(SUMS + batch * s_batch + tl.cast(g, tl.int64) * s_row + j, sums, mask=j < m, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["m", "delta", "k_start", "lag", "row_high", "key_low", "key_high"])
+@triton.jit(
+    do_not_specialize=["m", "delta", "k_start", "lag", "row_high", "key_low", "key_high", "t_rows"],
+    do_not_specialize_on_alignment=["Q_DOCUMENTS", "K_DOCUMENTS"],
+)
 def _ballot_kernel(
     QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, TABLE, PAIRS, SPREAD, DQ, DK, DWEIGHTS,
     m, delta, k_start, lag, group, row_low, row_high, key_low, key_high, span,
@@ -140,7 +144,10 @@ def _ballot_kernel(
             tl.atomic_add(DWEIGHTS + r, tl.sum(dweight, axis=0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["m", "delta", "k_start", "row_high", "key_low", "span"])
+@triton.jit(
+    do_not_specialize=["m", "delta", "k_start", "row_high", "key_low", "span"],
+    do_not_specialize_on_alignment=["Q_DOCUMENTS"],
+)
 def _ballot_keys_kernel(
     QB, SCALES, Q_DOCUMENTS, SPREAD, DK,
     m, delta, k_start, row_low, row_high, key_low, span,
@@ -189,7 +196,7 @@ def add_column_sums(votes: Votes, pairs: Tensor, sums: Tensor, rows: tuple[int, 
     parts = -(-votes.group // size)
     first = rows[0] // votes.group
     last = (rows[1] - 1) // votes.group + 1
-    _column_sums_kernel[(-(-keys // 64), (last - first) * parts, votes.batch)](
+    run_kernel(_column_sums_kernel, (-(-keys // 64), (last - first) * parts, votes.batch),
         pairs, sums, votes.n, keys, votes.group, first * parts, *rows, parts, *pairs.stride()[:2],
         *sums.stride()[:2], ROWS=size, KEYS=64, num_warps=4,
     )  # fmt: skip
@@ -219,7 +226,7 @@ def add_ballot_gradients(
     shape = (0, 0, 0) if pairs is None else (pairs.stride(0), *pairs.shape[1:])
     s_shape = (0, 0, 0) if spread is None else (spread.stride(0), *spread.shape[1:])
     reduce = tiles.descriptors and describable(dballot_k)
-    _ballot_kernel[(-(-(keys[1] - keys[0]) // span), parts, votes.batch)](
+    run_kernel(_ballot_kernel, (-(-(keys[1] - keys[0]) // span), parts, votes.batch),
         votes.q, votes.k, votes.weights, votes.scales, *votes._documents(), table, table if pairs is None else pairs,
         table if spread is None else spread, dballot_q, dballot_k, dweights,
         votes.m, votes.delta, votes.geometry.k_start, votes.geometry.lag, group, *rows, *keys,
@@ -235,7 +242,7 @@ def add_ballot_gradients(
     grid = (-(-(keys[1] - keys[0]) // tiles.vote_keys), -(-(rows[1] - rows[0]) // span), votes.batch)
     constants = votes._constants()
     del constants["R"], constants["PROTECT"], constants["DESCRIPTORS"]
-    _ballot_keys_kernel[grid](
+    run_kernel(_ballot_keys_kernel, grid,
         votes.q, votes.scales, votes._documents()[0], spread, dballot_k,
         votes.m, votes.delta, votes.geometry.k_start, *rows, keys[0], span,
         *votes.q.stride()[:2], *s_shape, dballot_k.stride(0), dballot_k.stride(1),

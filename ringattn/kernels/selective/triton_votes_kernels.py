@@ -55,7 +55,10 @@ def votes_tile(
     return votes
 
 
-@triton.jit(do_not_specialize=["n", "m", "delta", "k_start", "parts", "key_low", "span"])
+@triton.jit(
+    do_not_specialize=["n", "m", "delta", "k_start", "parts", "key_low", "span"],
+    do_not_specialize_on_alignment=["Q_DOCUMENTS", "K_DOCUMENTS"],
+)
 def sums_kernel(
     QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, TABLE,
     n, m, delta, k_start, group, parts, key_low, span,
@@ -101,10 +104,22 @@ def sums_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "n", "m", "delta", "k_start", "lag", "first_part", "key_low", "row_low", "row_high", "key_high", "table_low",
+        "n",
+        "m",
+        "delta",
+        "k_start",
+        "lag",
+        "first_part",
+        "key_low",
+        "row_low",
+        "row_high",
+        "key_high",
+        "table_low",
         "span",
-    ]
-)  # fmt: skip
+        "o_batch",
+    ],
+    do_not_specialize_on_alignment=["Q_DOCUMENTS", "K_DOCUMENTS"],
+)
 def fill_kernel(
     QB, KB, WEIGHTS, SCALES, Q_DOCUMENTS, K_DOCUMENTS, TABLE, OFFSETS, BIAS, PAIRS, COST,
     n, m, delta, k_start, lag, group, first_part, row_low, row_high, key_low, key_high, table_low, span, tau,
