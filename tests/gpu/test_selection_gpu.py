@@ -29,13 +29,14 @@ def problem(case):
     return [torch.randn(*s, generator=generator, dtype=torch.float64).to("cuda", dtype) for s in shapes]
 
 
-def attend(case, group, rank, size):
+def attend(case, group, rank, size, ulysses=1):
     seq_len, layout, _, lag, documents, _ = case
     plan = ringattn.Plan(seq_len, size, layout=layout, documents=documents)
     q, k, v, dout = (ringattn.shard(x, plan, rank) for x in problem(case))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     gain = torch.full((1,), 0.1, dtype=torch.float64, device="cuda", requires_grad=True)
-    out = ringattn.ring_attention(*leaves, plan, group=group, selection=ringattn.Selection(lag=lag, gain=gain))
+    selection = ringattn.Selection(lag=lag, gain=gain)
+    out = ringattn.ring_attention(*leaves, plan, group=group, selection=selection, ulysses=ulysses)
     out.backward(dout)
     if group is not None:
         dist.all_reduce(gain.grad, group=group)
@@ -72,20 +73,21 @@ def test_one_process_against_the_oracle(case):
     check(case, attend(case, None, 0, 1), oracle(case))
 
 
-def nccl_worker(rank, world_size):
+def nccl_worker(rank, world_size, ulysses):
     torch.cuda.set_device(rank)
     group = dist.new_group(backend="nccl")
-    results = [attend(case, group, rank, world_size) for case in CASES]
+    results = [attend(case, group, rank, world_size, ulysses) for case in CASES]
     torch.cuda.synchronize()
     dist.destroy_process_group(group)
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_rings_over_nccl(world_size):
+@pytest.mark.parametrize(("world_size", "ulysses"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2)])
+def test_rings_over_nccl(world_size, ulysses):
+    """Heads exchanged for tokens among two, too, alone and with a ring of the teams."""
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")
-    for case, found in zip(CASES, run_ranks(nccl_worker, world_size, timeout=300)[0], strict=True):
+    for case, found in zip(CASES, run_ranks(nccl_worker, world_size, ulysses, timeout=300)[0], strict=True):
         truth = oracle(case)
         check(case, found, truth)
         alone = attend(case, None, 0, 1)
