@@ -49,6 +49,10 @@ class Ring:
             return _Alone(payload)
         return self.transport.open(self.plan, stops, payload, what, returns=returns)
 
+    def whole(self, what: str) -> AbstractContextManager[None]:
+        """See `Turn.whole`."""
+        return nullcontext() if self.transport is None else self.transport.turn.whole(what)
+
     def enter(self, what: str, stop: Stop) -> None:
         """Work on a stop begins, with waiting for its tokens."""
         if self.transport is not None:

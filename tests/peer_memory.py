@@ -72,6 +72,6 @@ class FilePeerMemory:
         return _AtOnce()
 
 
-def copy_engine_on_files(group, folder):
-    """The copy-engine transport between processes of one machine."""
-    return CopyEngineTransport(FilePeerMemory(group, folder), P2PTransport(group))
+def copy_engine_on_files(group, folder, timeout=None):
+    """The copy-engine transport between processes of one machine; `timeout` is that of the small exchanges."""
+    return CopyEngineTransport(FilePeerMemory(group, folder), P2PTransport(group, timeout))

@@ -94,7 +94,6 @@ class SelectiveAttention:
         out, lse = empty_result(q, width, fill=False)
         lse.fill_(-torch.inf)
         own_rows = Unwritten(out)
-        carries = self.carries(ballot_q, ballot_k, weights)
         cost = None if self.terms.tau is None else lse.new_zeros(q.shape[:2])
 
         def visit(stop: Stop, held: Payload) -> None:
@@ -119,7 +118,9 @@ class SelectiveAttention:
                     fresh_rows=own_rows.first(rows),
                 )
 
-        ring_forward(self.ring, payload, visit)
+        with self.ring.whole("selection forward"):
+            carries = self.carries(ballot_q, ballot_k, weights)
+            ring_forward(self.ring, payload, visit)
         own_rows.finish()
         return out, lse, cost, carries
 
@@ -182,9 +183,10 @@ class SelectiveAttention:
                 dk[:, :, self.terms.key_head] += dvoting[:, :, 0]
             return (*visiting.payload_gradients, *((dvoting[:, :, 1:],) if len(held) > 2 else ()))
 
-        dpayload = ring_backward(self.ring, payload, visit)
-        own_rows.finish()
-        dballot_k = self._post_pass(ballot_q, ballot_k, weights, columns_sums, dballot_q, dweights)
+        with self.ring.whole("selection backward"):
+            dpayload = ring_backward(self.ring, payload, visit)
+            own_rows.finish()
+            dballot_k = self._post_pass(ballot_q, ballot_k, weights, columns_sums, dballot_q, dweights)
         return SelectionGradients(q=dq, payload=dpayload, ballot_q=dballot_q, ballot_k=dballot_k, weights=dweights)
 
     def carries(self, ballot_q: Tensor, ballot_k: Tensor, weights: Tensor) -> Table:

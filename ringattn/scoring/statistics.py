@@ -76,7 +76,7 @@ def selection_statistics(
     work = SelectiveAttention(ring, Expansion(None, plan, q.device), kernel, scale, terms, pieces=pieces)
     ballot_q = torch.stack([q[:, :, selection.head], *(votes.q for votes in selection.earlier)], dim=2)
     ballot_k = torch.stack([keys[:, :, terms.key_head], *(votes.k for votes in selection.earlier)], dim=2)
-    with torch.autocast(q.device.type, enabled=False):
+    with ring.whole("selection statistics"), torch.autocast(q.device.type, enabled=False):
         carries = work.carries(ballot_q, ballot_k, selection.weights(q, accumulator_dtype(q.dtype)))
 
     last = max(0, math.ceil(math.log(max(plan.seq_len, 2), 4)))

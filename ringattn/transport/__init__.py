@@ -20,6 +20,7 @@ from ringattn.transport.hybrid import HybridTransport
 from ringattn.transport.p2p import P2PTransport
 from ringattn.transport.peer_memory import CudaPeerMemory, hosts_of, peer_memory_problem
 from ringattn.transport.stats import HopWait, RingStats, RingTotals, Waiting
+from ringattn.transport.turns import Turn
 
 TRANSPORTS = ("copy_engine", "hybrid", "p2p")
 
@@ -83,12 +84,14 @@ class Transport(Protocol):
         description: which it is and why, for the log.
         joins: can bring payloads of several hops side by side; else a stop has one hop, and hops come in order.
         calls_before: of one kind, until such a call runs as all later ones will.
+        turn: of its passages.
     """
 
     stats: RingStats
     description: str
     joins: bool
     calls_before: int
+    turn: Turn
 
     def run(
         self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: Payload

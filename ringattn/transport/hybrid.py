@@ -17,6 +17,7 @@ from ringattn.schedule import Stop
 from ringattn.transport.copy_engine import CopyEnginePassage, CopyEngineTransport
 from ringattn.transport.graphs import Step
 from ringattn.transport.p2p import P2PPassage, P2PPending, P2PTransport
+from ringattn.transport.turns import Turn
 
 
 class PairsOfPlan:
@@ -65,6 +66,7 @@ class HybridTransport:
         self.stats = far.stats
         names = sorted({str(host) for host in hosts})
         self.description = f"copy_engine inside each of {len(names)} hosts, {far.description} between them"
+        self.turn = Turn()  # of both: what breaks off on one of them is not over on the other
         self._near = near
         self._far = far
         self._hosts = tuple(hosts)
@@ -77,6 +79,7 @@ class HybridTransport:
     def open(
         self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
     ) -> HybridPassage:
+        self.turn.begin(what)
         near = PairsOfPlan(plan, self._hosts, inside=True)
         far = PairsOfPlan(plan, self._hosts, inside=False)
         rank = self._far.rank
@@ -86,10 +89,10 @@ class HybridTransport:
             self._near.open(near, inside, payload, what, returns=returns),  # type: ignore[arg-type]
             self._far.open(far, stops, payload, what, returns=returns),  # type: ignore[arg-type]
         )
-        return HybridPassage(passages, dict(zip((stop.hops for stop in stops), inside, strict=True)), served)
+        return HybridPassage(self.turn, passages, dict(zip((stop.hops for stop in stops), inside, strict=True)), served)
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
-        self._near.turn.check()
+        self.turn.check()
         return self._far.exchange(send, send_to, receive, receive_from, where)
 
 
@@ -98,10 +101,12 @@ class HybridPassage:
 
     def __init__(
         self,
+        turn: Turn,
         passages: tuple[CopyEnginePassage, P2PPassage],
         inside: dict[tuple[int, ...], Stop],
         served: dict[tuple[int, ...], bool],
     ) -> None:
+        self._turn = turn
         self._near, self._far = passages
         self._inside = inside  # each stop as the near one sees it
         self._served = served  # whether it is the near one's
@@ -123,3 +128,4 @@ class HybridPassage:
     def close(self, totals: Sequence[RowSum] = ()) -> None:
         self._far.close(totals)
         self._near.close(totals)
+        self._turn.end()

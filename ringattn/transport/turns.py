@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ringattn.errors import PeerError
 
 
@@ -10,6 +13,7 @@ class Turn:
 
     def __init__(self) -> None:
         self._what: str | None = None
+        self._begun = 0
 
     def check(self) -> None:
         """Raise if an earlier passage did not end.
@@ -27,6 +31,18 @@ class Turn:
     def begin(self, what: str) -> None:
         self.check()
         self._what = what
+        self._begun += 1
 
     def end(self) -> None:
         self._what = None
+
+    @contextmanager
+    def whole(self, what: str) -> Iterator[None]:
+        """Several passages and exchanges that belong together: after the first has begun, an error breaks off all."""
+        before = self._begun
+        try:
+            yield
+        except BaseException:
+            if self._begun > before:  # else nothing has been sent
+                self._what = self._what or what
+            raise

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
+from ringattn.schedule import plain_schedule
 from ringattn.testing import error
 from ringattn.transport.copy_engine import CopyEngineTransport
 from ringattn.transport.hybrid import HybridTransport, PairsOfPlan
@@ -15,8 +16,8 @@ from tests.ringattn.test_copy_engine import attend, cases
 from tests.ringattn.test_ring import Case, oracle
 
 
-def hybrid(hosts, folder):
-    far = P2PTransport(dist.group.WORLD)
+def hybrid(hosts, folder, timeout=None):
+    far = P2PTransport(dist.group.WORLD, timeout)
     groups = {host: dist.new_group([r for r, h in enumerate(hosts) if h == host]) for host in sorted(set(hosts))}
     ranks = [rank for rank, host in enumerate(hosts) if host == hosts[dist.get_rank()]]
     memory = FilePeerMemory(groups[hosts[dist.get_rank()]], folder, ranks=ranks)
@@ -47,20 +48,37 @@ def test_equals_the_dense_oracle(hosts, tmp_path):
     assert description == "copy_engine inside each of 2 hosts, p2p over gloo between them"
 
 
+def out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("planted")
+
+
 def broken_worker(rank, world_size, folder):
-    """What one of the two broke off on makes both void."""
-    transport, nothing = hybrid("ab", folder), torch.empty(0, dtype=torch.uint8)
-    for turn in (transport._near.turn, transport._far.turn):
+    """What one of the two breaks off on makes both void."""
+    nothing, plan = torch.empty(0, dtype=torch.uint8), ringattn.Plan(16, world_size)
+    stops, payload, found = plain_schedule(plan, rank), (torch.zeros(1, 8, 1, 8),), []
+    for part in ("_near", "_far"):
+        transport = hybrid("ab", f"{folder}/{part}")
         transport.exchange(nothing, 1 - rank, nothing, 1 - rank, "sums").wait()
-        turn.begin("backward")
+        passage = transport.open(plan, stops, payload, "backward", returns=False)
+        for stop in stops:
+            passage.arrival(stop)
+            passage.leave(stop)
+        getattr(passage, part).close = out_of_memory
+        with pytest.raises(torch.OutOfMemoryError):
+            passage.close()
+        hops = transport.stats.hops
         with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(backward\) broke off"):
             transport.exchange(nothing, 1 - rank, nothing, 1 - rank, "sums")
-        turn.end()
-    return transport.stats.hops
+        with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(backward\) broke off"):
+            transport.open(plan, stops, payload, "forward", returns=False)
+        found.append(transport.stats.hops - hops)
+    return found
 
 
 def test_after_a_passage_that_broke_off_there_is_no_exchange(tmp_path):
-    assert run_ranks(broken_worker, 2, str(tmp_path)) == [2, 2]
+    for part in ("_near", "_far"):
+        (tmp_path / part).mkdir()
+    assert run_ranks(broken_worker, 2, str(tmp_path)) == [[0, 0]] * 2
 
 
 def test_each_pair_of_ranks_is_served_by_exactly_one_of_the_two():
