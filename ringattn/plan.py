@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,11 @@ from torch import Tensor
 from ringattn.handles import new_handle
 from ringattn.layout import LAYOUTS, chunks_of
 from ringattn.mask import Block, Mask, Relation, chunk_blocks, coalesce
+
+_Pair = tuple[int, int]
+"""A rank and a source."""
+
+_OF_A_RUN = ("_positions", "_checked", "_transports")  # the same for all rows of a run
 
 
 @dataclass(frozen=True)
@@ -48,25 +54,27 @@ class Plan:
     window: int | None = None
     sinks: int = 0
     documents: tuple[int, ...] | None = None
-    # What follows from the fields above, filled when first asked for.
-    _blocks: dict[tuple[int, int], tuple[Block, ...]] = field(default_factory=dict, repr=False, compare=False)
-    _columns: dict[tuple[int, int], range] = field(default_factory=dict, repr=False, compare=False)
-    _schedules: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # see softmax.py
-    _starts: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    # Also found under what they follow from: the same for all rows of a run, and for whatever else is replaced.
-    _positions: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    # What `expand` functions were looked at for hidden gradients; the same set for all rows of a run.
-    _checked: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, repr=False, compare=False)
-    # Transports that were asked for by name, by group (its id) and name; the same for all rows of a run.
-    _transports: dict[tuple[int, str], Any] = field(default_factory=dict, repr=False, compare=False)
-    # What the ranks agreed on in the first call under this plan (see agreement.py).
-    _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    # What follows from the fields above, filled when first asked for (schedules: softmax.py), and what the ranks agreed
+    # on in the first call under this plan (agreement.py). Not of a copy's that has other fields.
+    _blocks: dict[_Pair, tuple[Block, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _columns: dict[_Pair, range] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _schedules: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _starts: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     # What Ulysses made of it, with whom and for which shapes (see ulysses.py).
-    _exchanged: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    _exchanged: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # Of a run. Positions are found under what they follow from.
+    _positions: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # What `expand` functions were looked at for hidden gradients.
+    _checked: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, init=False, repr=False, compare=False)
+    # Transports that were asked for by name, by group (its id) and name.
+    _transports: dict[tuple[int, str], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     # By which an operator finds this plan (see handles.py): every plan has its own.
     _handle: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("seq_len", "cp_size", "sinks", *(() if self.window is None else ("window",))):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
         for name in ("seq_len", "cp_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Plan: {name}: expected at least 1, got {getattr(self, name)}")
@@ -94,10 +102,10 @@ class Plan:
 
     def with_documents(self, documents: Sequence[int] | Tensor | None) -> Plan:
         """The same plan for another row with other documents. As a plan of its own, it is agreed between ranks anew."""
-        own: dict[str, Any] = {
-            name: {} for name in ("_blocks", "_columns", "_schedules", "_starts", "_agreed", "_exchanged")
-        }
-        return replace(self, documents=documents, **own)  # type: ignore[arg-type]
+        other = replace(self, documents=documents)  # type: ignore[arg-type]
+        for name in _OF_A_RUN:
+            object.__setattr__(other, name, getattr(self, name))
+        return other
 
     def chunks(self, rank: int) -> tuple[range, ...]:
         """Chunks of global positions that `rank` holds, in storage order."""
@@ -227,6 +235,13 @@ class Plan:
         return _hash(self.documents)
 
 
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"Plan: {name}: expected an integer, got {value!r}") from error
+
+
 def _hash(value: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
 
@@ -234,7 +249,8 @@ def _hash(value: object) -> int:
 def _document_tuple(documents: Sequence[int] | Tensor | None, seq_len: int) -> tuple[int, ...] | None:
     if documents is None:
         return None
-    starts = tuple(int(start) for start in (documents.tolist() if isinstance(documents, Tensor) else documents))
+    given = documents.tolist() if isinstance(documents, Tensor) else documents
+    starts = tuple(_integer("documents", start) for start in given)
     if len(starts) < 2 or starts[0] != 0 or starts[-1] != seq_len or any(a >= b for a, b in pairwise(starts)):
         shown = f"{starts[:4]} ... {starts[-3:]}" if len(starts) > 8 else str(starts)
         raise ValueError(

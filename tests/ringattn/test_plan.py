@@ -9,7 +9,7 @@ import torch
 
 import ringattn
 from ringattn.mask import Relation
-from ringattn.testing import visibility
+from ringattn.testing import dense_attention, visibility
 
 MASKS = {
     "causal": {},
@@ -141,6 +141,11 @@ def test_with_documents_keeps_everything_else():
         ),
         ({"documents": (0, 3, 3, 8)}, "documents: expected increasing"),
         ({"documents": (1, 8)}, "documents: expected increasing"),
+        ({"documents": (0, 2.7, 8)}, "documents: expected an integer, got 2.7"),
+        ({"seq_len": 8.0}, "seq_len: expected an integer, got 8.0"),
+        ({"cp_size": "2"}, "cp_size: expected an integer, got '2'"),
+        ({"window": 2.5}, "window: expected an integer, got 2.5"),
+        ({"window": 2, "sinks": 1.5}, "sinks: expected an integer, got 1.5"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -154,6 +159,31 @@ def test_a_thousand_ranks_on_a_laptop():
     assert sum(plan.visible_pairs(5, source) for source in range(1024)) == sum(
         plan.visible_pairs(900, source) for source in range(1024)
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"causal": False}, {"window": 4}, {"documents": (0, 9, 32)}, {"layout": "contiguous"}, {"seq_len": 31}],
+    ids=str,
+)
+def test_a_plan_with_a_field_replaced_is_another_plan(change):
+    """Nothing of what the first one had worked out stays, and what they share lets neither see the other's mask."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(1, 32, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+    plan = ringattn.Plan(32, 1)
+    ringattn.ring_attention(*draws, plan, group=None)
+    for rank in range(plan.cp_size):
+        assert plan.blocks(rank, 0)
+    other = dataclasses.replace(plan, **change)
+    inputs = [x[:, : other.seq_len] for x in draws]
+    out = ringattn.ring_attention(*inputs, other, group=None)
+    mask = {"causal": other.causal, "window": other.window, "documents": other.documents}
+    torch.testing.assert_close(out, dense_attention(*inputs, **mask), rtol=0, atol=1e-12)
+    assert other.num_hops == ringattn.Plan(**dict(plan_fields(plan), **change)).num_hops
+
+
+def plan_fields(plan):
+    return {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan) if one.init}
 
 
 def test_positions_are_made_once_and_fit_whatever_is_replaced():
