@@ -62,7 +62,7 @@ def table(trace: HopTrace, step: int) -> list[str]:
     head = ["layer", *trace.places, *(("untimed hops",) if trace.untimed else ())]
     rows = [head]
     for layer in trace.layers:
-        cells = ["-" if layer is None else str(layer)]
+        cells = [str(_counted(layer) or "-")]
         for where in trace.places:
             key = (layer, where)
             known = key in trace.most
@@ -87,7 +87,7 @@ def report(trace: HopTrace, step: int, bar: RunProgress, metrics: MetricsWriter)
         key = (layer, where)
         fields: dict[str, Value] = {
             "step": step,
-            "layer": layer,
+            "layer": _counted(layer),
             "where": where,
             "exposed_ms": 1e3 * trace.own[key],
             "exposed_ms_max": 1e3 * seconds,
@@ -95,4 +95,9 @@ def report(trace: HopTrace, step: int, bar: RunProgress, metrics: MetricsWriter)
         }
         metrics.event("hop_trace", **fields)
     for layer, hops in trace.untimed.items():
-        metrics.event("hop_trace_untimed", step=step, layer=layer, untimed_hops=hops)
+        metrics.event("hop_trace_untimed", step=step, layer=_counted(layer), untimed_hops=hops)
+
+
+def _counted(layer: int | None) -> int | None:
+    """From 1, as messages count layers."""
+    return None if layer is None else layer + 1

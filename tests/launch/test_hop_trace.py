@@ -151,8 +151,8 @@ def test_the_table_says_what_it_leaves_out() -> None:
     assert table(combine([first, second]), 5) == [
         "exposed communication in step 5, ms: rank 0 / most of any rank",
         "layer  forward hop 1  untimed hops",
-        "    0    1.00 / 2.50             0",
-        "    1              -             3",
+        "    1    1.00 / 2.50             0",
+        "    2              -             3",
         "in all 1.00 ms on rank 0; at every place the slowest rank: 2.50 ms; "
         "3 hops ran inside CUDA graphs and are not in these times",
     ]
@@ -197,7 +197,7 @@ def test_a_run_writes_the_table_of_the_steps_asked_for(tmp_path, capfd) -> None:
         of_step = [line for line in found if line["step"] == step]
         assert sorted((line["layer"], line["where"]) for line in of_step) == [
             (layer, where)
-            for layer in range(2)
+            for layer in (1, 2)
             for where in ("backward hop 1", "backward last gradients", "forward hop 1")
         ]
         assert all(line["exposed_ms_max"] >= line["exposed_ms"] >= 0 for line in of_step)
