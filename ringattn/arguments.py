@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.agreement import DTYPES, agree
+from ringattn.agreement import DTYPES, MADE, Asked, agree, transport_problem
 from ringattn.kernels import check_kernel
 from ringattn.kernels.selective import selective_problem
 from ringattn.plan import Plan
@@ -64,9 +64,12 @@ def prepare(
     expansion = Expansion(expand, plan, q.device)
     keys, values, problem = _expanded(q, k, v, plan, rank, expansion)
     problem = problem or scoring_problem(q, keys, values, plan, kernel, selection)
+    if problem is None and isinstance(transport, str):
+        problem = transport_problem(transport)
     channel = None
     if group is not None and plan.cp_size > 1:
-        agree(q, k, v, plan, group, problem, scale, scoring_description(selection, expand))
+        asked = Asked(1, transport if isinstance(transport, str) else MADE)
+        agree(q, k, v, plan, group, problem, scale, scoring_description(selection, expand), asked)
         channel = transport_of(transport, plan, group)
     elif problem is not None:
         raise ValueError(f"ring_attention: {problem}")

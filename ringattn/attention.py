@@ -72,8 +72,9 @@ def ring_attention(
         ValueError: wrong shapes, dtypes, kernel, transport or selection, before anything is sent (in a group of several
             ranks: TopologyError, so that all of them raise).
         TopologyError: on all ranks, when their first calls under a plan do not agree in shapes, dtypes, plan,
-            documents, scale or scoring. If one rank changes shapes in a later call it raises at once, and its
-            neighbours a PeerError when it ends or their time is up; if it comes with another scoring, all of them do.
+            documents, scale, scoring, transport or ulysses. If one rank changes shapes in a later call it raises at
+            once, and its neighbours a PeerError when it ends or their time is up; if it comes with another scoring, all
+            of them do.
         PeerError: when a neighbour dies or does not answer.
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.

@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.agreement import DTYPES, agree
+from ringattn.agreement import DTYPES, MADE, Asked, agree, agree_on_making, transport_problem
 from ringattn.arguments import check_group, default_scale, scoring_description, scoring_problem
 from ringattn.exchanged import Exchanged, ExchangedAttention, ExchangedSelection, ExchangedSelectiveAttention
+from ringattn.groups import timeout_of
 from ringattn.head_exchange import HeadExchange
 from ringattn.kernels import accumulator_dtype
+from ringattn.layout import LAYOUTS
 from ringattn.plan import Plan
 from ringattn.ring import Ring
 from ringattn.scoring.attention import SelectiveAttention, selection_terms
@@ -125,12 +127,14 @@ def make_ulysses(
         transport, timeout, graphs: of the inner ring, as in `make_transport`.
 
     Raises:
-        ValueError: the degree does not divide the size.
+        ValueError: the degree does not divide the size, or there is no such layout or transport.
+        TopologyError: on all ranks, if they do not ask for the same degree, layout and transport, or one was refused.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    problem = degree_problem(size, degree)
-    if problem is not None:
-        raise ValueError(problem)
+    problem = degree_problem(size, degree) or transport_problem(transport)
+    if problem is None and layout not in LAYOUTS:
+        problem = f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}"
+    agree_on_making("make_ulysses", group, Asked(degree, transport), layout, problem)
     channel = None
     if degree == size:
         ring_group = None
@@ -138,7 +142,7 @@ def make_ulysses(
         if ring_group is None:
             everyone = dist.get_process_group_ranks(group)
             ranks = [everyone[r] for r in ring_of(layout, size, degree, rank)]
-            backend, wait = dist.get_backend(group), None if timeout is None else timeout()
+            backend, wait = dist.get_backend(group), timeout_of(group) if timeout is None else timeout()
             ring_group = dist.new_group(ranks, timeout=wait, backend=backend, use_local_synchronization=True)
         assert ring_group is not None
         channel = make_transport(transport, ring_group, timeout, graphs=graphs)
@@ -267,8 +271,8 @@ def _check(
     problem = problem or scoring_problem(q, k, v, ulysses.inner_plan(plan), kernel, selection)
     if ulysses.size > 1:
         ulysses.turn.check()  # agreeing is an exchange too
-        scoring = f"ulysses of degree {ulysses.degree}, {scoring_description(selection, expand)}"
-        agree(q, k, v, plan, ulysses.group, problem, scale, scoring)
+        scoring = scoring_description(selection, expand)
+        agree(q, k, v, plan, ulysses.group, problem, scale, scoring, Asked(ulysses.degree, MADE))
     elif problem is not None:
         raise ValueError(problem)
 

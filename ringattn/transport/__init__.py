@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.agreement import TRANSPORTS, Asked, agree_on_making, transport_problem
 from ringattn.errors import TopologyError
+from ringattn.groups import timeout_of
 from ringattn.merge import RowSum
 from ringattn.plan import Plan
 from ringattn.schedule import Stop
@@ -21,8 +23,6 @@ from ringattn.transport.p2p import P2PTransport
 from ringattn.transport.peer_memory import CudaPeerMemory, hosts_of, peer_memory_problem
 from ringattn.transport.stats import HopWait, RingStats, RingTotals, Waiting
 from ringattn.transport.turns import Turn
-
-TRANSPORTS = ("copy_engine", "hybrid", "p2p")
 
 __all__ = [
     "TRANSPORTS",
@@ -147,10 +147,13 @@ def make_transport(
 
     Raises:
         ValueError: for an unknown name.
-        TopologyError: on all ranks, if "copy_engine" or "hybrid" is asked for and cannot be had.
+        TopologyError: on all ranks, if "copy_engine" or "hybrid" is asked for and cannot be had, or if they do not all
+            ask for the same one.
     """
-    if name not in ("auto", *TRANSPORTS):
-        raise ValueError(f"transport: expected auto or one of {', '.join(TRANSPORTS)}, got {name!r}")
+    problem = transport_problem(name)
+    if problem is not None:
+        raise ValueError(problem)
+    agree_on_making("make_transport", group, Asked(1, name))
     control = P2PTransport(group, timeout)
     control.stats.timed = timed
     if name == "p2p":
@@ -173,7 +176,8 @@ def _hybrid(
     hosts = hosts_of(group)
     here = [rank for rank, host in enumerate(hosts) if host == hosts[dist.get_rank(group)]]
     ranks = [dist.get_process_group_ranks(group)[rank] for rank in here]
-    near = dist.new_group(ranks, backend=dist.get_backend(group), use_local_synchronization=True)
+    backend, wait = dist.get_backend(group), timeout_of(group) if timeout is None else timeout()
+    near = dist.new_group(ranks, timeout=wait, backend=backend, use_local_synchronization=True)
     assert near is not None
     problems: list[str | None] = [None] * len(hosts)
     dist.all_gather_object(problems, peer_memory_problem(near), group=group)

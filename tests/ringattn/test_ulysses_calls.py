@@ -79,12 +79,11 @@ def test_counts_are_sent_only_where_they_differ(size, degree, timeout):
 
 def again_worker(rank, world_size, degree, selection):
     """How often ranks had agreed after each of several calls; and that another shape is still refused."""
-    gathered, agreed = [], []
+    ulysses, gathered, agreed = make_ulysses(dist.group.WORLD, degree), [], []
     gather, agree = dist.all_gather, ringattn.agreement.agree
     dist.all_gather = lambda *arguments, **options: (gathered.append(1), gather(*arguments, **options))
     spied = lambda q, k, v, plan, *rest: (agreed.append(plan.cp_size), agree(q, k, v, plan, *rest))  # noqa: E731
     module.agree = ringattn.arguments.agree = spied
-    ulysses = make_ulysses(dist.group.WORLD, degree)
     plan = ringattn.Plan(24, world_size)
     other = ringattn.Plan(24, world_size, documents=[0, 11, 24])
     own = [ringattn.shard(x, plan, rank).requires_grad_() for x in qkv(24)[:3]]

@@ -1,0 +1,21 @@
+"""What torch knows of a process group and tells in private attributes only, asked for in one place."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def message_device(group: dist.ProcessGroup) -> torch.device:
+    """Where a small message that all ranks exchange must lie: the CPU wherever the group takes it."""
+    if torch.device("cpu") in group._device_types:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long the group waits for its ranks: what it was made with, or was given since."""
+    limit: timedelta = group._get_backend(message_device(group)).options._timeout
+    return limit
