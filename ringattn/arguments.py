@@ -15,7 +15,7 @@ from ringattn.plan import Plan
 from ringattn.ring import Ring
 from ringattn.scoring.expansion import Expand, Expansion
 from ringattn.scoring.selection import Selection, selection_problem
-from ringattn.transport import Transport, transport_of
+from ringattn.transport import Transport, known_transport, transport_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,9 @@ def prepare(
         problem = transport_problem(transport)
     channel = None
     if group is not None and plan.cp_size > 1:
+        known = known_transport(transport, plan, group)
+        if known is not None:
+            known.turn.check()  # agreeing is an exchange too
         asked = Asked(1, transport if isinstance(transport, str) else MADE)
         agree(q, k, v, plan, group, problem, scale, scoring_description(selection, expand), asked)
         channel = transport_of(transport, plan, group)

@@ -35,6 +35,7 @@ __all__ = [
     "Step",
     "Transport",
     "Waiting",
+    "known_transport",
     "make_transport",
     "transport_of",
 ]
@@ -188,13 +189,16 @@ def _hybrid(
     return HybridTransport(CopyEngineTransport(memory, control, graphs=False), control, hosts)
 
 
+def known_transport(transport: str | Transport, plan: Plan, group: dist.ProcessGroup) -> Transport | None:
+    """The transport itself, or the one of that name that the plan keeps for the group; None if it has none yet."""
+    return plan._transports.get((id(group), transport)) if isinstance(transport, str) else transport
+
+
 def transport_of(transport: str | Transport, plan: Plan, group: dist.ProcessGroup) -> Transport:
     """The transport itself, or the one of that name that the plan keeps for the group: some are costly to make."""
-    if not isinstance(transport, str):
-        return transport
-    key = (id(group), transport)
-    if key not in plan._transports:
-        plan._transports[key] = make_transport(
-            transport, group, timed=False
-        )  # it holds the group, so that the id stays its own
-    return plan._transports[key]
+    found = known_transport(transport, plan, group)
+    if found is None:
+        assert isinstance(transport, str)
+        found = make_transport(transport, group, timed=False)
+        plan._transports[id(group), transport] = found  # it holds the group, so that the id stays its own
+    return found

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
+from ringattn.softmax import SoftmaxAttention
 from tests.processes import run_ranks
 
 
@@ -154,6 +155,58 @@ def test_a_killed_rank_is_reported_by_its_neighbours_within_two_seconds(phase):
         assert seconds < 2.0
         assert f"ring rank {rank}, layer 5, {phase} hop" in message
         assert "a neighbour died or did not answer" in message
+
+
+def out_of_memory(*arguments, **options):
+    raise torch.OutOfMemoryError("planted")
+
+
+def void_worker(rank, world_size, by_name, phase):
+    """Rank 0 alone breaks off amid a pass, and then calls under plans that the ranks have not agreed on."""
+    group, plan, told = dist.group.WORLD, ringattn.Plan(64, world_size), []
+    transport = "p2p" if by_name else ringattn.make_transport("p2p", group)
+
+    def call(plan, times=1):
+        if times > 1:
+            call(plan, times - 1)
+        out = ringattn.ring_attention(*qkv(plan.shard_len(rank)), plan, group, transport=transport)
+        if phase == "backward":
+            out.sum().backward()
+
+    call(plan)
+    if rank:
+        with pytest.raises(ringattn.PeerError, match="a neighbour died or did not answer"):
+            call(plan, times=2)  # what rank 0 had sent before may do for one of them
+        return None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SoftmaxAttention, f"_{phase}", broken_off(getattr(SoftmaxAttention, f"_{phase}")))
+        with pytest.raises(torch.OutOfMemoryError):
+            call(plan)
+    # By name, a plan that is not derived from this one has another transport.
+    for other in (plan.with_documents([0, 9, 64]), *(() if by_name else (ringattn.Plan(32, world_size),))):
+        began = time.monotonic()
+        with pytest.raises(ringattn.PeerError) as caught:
+            call(other)
+        told.append((time.monotonic() - began, str(caught.value)))
+    return told
+
+
+def broken_off(step):
+    """The same pass without memory for its blocks."""
+
+    def run(work, *arguments):
+        work._blocks = out_of_memory
+        return step(work, *arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_after_a_pass_that_broke_off_a_rank_agrees_on_nothing(phase, by_name):
+    for seconds, message in run_ranks(void_worker, 2, by_name, phase)[0]:
+        assert f"an earlier pass ({phase}) broke off on this rank" in message
+        assert seconds < 0.5
 
 
 def silent_worker(rank, world_size):
