@@ -139,9 +139,8 @@ def make_transport(
             each of several hosts and the second between them. "auto" takes copy_engine where every rank can reach every
             other one's memory, else p2p.
         group: The ring.
-        timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` was made with,
-            and half an hour at the copy engine's barriers. NCCL keeps the group's own limit, since waiting on the host
-            would hold up the queue of kernels.
+        timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` waits. NCCL keeps
+            the group's own limit, since waiting on the host would hold up the queue of kernels.
         graphs: copy_engine only: run passes of short shards as CUDA graphs, since launching takes longer there than
             computing.
         timed: measure how long compute stands waiting, see `RingStats`.

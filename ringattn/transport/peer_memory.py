@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.errors import TopologyError
+from ringattn.groups import timeout_of
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _GRAIN = 2**21  # regions are multiples of this
@@ -82,7 +83,7 @@ class CudaPeerMemory:
     Args:
         group: their processes.
         device: the own one.
-        timeout: asked at each barrier how long the others are waited for; None is half an hour.
+        timeout: asked at each barrier how long the others are waited for; None: as long as `group` waits.
         ranks: of the group's members in the ring, if it is a part of the ring; they go by these here.
     """
 
@@ -135,7 +136,7 @@ class CudaPeerMemory:
         self._handle.barrier(channel, self.patience_ms())
 
     def patience_ms(self) -> int:
-        limit = timedelta(minutes=30) if self._timeout is None else self._timeout()
+        limit = timeout_of(self._group) if self._timeout is None else self._timeout()
         return int(limit.total_seconds() * 1e3)
 
     def lane(self) -> CudaLane:

@@ -1,6 +1,7 @@
 """When ranks can reach each other's memory: two hosts are two even if they have one name, and GPUs are told apart."""
 
 import socket
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -76,3 +77,16 @@ def test_a_rendezvous_that_would_hang_is_refused_on_all_ranks(counts):
     assert len(set(found)) == 1
     assert "(rank 0: 2, rank 1: 0, rank 2: 2)" in found[0]
     assert "use transport='p2p' for rings that overlap" in found[0]
+
+
+def patience_worker(rank, world_size):
+    group = dist.new_group(range(world_size), timeout=timedelta(seconds=6))
+    memory = peer_memory.CudaPeerMemory(group, torch.device("cpu"))
+    told = peer_memory.CudaPeerMemory(group, torch.device("cpu"), lambda: timedelta(seconds=4))
+    limits = [memory.patience_ms(), told.patience_ms()]
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=9), group)
+    return [*limits, memory.patience_ms()]
+
+
+def test_barriers_wait_as_long_as_the_group_unless_told_otherwise():
+    assert run_ranks(patience_worker, 1) == [[6000, 4000, 9000]]
