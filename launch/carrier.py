@@ -37,13 +37,7 @@ class Carrier:
     @property
     def description(self) -> str:
         """For the log."""
-        if self.ulysses is None:
-            return f"ring: {self.transport.description}"
-        degree, inner = self.ulysses.degree, self.ulysses.transport
-        if inner is None:
-            return f"heads for tokens: ulysses of degree {degree}, all ranks of the ring, so no ring is left"
-        rings = self.ulysses.size // degree
-        return f"heads for tokens: ulysses of degree {degree}, then a ring of {rings}: {inner.description}"
+        return f"ring: {self.transport.description}" if self.ulysses is None else self.ulysses.description
 
 
 def make_carrier(config: Config, topology: Topology) -> Carrier | None:

@@ -60,7 +60,8 @@ def ring_attention(
             ranks. It runs again in the backward pass.
         kernel: "auto", or a name of `ringattn.kernels.KERNELS`; with selection one of SELECTIVE_KERNELS.
         transport: "auto", a name, or a transport made once by `ringattn.make_transport` (it keeps counts, and serves
-            any number of plans; by name, each plan and those derived from it have one of their own).
+            any number of plans; by name, each plan and those derived from it have one of their own, and the first rank
+            logs which it is and why, as "ringattn").
         ulysses: exchange heads for tokens in teams of this many ranks, and let the teams form the ring: a divisor of
             cp_size, cp_size itself for no ring at all, or what `ringattn.make_ulysses` made once (with a transport of
             its own). Pays where a ring's blocks are short and there are heads enough for every rank.

@@ -12,6 +12,7 @@ Source: Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509; crossed with a ring:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -37,6 +38,8 @@ from ringattn.softmax import SoftmaxAttention
 from ringattn.teams import degree_problem, heads_problem, ring_of, team_of
 from ringattn.transport import RingStats, Transport, make_transport
 from ringattn.transport.turns import Turn
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,6 +69,14 @@ class Ulysses:
     @property
     def size(self) -> int:
         return dist.get_world_size(self.group)
+
+    @property
+    def description(self) -> str:
+        """What carries attention and why, for the log."""
+        told = f"heads for tokens: ulysses of degree {self.degree}"
+        if self.transport is None:
+            return f"{told}, all ranks of the ring, so no ring is left"
+        return f"{told}, then a ring of {self.size // self.degree}: {self.transport.description}"
 
     def inner_plan(self, plan: Plan) -> Plan:
         """The plan of the ring of r, whose shards are the teams' tokens."""
@@ -158,13 +169,18 @@ def make_ulysses(
 
 
 def ulysses_of(ulysses: int | Ulysses, plan: Plan, group: dist.ProcessGroup, transport: str = "auto") -> Ulysses:
-    """`ulysses` itself, or the one of that degree that the plan (and those derived from it) keeps for the group."""
+    """`ulysses` itself, or the one of that degree that the plan (and those derived from it) keeps for the group.
+
+    The group's first rank logs what was made and why.
+    """
     if isinstance(ulysses, Ulysses):
         return ulysses
     key = (id(group), f"ulysses of degree {ulysses} over {transport}")
     if key not in plan._transports:  # what is kept holds the group, so that the id stays its own
         plan._transports[key] = make_ulysses(group, ulysses, layout=plan.layout, transport=transport)
         plan._transports[key].stats.timed = False  # nobody asks for its counts
+        if dist.get_rank(group) == 0:
+            _log.info("%s", plan._transports[key].description)
     made: Ulysses = plan._transports[key]
     return made
 

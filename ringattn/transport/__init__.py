@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
 from typing import Protocol
@@ -23,6 +24,8 @@ from ringattn.transport.p2p import P2PTransport
 from ringattn.transport.peer_memory import CudaPeerMemory, hosts_of, peer_memory_problem
 from ringattn.transport.stats import HopWait, RingStats, RingTotals, Waiting
 from ringattn.transport.turns import Turn
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "TRANSPORTS",
@@ -163,7 +166,10 @@ def make_transport(
     problem = peer_memory_problem(group)
     if problem is None:
         device = torch.device("cuda", torch.cuda.current_device())
-        return CopyEngineTransport(CudaPeerMemory(group, device, timeout), control, graphs)
+        made = CopyEngineTransport(CudaPeerMemory(group, device, timeout), control, graphs)
+        if name == "auto":
+            made.description += " (auto: every rank can reach every other one's memory)"
+        return made
     if name == "copy_engine":
         raise TopologyError(f"transport: copy_engine cannot be had: {problem}; use transport='auto' or 'p2p'")
     control.description += f" (copy_engine cannot be had: {problem})"
@@ -194,10 +200,15 @@ def known_transport(transport: str | Transport, plan: Plan, group: dist.ProcessG
 
 
 def transport_of(transport: str | Transport, plan: Plan, group: dist.ProcessGroup) -> Transport:
-    """The transport itself, or the one of that name that the plan keeps for the group: some are costly to make."""
+    """The transport itself, or the one of that name that the plan keeps for the group: some are costly to make.
+
+    The group's first rank logs which it is and why, once it is made.
+    """
     found = known_transport(transport, plan, group)
     if found is None:
         assert isinstance(transport, str)
         found = make_transport(transport, group, timed=False)
         plan._transports[id(group), transport] = found  # it holds the group, so that the id stays its own
+        if dist.get_rank(group) == 0:
+            _log.info("ring of %d: %s", plan.cp_size, found.description)
     return found
