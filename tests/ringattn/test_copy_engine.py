@@ -54,6 +54,18 @@ def test_equals_the_dense_oracle(cp_size, tmp_path):
     assert len({barriers for _, _, barriers in found}) == 1  # else a rank waits for ever
 
 
+def small_worker(rank, world_size, folder):
+    transport = copy_engine_on_files(dist.group.WORLD, folder)
+    return attend(Case(33, "zigzag"), rank, world_size, transport), transport.memory.barriers
+
+
+def test_inbox_slots_are_used_again(tmp_path):
+    found, barriers = run_ranks(small_worker, 5, str(tmp_path))[0]
+    for name, actual, expected in zip(("out", "dq", "dk", "dv"), found, oracle(Case(33, "zigzag")), strict=True):
+        assert error(actual, expected) <= 1e-10, name
+    assert barriers == 2 + 3 + 2  # forward; backward, with its last gradients; around adding up three hops' arrivals
+
+
 def selective_worker(rank, world_size, folder):
     results = []
     for transport in (copy_engine_on_files(dist.group.WORLD, folder), "p2p"):
