@@ -4,16 +4,20 @@ The graphs are recorded launches (tests/recorded_graphs.py): like CUDA's they re
 were captured, with the numbers of that time.
 """
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import ringattn
 from ringattn.kernels import reference
+from ringattn.schedule import plain_schedule
 from ringattn.testing import dense_attention, error
 from ringattn.transport import graphs
 from ringattn.transport.copy_engine import CopyEngineTransport
 from ringattn.transport.p2p import P2PTransport
+from ringattn.transport.stats import RingStats
 from tests.peer_memory import FilePeerMemory
 from tests.processes import run_ranks
 from tests.recorded_graphs import record, use_recorded_graphs
@@ -163,6 +167,155 @@ def test_a_graph_serves_the_switches_of_torch_that_it_was_captured_under(turn, f
         assert apart > 1e-6
         assert (worst <= 1e-10) == (not fault)
         assert graphs_made == (2 if fault else 4)  # forward and backward, with the switch off and on
+
+
+class PatientMemory(GraphedMemory):
+    """Notes how long each barrier that is launched waits for the others."""
+
+    patience, waited = 0, ()
+
+    def patience_ms(self):
+        return self.patience
+
+    def barrier(self, channel):
+        super().barrier(channel)
+        limit = self.patience_ms()
+        self.waited.append(limit)
+        record(lambda: self.waited.append(limit))
+
+
+def patience_worker(rank, world_size, folder, fault):
+    use_recorded_graphs()
+    memory = PatientMemory(dist.group.WORLD, folder)
+    transport = CopyEngineTransport(memory, P2PTransport(dist.group.WORLD))
+    if fault:
+        without(3)(transport._graphs)
+    plan, found = ringattn.Plan(TOKENS, world_size), []
+    for limit in (1000, 2000, 1000):
+        for step in range(3):
+            memory.patience, memory.waited = limit, []
+            two_layers(plan, rank, transport, step)
+            found.append(set(memory.waited) == {limit})
+    return all(found), len(transport._graphs._captured)
+
+
+@pytest.mark.parametrize("fault", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_barriers_in_graphs_wait_as_long_as_is_asked_for(fault, tmp_path):
+    for right, graphs_made in run_ranks(patience_worker, 2, str(tmp_path), fault):
+        assert right == (not fault)
+        assert graphs_made == (2 if fault else 4)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says so."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def pinning_worker(rank, world_size, folder):
+    """Whether regions stay for good after a passage without a capture, in one of the transport's and in a caller's."""
+    transport, plan, found = recording_transport(folder), ringattn.Plan(TOKENS, world_size), []
+    payload = (torch.zeros(1, plan.shard_len(rank), 1, 8).as_subclass(OnGpu),)
+    stops = plain_schedule(plan, rank)
+
+    def passage():
+        opened = transport.open(plan, stops, payload, "forward", returns=False)
+        for stop in stops:
+            opened.arrival(stop)
+            opened.leave(stop)
+        opened.close()
+
+    passage()
+    for by_the_transport in (True, False):
+        found.append(transport.memory.pinned)
+        transport._graphs.capturing = by_the_transport
+        lane = transport._lane
+        with graphs.torch.cuda.graph(graphs.torch.cuda.CUDAGraph(), None, "global"):
+            passage()
+        assert transport._lane is lane  # a graph waits for nothing that came before it
+    return *found, transport.memory.pinned
+
+
+def test_regions_stay_for_graphs_of_the_caller_s(tmp_path):
+    assert run_ranks(pinning_worker, 2, str(tmp_path)) == [(False, False, True)] * 2
+
+
+class Kept:
+    """What a graph holds on to."""
+
+
+class Steps:
+    """Passes without a ring, named by one letter each; the pool of every capture, and how often the host waited."""
+
+    def __init__(self):
+        use_recorded_graphs()
+        capture = graphs.torch.cuda.graph
+        self.pools, self.launched, self.kept, self.synchronized = [], [], {}, 0
+        graphs.torch.cuda.graph = lambda graph, *, pool, **rest: (
+            self.pools.append(pool),
+            capture(graph, pool, **rest),
+        )[1]
+        graphs.torch.cuda.synchronize = self._synchronize
+        self.passes = graphs.PassGraphs(RingStats())
+
+    def _synchronize(self, *device):
+        self.synchronized += 1
+
+    def call(self, names):
+        """Of each: whether the host launched it, not a graph."""
+        return [self._call(name) for name in names]
+
+    def _call(self, name):
+        def step(x, payload):
+            self.launched.append(name)
+            return (x * ord(name) + payload[0],)
+
+        x, y, kept, before = torch.randn(2), torch.randn(2), Kept(), len(self.launched)
+        (found,) = self.passes.run(name, step, [x], (y,), lambda: (torch.empty(2),), kept)
+        assert torch.equal(found, x * ord(name) + y)
+        if len(self.launched) > before:
+            self.kept[name] = weakref.ref(kept)
+        return len(self.launched) > before
+
+    def alive(self):
+        """Those of which there is a graph."""
+        return "".join(name for name, kept in sorted(self.kept.items()) if kept() is not None)
+
+
+def eviction_worker(rank, world_size):
+    graphs._MOST = 2
+    steps = Steps()
+    steps.call("aaabbb")
+    assert (steps.alive(), steps.synchronized) == ("ab", 0)
+    assert steps.call("aba") == [False, False, False]
+    steps.call("ccc")
+    assert (steps.alive(), steps.synchronized) == ("ac", 1)  # before one goes, which may be running
+    assert steps.call("acb") == [False, False, True]
+    steps.call("defbb")  # of b's first call nothing is known any more
+    assert steps.alive() == "ac"
+    steps.call("b")
+    assert (steps.alive(), steps.synchronized) == ("bc", 2)
+    assert len({id(pool) for pool in steps.pools}) == 1
+
+
+def test_the_graph_not_used_for_longest_makes_room():
+    run_ranks(eviction_worker, 1)
+
+
+def forgetting_worker(rank, world_size):
+    steps = Steps()
+    steps.call("aaabbb")
+    steps.passes.forget()
+    assert steps.alive() == ""
+    assert steps.call("aaab") == [True, True, True, True]
+    first, second, third = steps.pools
+    assert first is second is not third
+    assert steps.passes._pool is third
+
+
+def test_graphs_that_are_forgotten_take_their_pool_with_them():
+    run_ranks(forgetting_worker, 1)
 
 
 def growing_worker(rank, world_size, folder):
