@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch.distributed as dist
 from torch import Tensor
@@ -63,7 +64,7 @@ def prepare(
     scale = default_scale(q) if scale is None else scale
     expansion = Expansion(expand, plan, q.device)
     keys, values, problem = _expanded(q, k, v, plan, rank, expansion)
-    problem = problem or scoring_problem(q, keys, values, plan, kernel, selection)
+    problem = problem or scale_problem(scale) or scoring_problem(q, keys, values, plan, kernel, selection)
     if problem is None and isinstance(transport, str):
         problem = transport_problem(transport)
     channel = None
@@ -83,6 +84,13 @@ def prepare(
 def default_scale(q: Tensor) -> float:
     """1 / sqrt(D), whatever shape q has: shapes are checked later."""
     return 1.0 / math.sqrt(max(1, q.shape[-1]))
+
+
+def scale_problem(scale: object) -> str | None:
+    """Why scores cannot be multiplied by this, or None."""
+    if isinstance(scale, Real) and math.isfinite(scale):
+        return None
+    return f"scale: expected a finite number, or None for 1 / sqrt(D), got {scale!r}"
 
 
 def scoring_description(selection: Selection | None, expand: Expand | None) -> str:

@@ -39,15 +39,20 @@ class SoftmaxAttention:
         self.expansion = expansion
         self.kernel = kernel
         self.scale = scale
+        # Kernels scale what they have masked: -inf times zero or a negative number would not stay -inf. So they get a
+        # positive scale, and queries times `_factor`. A scale below fp32's smallest number is zero to them.
+        self._factor = 0.0 if abs(scale) < torch.finfo(torch.float32).tiny else math.copysign(1.0, scale)
+        self._kernel_scale = abs(scale) if self._factor else 1.0
 
     def forward(self, width: int, q: Tensor, payload: Payload) -> tuple[Tensor, Tensor]:
         """Out [B, S, H, Dv = width] in q's dtype, and lse [B, H, S] in the accumulator dtype."""
+        q = q if self._factor == 1.0 else q * self._factor
         only = self._only_block()
         if only is not None:
             k, v = payload
             kernel, causal = pick_kernel(self.kernel, q, k, v, masked=False), only.relation is Relation.CAUSAL
             with named("ring forward hop 0 from rank 0"):
-                out, lse = kernel.forward(q, k, v, causal=causal, mask=None, scale=self.scale)
+                out, lse = kernel.forward(q, k, v, causal=causal, mask=None, scale=self._kernel_scale)
             return out.contiguous(), lse.contiguous()
         out = torch.empty(*q.shape[:3], width, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulator_dtype(q.dtype), device=q.device)
@@ -58,13 +63,19 @@ class SoftmaxAttention:
 
     def backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, payload: Payload) -> tuple[Tensor, ...]:
         """Gradients of q and of the own payload, in their dtypes."""
+        if self._factor == 1.0:
+            return self._gradients(dout, q, out, lse, payload)
+        dq, *others = self._gradients(dout, q * self._factor, out, lse, payload)
+        return dq * self._factor, *others
+
+    def _gradients(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, payload: Payload) -> tuple[Tensor, ...]:
         only = self._only_block()
         if only is not None:
             k, v = payload
             kernel = pick_kernel(self.kernel, q, k, v, masked=False, backward=True)
             causal = only.relation is Relation.CAUSAL
             with named("ring backward hop 0 from rank 0"):
-                gradients = kernel.backward(dout, q, k, v, out, lse, causal=causal, mask=None, scale=self.scale)
+                gradients = kernel.backward(dout, q, k, v, out, lse, causal=causal, mask=None, scale=self._kernel_scale)
             return tuple(x.to(q.dtype) for x in gradients)
         groups = list(self._head_groups(q, payload))
         if len(groups) == 1:
@@ -87,12 +98,12 @@ class SoftmaxAttention:
                 here = (q[:, rows], k[:, keys], v[:, keys])
                 if isinstance(block, Pack):
                     assert packing is not None
-                    found = packing.forward_packed(*here, pack=block, scale=self.scale)
+                    found = packing.forward_packed(*here, pack=block, scale=self._kernel_scale)
                 else:
                     mask, causal = self._mask(block, stop, q.device), block.relation is Relation.CAUSAL
                     planned = self._planned(block, q, v, all_heads, backward=False)
                     kernel = pick_kernel(self.kernel, *here, mask is not None, planned=planned)
-                    found = kernel.forward(*here, causal=causal, mask=mask, scale=self.scale)
+                    found = kernel.forward(*here, causal=causal, mask=mask, scale=self._kernel_scale)
                 merged.add(rows, *found)
 
         ring_forward(self.ring, payload, visit, stops=self._stops(q, payload, backward=False))
@@ -129,12 +140,12 @@ class SoftmaxAttention:
                     whole = (dout[:, rows, mine], *here, out[:, rows, mine], lse_rows[span])
                     if isinstance(block, Pack):
                         assert packing is not None
-                        found = packing.backward_packed(*whole, pack=block, scale=self.scale)
+                        found = packing.backward_packed(*whole, pack=block, scale=self._kernel_scale)
                     else:
                         mask, causal = self._mask(block, stop, q.device), block.relation is Relation.CAUSAL
                         planned = self._planned(block, q, v, all_heads, backward=True)
                         kernel = pick_kernel(self.kernel, *here, mask is not None, backward=True, planned=planned)
-                        found = kernel.backward(*whole, causal=causal, mask=mask, scale=self.scale)
+                        found = kernel.backward(*whole, causal=causal, mask=mask, scale=self._kernel_scale)
                     dq.add(rows, found[0], stop.share)
                     for total, part in zip(visiting.sums, found[1:], strict=True):
                         total.add(keys, part)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.agreement import DTYPES, MADE, Asked, agree, agree_on_making, transport_problem
-from ringattn.arguments import check_group, default_scale, scoring_description, scoring_problem
+from ringattn.arguments import check_group, default_scale, scale_problem, scoring_description, scoring_problem
 from ringattn.exchanged import Exchanged, ExchangedAttention, ExchangedSelection, ExchangedSelectiveAttention
 from ringattn.groups import timeout_of
 from ringattn.head_exchange import HeadExchange
@@ -283,7 +283,7 @@ def _check(
     After the first call of a plan on this rank only.
     """
     rank = check_group(plan, ulysses.group)
-    problem = problem or _problem(q, k, v, plan, rank, ulysses)
+    problem = problem or _problem(q, k, v, plan, rank, ulysses) or scale_problem(scale)
     problem = problem or scoring_problem(q, k, v, ulysses.inner_plan(plan), kernel, selection)
     if ulysses.size > 1:
         ulysses.turn.check()  # agreeing is an exchange too

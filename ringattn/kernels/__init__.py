@@ -21,7 +21,7 @@ class Kernel(Protocol):
     """What the ring needs of a block kernel. Tensors are [B, n, H, D] (queries) and [B, m, G, D] (keys, values).
 
     In `causal` blocks, which are square, row i sees keys 0 .. i. `mask` is bool [n, m], True where visible, and never
-    given together with `causal`. Blocks are never empty (n, m >= 1).
+    given together with `causal`. Blocks are never empty (n, m >= 1). `scale` is positive, a normal fp32 number.
     """
 
     name: str
