@@ -88,8 +88,9 @@ def ring_forward(
                 visit(stop, held)
         held = None  # or the next payload would take room beside it
         passage.leave(stop)
-    ring.now("elsewhere")
+    ring.now(f"{what} end", "the other ranks to finish")
     passage.close()
+    ring.now("elsewhere")
 
 
 def ring_backward(

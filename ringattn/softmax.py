@@ -56,9 +56,10 @@ class SoftmaxAttention:
             return out.contiguous(), lse.contiguous()
         out = torch.empty(*q.shape[:3], width, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulator_dtype(q.dtype), device=q.device)
-        for heads, kv_heads in self._head_groups(q, payload):
-            part = _heads(payload, kv_heads)
-            self._forward(q[:, :, heads], part, out[:, :, heads], lse[:, heads], q.shape[2])
+        with self.ring.whole("forward"):
+            for heads, kv_heads in self._head_groups(q, payload):
+                part = _heads(payload, kv_heads)
+                self._forward(q[:, :, heads], part, out[:, :, heads], lse[:, heads], q.shape[2])
         return out, lse
 
     def backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, payload: Payload) -> tuple[Tensor, ...]:
@@ -81,10 +82,11 @@ class SoftmaxAttention:
         if len(groups) == 1:
             return self._backward(dout, q, payload, out, lse, None, q.shape[2])
         found = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, *payload))
-        for heads, kv_heads in groups:
-            into = (found[0][:, :, heads], *_heads(found[1:], kv_heads))
-            own = (dout[:, :, heads], q[:, :, heads], _heads(payload, kv_heads), out[:, :, heads], lse[:, heads])
-            self._backward(*own, into, q.shape[2])
+        with self.ring.whole("backward"):
+            for heads, kv_heads in groups:
+                into = (found[0][:, :, heads], *_heads(found[1:], kv_heads))
+                own = (dout[:, :, heads], q[:, :, heads], _heads(payload, kv_heads), out[:, :, heads], lse[:, heads])
+                self._backward(*own, into, q.shape[2])
         return found
 
     def _forward(self, q: Tensor, payload: Payload, out: Tensor, lse: Tensor, all_heads: int) -> None:

@@ -250,9 +250,10 @@ class CopyEnginePassage:
         if not self._alone:
             if self._returns:
                 self._collect(totals)
-            with self._pulls:
-                self._memory.barrier(_PULL)
-            self._main.after(self._pulls.mark())
+            with self._stats.waiting(self._memory.device.type == "cuda"):
+                with self._pulls:
+                    self._memory.barrier(_PULL)
+                self._main.after(self._pulls.mark())
         self._transport.turn.end()  # not if an error came first: the others' last barrier would meet the next first one
 
     def _pull(self, stop: Stop) -> None:

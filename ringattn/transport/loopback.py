@@ -16,6 +16,7 @@ from ringattn.plan import Plan
 from ringattn.schedule import Stop, own_tokens
 from ringattn.transport.graphs import Step
 from ringattn.transport.stats import RingStats
+from ringattn.transport.turns import Turn
 
 
 class LoopbackTransport:
@@ -38,6 +39,7 @@ class LoopbackTransport:
     ) -> None:
         self.rank = rank
         self.stats = RingStats()
+        self.turn = Turn()
         self.description = "loopback: all ranks in one process"
         self._payloads = payloads
         self._inbox = inbox

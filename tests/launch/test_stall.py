@@ -145,8 +145,9 @@ def test_the_ring_says_whose_payload_it_waits_for() -> None:
     assert said == [
         ("forward hop 0", "what ring rank 0 sends"),
         ("forward hop 1", "what ring rank 1 sends"),
-        ("elsewhere", "another rank"),
+        ("forward end", "the other ranks to finish"),
     ]
+    assert (stats.at, stats.what) == ("elsewhere", "another rank")
     said.clear()
     ring_backward(ring, (torch.ones(1, 16, 1),), lambda stop, held: held)
     assert said == [

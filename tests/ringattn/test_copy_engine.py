@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -276,6 +277,63 @@ def test_groups_of_heads_equal_all_at_once(tmp_path):
     for result in results:
         for name, actual, expected in zip(("out", "dq", "dk", "dv"), result, truth, strict=True):
             assert error(actual, expected) <= 1e-10, name
+
+
+def between_groups_worker(rank, world_size):
+    """Heads go around in two groups; on rank 0 an error comes between them, forward."""
+    softmax._GROUP_BYTES = 1
+    transport = ringattn.make_transport("p2p", dist.group.WORLD, lambda: timedelta(seconds=2))
+    case = Case(45, "zigzag", heads=(4, 2))
+    attend(case, rank, world_size, transport)
+    finish = merge.RowMerge.result
+
+    def failing(merged, *arguments):
+        finish(merged, *arguments)
+        raise OSError("planted")
+
+    if rank == 0:
+        merge.RowMerge.result = failing
+        with pytest.raises(OSError, match="planted"):
+            attend(case, rank, world_size, transport)
+        merge.RowMerge.result = finish
+        with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(forward\) broke off on this rank"):
+            attend(case, rank, world_size, transport)
+        time.sleep(3.0)  # the other one waits for a rank that is alive
+    else:
+        with pytest.raises(ringattn.PeerError):
+            attend(case, rank, world_size, transport)
+
+
+def test_an_error_between_two_groups_of_heads_breaks_off_the_call():
+    run_ranks(between_groups_worker, 2)
+
+
+def late_end_worker(rank, world_size, folder):
+    """Rank 1 is late when all that travels forward has come: the others' next work waits for it."""
+    transport = copy_engine_on_files(dist.group.WORLD, folder)
+    transport.stats.by_place = True
+    plan = ringattn.Plan(32, world_size)
+    q, k, v, _ = (ringattn.shard(x, plan, rank) for x in problem(Case(32, "zigzag")))
+    ringattn.ring_attention(q, k, v, plan, dist.group.WORLD, transport=transport)
+    transport.stats.take()
+    leave, left = copy_engine.CopyEnginePassage.leave, []
+
+    def late(passage, stop):
+        leave(passage, stop)
+        left.append(stop)
+        if rank == 1 and len(left) == world_size:
+            time.sleep(0.25)
+
+    copy_engine.CopyEnginePassage.leave = late
+    transport.joins = False
+    dist.barrier()
+    ringattn.ring_attention(q, k, v, plan, dist.group.WORLD, transport=transport)
+    return {wait.where: wait.seconds for wait in transport.stats.take().waits}
+
+
+def test_waiting_for_others_to_finish_is_told(tmp_path):
+    first, second = run_ranks(late_end_worker, 2, str(tmp_path))
+    assert first["forward end"] > 0.2 > second["forward end"]
 
 
 def held_worker(rank, world_size, folder):
