@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.agreement import DTYPES, MADE, Asked, agree, transport_problem
+from ringattn.groups import device_problem
 from ringattn.kernels import check_kernel
 from ringattn.kernels.selective import selective_problem
 from ringattn.plan import Plan
@@ -65,6 +66,8 @@ def prepare(
     expansion = Expansion(expand, plan, q.device)
     keys, values, problem = _expanded(q, k, v, plan, rank, expansion)
     problem = problem or scale_problem(scale) or scoring_problem(q, keys, values, plan, kernel, selection)
+    if problem is None and group is not None and plan.cp_size > 1:
+        problem = device_problem(group, q.device)
     if problem is None and isinstance(transport, str):
         problem = transport_problem(transport)
     channel = None

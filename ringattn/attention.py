@@ -21,6 +21,7 @@ from ringattn.scoring.attention import SelectiveAttention
 from ringattn.scoring.expansion import Expand, Expansion
 from ringattn.scoring.selection import Selection
 from ringattn.softmax import SoftmaxAttention
+from ringattn.teams import degree_problem
 from ringattn.transport import Transport
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ def _with_heads_exchanged(
     if not isinstance(ulysses, Ulysses) or ulysses.group is not group:
         check_group(plan, group)
     if group is None:
+        if not isinstance(ulysses, Ulysses) and (not isinstance(ulysses, int) or ulysses < 1):
+            raise ValueError(f"ring_attention: {degree_problem(plan.cp_size, ulysses)}")
         raise ValueError(f"ring_attention: ulysses: needs a group of several ranks, got group=None and {ulysses!r}")
     if not isinstance(transport, str):
         raise ValueError(

@@ -19,3 +19,15 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long the group waits for its ranks: what it was made with, or was given since."""
     limit: timedelta = group._get_backend(message_device(group)).options._timeout
     return limit
+
+
+def device_problem(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Why the group cannot send what lies on the device, or None."""
+    backend = dist.get_backend(group)
+    carried = {"nccl": "cuda", "gloo": "cpu"}.get(backend, device.type)
+    if device.type == carried:
+        return None
+    other = {"cuda": "nccl", "cpu": "gloo"}.get(device.type)
+    remedy = "" if other is None else f", or give a group made with backend='{other}'"
+    where = f"q, k, v are on {device}, and the group's backend {backend} sends what is on {carried}"
+    return f"{where}; move them there{remedy}"

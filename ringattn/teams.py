@@ -41,11 +41,12 @@ def ring_of(layout: str, size: int, degree: int, rank: int) -> tuple[int, ...]:
     return tuple(range(rank % degree, size, degree))
 
 
-def degree_problem(size: int, degree: int) -> str | None:
+def degree_problem(size: int, degree: object) -> str | None:
     """Why a ring of `size` ranks cannot have teams of `degree`, or None."""
-    if degree < 1 or size % degree:
+    if not isinstance(degree, int) or degree < 1 or size % degree:
         possible = ", ".join(str(u) for u in range(1, size + 1) if size % u == 0)
-        return f"ulysses: the degree must divide the {size} ranks of the ring, got {degree}; possible: {possible}"
+        ranks = "1 rank" if size == 1 else f"{size} ranks"
+        return f"ulysses: the degree must divide the {ranks} of the ring, got {degree!r}; possible: {possible}"
     return None
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ringattn.agreement import DTYPES, MADE, Asked, agree, agree_on_making, transport_problem
 from ringattn.arguments import check_group, default_scale, scale_problem, scoring_description, scoring_problem
 from ringattn.exchanged import Exchanged, ExchangedAttention, ExchangedSelection, ExchangedSelectiveAttention
-from ringattn.groups import timeout_of
+from ringattn.groups import device_problem, timeout_of
 from ringattn.head_exchange import HeadExchange
 from ringattn.kernels import accumulator_dtype
 from ringattn.layout import LAYOUTS
@@ -286,6 +286,7 @@ def _check(
     problem = problem or _problem(q, k, v, plan, rank, ulysses) or scale_problem(scale)
     problem = problem or scoring_problem(q, k, v, ulysses.inner_plan(plan), kernel, selection)
     if ulysses.size > 1:
+        problem = problem or device_problem(ulysses.group, q.device)
         ulysses.turn.check()  # agreeing is an exchange too
         scoring = scoring_description(selection, expand)
         agree(q, k, v, plan, ulysses.group, problem, scale, scoring, Asked(ulysses.degree, MADE))

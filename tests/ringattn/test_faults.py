@@ -50,6 +50,34 @@ def test_bad_group_kernel_and_transport():
         ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), kernel="fast")
     with pytest.raises(ValueError, match="transport: expected auto or one of copy_engine, hybrid, p2p, got 'tcp'"):
         ringattn.make_transport("tcp", None)
+    with pytest.raises(ValueError, match="transport: expected auto or one of copy_engine, hybrid, p2p, got 'tcp'"):
+        ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), transport="tcp")
+
+
+@pytest.mark.parametrize(("degree", "told"), [(0, "0"), (-2, "-2"), ("2", "'2'"), (2.0, "2.0"), (None, "None")])
+def test_a_bad_degree_is_named_in_a_single_process_too(degree, told):
+    with pytest.raises(ValueError, match=f"the degree must divide the 1 rank of the ring, got {told}; possible: 1"):
+        ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), ulysses=degree)
+
+
+def device_worker(rank, world_size, ulysses):
+    """On rank 1 the group is as one of NCCL, the tensors are on the CPU."""
+    plan, group = ringattn.Plan(24, world_size), dist.group.WORLD
+    made = ringattn.make_ulysses(group, 2) if ulysses else 1
+    tensors = qkv(plan.shard_len(rank))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda group: "nccl" if rank else "gloo")
+        with pytest.raises(ringattn.TopologyError) as caught:
+            ringattn.ring_attention(*tensors, plan, group, transport="p2p", ulysses=made)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("ulysses", [False, True])
+def test_tensors_where_the_group_cannot_send_them_from_are_refused_on_all_ranks(ulysses):
+    first, second = run_ranks(device_worker, 2, ulysses)
+    assert "rank 1: q, k, v are on cpu, and the group's backend nccl sends what is on cuda; move them there" in second
+    assert "or give a group made with backend='gloo'" in second
+    assert "rank 1: arguments refused there" in first
 
 
 def disagree_worker(rank, world_size, kind):
