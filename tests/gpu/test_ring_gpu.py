@@ -104,6 +104,26 @@ def nccl_worker(rank, world_size, transport, cases):
     return results, (totals.hops, totals.bytes_sent, totals.exposed_seconds)
 
 
+def inner_worker(rank, world_size):
+    """A ring over NCCL whose first hop is between ranks 0 and 1 only; the ranks agree over the outer group."""
+    torch.cuda.set_device(rank)
+    group, tokens = dist.new_group(backend="nccl"), 64
+    ulysses = ringattn.make_ulysses(group, 1, layout="contiguous", transport="p2p")
+    documents = (0, *range(2 * tokens, world_size * tokens + 1, tokens))
+    plan = ringattn.Plan(world_size * tokens, world_size, layout="contiguous", documents=documents)
+    tensors = problem(torch.float64, seq_len=plan.seq_len)[:3]
+    out = ringattn.ring_attention(*(ringattn.shard(x, plan, rank) for x in tensors), plan, group, ulysses=ulysses)
+    truth = dense_attention(*(x.cpu() for x in tensors), documents=documents)
+    found = error(ringattn.unshard(out, plan, group).cpu(), truth)
+    dist.destroy_process_group(group)
+    return found
+
+
+def test_an_inner_ring_over_nccl_may_begin_with_a_hop_of_some_ranks():
+    needs_gpus(3)
+    assert max(run_ranks(inner_worker, 3)) <= 1e-10
+
+
 def needs_gpus(world_size):
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")

@@ -3,13 +3,14 @@
 import re
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.groups import timeout_of
+from ringattn.groups import message_device, timeout_of
 from tests.processes import run_ranks
 
 WAIT = timedelta(seconds=6)
@@ -119,3 +120,35 @@ def waiting_worker(rank, world_size):
 
 def test_inner_rings_wait_as_long_as_the_outer_one():
     assert run_ranks(waiting_worker, 4) == [[6.0, 4.0]] * 4
+
+
+def first_message_worker(rank, world_size):
+    """What the inner ring's group is first used for, where the last rank has nothing to send or receive."""
+    used = []
+
+    def noting(name):
+        call = getattr(dist, name)
+        return lambda *arguments, group=None, **options: (
+            used.append((name, group)),
+            call(*arguments, group=group, **options),
+        )[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "isend", "irecv"):
+            patch.setattr(dist, name, noting(name))
+        ulysses = ringattn.make_ulysses(dist.group.WORLD, 1, layout="contiguous", transport="p2p")
+        plan = ringattn.Plan(30, world_size, layout="contiguous", documents=[0, 20, 30])
+        ringattn.ring_attention(*own_tensors(plan, rank), plan, dist.group.WORLD, ulysses=ulysses)
+    return [name for name, group in used if group is ulysses.ring_group]
+
+
+def test_the_first_message_of_an_inner_ring_concerns_all_its_ranks():
+    """NCCL's first batched sends and receives of a group must, unless a collective came before."""
+    assert run_ranks(first_message_worker, 3) == [["all_gather", "isend"], ["all_gather", "irecv"], ["all_gather"]]
+
+
+def test_what_ranks_exchange_lies_where_the_group_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for types, expected in (([cpu], cpu), ([cuda, cpu], cpu), ([cuda], torch.device("cuda:3"))):
+        assert message_device(SimpleNamespace(_device_types=types)) == expected
