@@ -116,7 +116,9 @@ def agree(
             f"ring_attention: rank {rank}: this plan's shapes were agreed in an earlier call and have changed: "
             f"{detail}. Build another Plan, on all ranks, for another shape, dtype or scoring"
         )
-    rows = _exchanged(own, group, f"ring_attention: rank {rank}", f"a call with: {scoring}")
+    device = message_device(group)
+    device = q.device if q.device.type == device.type else device  # which may not be the current one
+    rows = _exchanged(own, group, device, f"ring_attention: rank {rank}", f"a call with: {scoring}")
     if problem is not None:
         raise TopologyError(f"ring_attention: rank {rank}: {problem}")
     _refuse_differing(rows, "ring_attention", "any hop", f"the scoring of rank {rank}: {scoring}")
@@ -142,7 +144,8 @@ def agree_on_making(
     """
     place = f"{step}: rank {dist.get_rank(group)}"
     own = _asked_row(step, layout, asked, problem)
-    rows = _exchanged(own, group, place, f"ulysses {asked.ulysses} and transport {asked.transport}")
+    what = f"ulysses {asked.ulysses} and transport {asked.transport}"
+    rows = _exchanged(own, group, message_device(group), place, what)
     if problem is not None:
         raise ValueError(f"{place}: {problem}")
     _refuse_differing(rows, step, "anything was made")
@@ -156,9 +159,9 @@ def _asked_row(step: str, layout: str | None, asked: Asked, problem: str | None,
     return row + (0,) * (len(_NAMES) - len(row))
 
 
-def _exchanged(own: _Row, group: dist.ProcessGroup, place: str, what: str) -> list[_Row]:
+def _exchanged(own: _Row, group: dist.ProcessGroup, device: torch.device, place: str, what: str) -> list[_Row]:
     """The rows of all ranks."""
-    mine = torch.tensor(own, dtype=torch.long, device=message_device(group))
+    mine = torch.tensor(own, dtype=torch.long, device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     try:
         dist.all_gather(everyone, mine, group=group)

@@ -9,10 +9,13 @@ import torch.distributed as dist
 
 
 def message_device(group: dist.ProcessGroup) -> torch.device:
-    """Where a small message that all ranks exchange must lie: the CPU wherever the group takes it."""
+    """Where a small message that all ranks exchange must lie: the CPU wherever the group takes it, else the own GPU.
+
+    That is the one the group is bound to, or the current one, as for all messages of torch's own.
+    """
     if torch.device("cpu") in group._device_types:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    return group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

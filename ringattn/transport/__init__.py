@@ -141,7 +141,7 @@ def make_transport(
             attention; "p2p" is the process group's own sends and receives, NCCL or gloo; "hybrid" is the first inside
             each of several hosts and the second between them. "auto" takes copy_engine where every rank can reach every
             other one's memory, else p2p.
-        group: The ring.
+        group: The ring. With NCCL every rank has called torch.cuda.set_device.
         timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` waits. NCCL keeps
             the group's own limit, since waiting on the host would hold up the queue of kernels.
         graphs: copy_engine only: run passes of short shards as CUDA graphs, since launching takes longer there than

@@ -150,5 +150,11 @@ def test_the_first_message_of_an_inner_ring_concerns_all_its_ranks():
 def test_what_ranks_exchange_lies_where_the_group_takes_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for types, expected in (([cpu], cpu), ([cuda, cpu], cpu), ([cuda], torch.device("cuda:3"))):
-        assert message_device(SimpleNamespace(_device_types=types)) == expected
+    cases = [
+        ([cpu], None, cpu),
+        ([cuda, cpu], None, cpu),
+        ([cuda], None, torch.device("cuda:3")),
+        ([cuda], torch.device("cuda:1"), torch.device("cuda:1")),
+    ]
+    for types, bound, expected in cases:
+        assert message_device(SimpleNamespace(_device_types=types, bound_device_id=bound)) == expected
