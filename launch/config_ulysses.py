@@ -54,7 +54,8 @@ def degree_problem(size: int, degree: int) -> str | None:
     """As `ringattn.teams.degree_problem`."""
     if degree < 1 or size % degree:
         possible = ", ".join(str(u) for u in range(1, size + 1) if size % u == 0)
-        return f"the degree must divide the {size} ranks of the ring, got {degree}; possible: {possible}"
+        ranks = "1 rank" if size == 1 else f"{size} ranks"
+        return f"the degree must divide the {ranks} of the ring, got {degree}; possible: {possible}"
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping, Sequence
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,19 @@ _METADATA_CLASSES = {
 }
 
 
+def _member(owner: Any, name: Any) -> Any:
+    """What Python before 3.11.4 calls `getattr` for in pickles: a member of an enumeration, and nothing else."""
+    if isinstance(owner, EnumType) and isinstance(name, str) and name in owner.__members__:
+        return owner.__members__[name]
+    raise pickle.UnpicklingError("it takes an attribute of something, which has no place in an index of tensors")
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads DCP's index and nothing else: a manifest shows that a file is whole, not that its author meant well."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _METADATA_CLASSES:
             return super().find_class(module, name)

@@ -129,7 +129,7 @@ def test_values_out_of_range_or_of_another_type_are_refused(key: str, value: obj
         ({"parallel__cp": 33}, "zigzag over cp=33 ranks needs at least 66 tokens .* got 64; .* to at most 32"),
         ({"parallel__cp": 65, "parallel__layout": "striped"}, "striped over cp=65 ranks needs at least 65"),
         ({"parallel__ulysses": 3, "parallel__cp": 4}, "parallel.ulysses: the degree must divide the 4 ranks .* got 3"),
-        ({"parallel__ulysses": 2, "parallel__cp": 1}, "must divide the 1 ranks of the ring, got 2; possible: 1"),
+        ({"parallel__ulysses": 2, "parallel__cp": 1}, "must divide the 1 rank of the ring, got 2; possible: 1"),
         (
             {"parallel__ulysses": 4, "parallel__cp": 4},
             "got 6 and 2 heads; possible over 4 ranks: 2; or use the ring alone",

@@ -29,7 +29,7 @@ def test_what_is_there_is_not_looked_at_again_until_the_end() -> None:
         garbage.settle()  # once
         gc.collect()
         assert kept() is not None
-        assert gc.get_freeze_count() == count
+        assert gc.get_freeze_count() <= count  # some of it may have gone for good, none was added
         seen = weakref.ref(later)
         del later
         gc.collect()

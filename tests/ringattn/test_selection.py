@@ -182,7 +182,7 @@ def test_all_ranks_refuse_before_any_hop(kind, message):
 def test_what_one_rank_refuses_the_others_hear_of(kind, message):
     told, refused = run_ranks(refused_worker, 2, kind)
     assert message in refused
-    assert "what differs: problem" in told
+    assert "what differs: arguments" in told
     assert "rank 1: arguments refused there" in told
 
 

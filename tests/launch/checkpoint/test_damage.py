@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import random
@@ -9,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 import launch.checkpoint.manifest as manifest_module
 from launch.checkpoint import CheckpointStore
+from launch.checkpoint.loading import _MetadataUnpickler
 from launch.checkpoint.manifest import FileRecord, hash_file, read_manifest
 from launch.errors import CheckpointError
 from tests.launch.checkpoint.helpers import assert_holds, blank, flip_bit, save
@@ -129,6 +133,35 @@ def test_names_that_leave_the_folder_are_rejected(store: CheckpointStore, tmp_pa
     found = store.find_latest()
     assert found is not None
     assert "lists '../../secret', which is not a plain file name" in found.rejected[0]
+
+
+class OldMember:
+    """How Python before 3.11.4 pickles a member of an enumeration, and what else that way would reach."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.named = owner, name
+
+    def __reduce__(self) -> tuple:
+        return getattr, self.named
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "reached"),
+    [
+        (_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT", True),
+        (_MEM_FORMAT_ENCODING, "__init__", False),
+        (Metadata, "__init__", False),
+        (torch.Size, "mro", False),
+    ],
+    ids=str,
+)
+def test_members_of_enumerations_are_read_as_any_python_writes_them(owner: object, name: str, reached: bool) -> None:
+    content = io.BytesIO(pickle.dumps(OldMember(owner, name)))
+    if reached:
+        assert _MetadataUnpickler(content).load() is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+        return
+    with pytest.raises(pickle.UnpicklingError, match="it takes an attribute of something"):
+        _MetadataUnpickler(content).load()
 
 
 class Malicious:
