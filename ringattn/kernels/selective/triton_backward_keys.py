@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ringattn.kernels.selective.triton_tools import (
     LOG2E,
+    OF_A_BLOCK,
     dense_rows,
     describable,
     describe,
@@ -100,22 +101,7 @@ def _steps(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n",
-        "m",
-        "delta",
-        "k_start",
-        "group",
-        "row_low",
-        "row_high",
-        "key_low",
-        "key_high",
-        "b_rows",
-        "f_batch",
-    ],
-    do_not_specialize_on_alignment=["DOCUMENTS"],
-)
+@triton.jit(do_not_specialize=[*OF_A_BLOCK, "b_rows", "f_batch"], do_not_specialize_on_alignment=["DOCUMENTS"])
 def _backward_keys_kernel(
     Q, K, V, DOUT, DOT, BASE, BIASES, DOCUMENTS, LIMITS, COSTS, OFFSETS, SUMS, DK, DV,
     n, m, delta, k_start, group, row_low, row_high, key_low, key_high, scale, scale_log2, tau, heads, padded,

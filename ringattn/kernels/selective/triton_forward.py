@@ -17,6 +17,7 @@ from ringattn.kernels.selective.lanes import Lanes, Mark
 from ringattn.kernels.selective.triton_scan import offsets, scan
 from ringattn.kernels.selective.triton_tools import (
     LOG2E,
+    OF_A_BLOCK,
     Tiles,
     dense_rows,
     describable,
@@ -80,21 +81,7 @@ def _steps(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "n",
-        "m",
-        "delta",
-        "k_start",
-        "group",
-        "row_low",
-        "row_high",
-        "key_low",
-        "key_high",
-        "b_rows",
-        "f_batch",
-        "l_batch",
-        "l_head",
-    ],
+    do_not_specialize=[*OF_A_BLOCK, "b_rows", "f_batch", "l_batch", "l_head"],
     do_not_specialize_on_alignment=["DOCUMENTS"],
 )
 def _forward_kernel(

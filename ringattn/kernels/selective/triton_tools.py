@@ -19,6 +19,10 @@ LOG2E = 1.4426950408889634
 MAX_BIAS = 6.0e4  # a bias is stored as fp16 for 16-bit inputs; its weight is 0 long before this
 
 
+# Numbers that differ from block to block; a kernel compiled for each kind of them would be compiled over and over.
+OF_A_BLOCK = ("n", "m", "delta", "k_start", "group", "row_low", "row_high", "key_low", "key_high")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Sizes of the tiles and how the kernels are launched. Rows and keys are powers of two, at least 16.
