@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -89,11 +91,11 @@ def default_scale(q: Tensor) -> float:
     return 1.0 / math.sqrt(max(1, q.shape[-1]))
 
 
-def scale_problem(scale: object) -> str | None:
+def scale_problem(scale: Any) -> str | None:
     """Why scores cannot be multiplied by this, or None."""
-    if isinstance(scale, Real) and math.isfinite(scale):
+    if isinstance(scale, Real) and abs(scale) <= torch.finfo(torch.float32).max:  # kernels take it in fp32
         return None
-    return f"scale: expected a finite number, or None for 1 / sqrt(D), got {scale!r}"
+    return f"scale: expected a number that is finite in fp32, or None for 1 / sqrt(D), got {scale!r}"
 
 
 def scoring_description(selection: Selection | None, expand: Expand | None) -> str:

@@ -11,21 +11,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
 from triton import knobs
 
-_MOST_THREADS = 16  # more than there are kernels to compile beside each other
+from ringattn.rehearsing import rehearsing
 
-_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+_MOST_THREADS = 16  # more than there are kernels to compile beside each other
 
 
 def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """`kernel[grid](*arguments, **options)`; in a rehearsal it is only compiled."""
-    if _rehearsing.get():
+    if rehearsing.get():
         kernel.warmup(*arguments, grid=grid, **options)
     else:
         kernel[grid](*arguments, **options)
@@ -60,21 +59,22 @@ def compiling() -> Iterator[Compiling]:
 def rehearsal(compiled: Compiling) -> Iterator[None]:
     """Launches inside, backward passes too, only compile, beside each other: nothing is read or written by a kernel.
 
-    At the end all of it is there. What does not compile is left to whoever launches it. `compiled` counts the time that
-    passes here, not once for each thread.
+    At the end all of it is there. What does not compile is left to whoever launches it. `compiled` counts the wait for
+    that, not the seconds of each thread.
     """
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    began, before = time.perf_counter(), compiled.seconds
+    before = compiled.seconds
     # Which mode it is, a thread knows: autograd must stay in this one.
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
         torch.autograd.set_multithreading_enabled(False),
     ):
-        token = _rehearsing.set(True)
+        token = rehearsing.set(True)
         try:
             yield
         finally:
-            _rehearsing.reset(token)
+            rehearsing.reset(token)
+            began = time.perf_counter()
     if compiled.seconds > before:
         compiled.seconds = before + time.perf_counter() - began

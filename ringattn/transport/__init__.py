@@ -149,14 +149,14 @@ def make_transport(
         timed: measure how long compute stands waiting, see `RingStats`.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name; a TopologyError on the other ranks.
         TopologyError: on all ranks, if "copy_engine" or "hybrid" is asked for and cannot be had, or if they do not all
             ask for the same one.
     """
     problem = transport_problem(name)
-    if problem is not None:
+    if problem is not None and group is None:
         raise ValueError(problem)
-    agree_on_making("make_transport", group, Asked(1, name))
+    agree_on_making("make_transport", group, Asked(1, name), problem=problem)
     control = P2PTransport(group, timeout)
     control.stats.timed = timed
     if name == "p2p":

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ringattn.merge import RowSum, copy_
 from ringattn.plan import Plan
+from ringattn.rehearsing import rehearsing
 from ringattn.schedule import MOST_JOINED, Stop, own_tokens
 from ringattn.transport.graphs import CALLS_BEFORE, PassGraphs, Step
 from ringattn.transport.p2p import P2PPending, P2PTransport
@@ -126,6 +127,8 @@ class CopyEngineTransport:
         """The same on all ranks, but for empty shards; capturing is no collective."""
         tokens = payload[0].shape[1]
         if not self._capture or not payload[0].is_cuda or not tokens or plan.num_hops == 1:
+            return False
+        if rehearsing.get():  # a graph of launches that are left out
             return False
         if torch.cuda.is_current_stream_capturing():  # the caller's graph holds it all
             return False

@@ -158,3 +158,16 @@ def test_what_ranks_exchange_lies_where_the_group_takes_it(monkeypatch):
     ]
     for types, bound, expected in cases:
         assert message_device(SimpleNamespace(_device_types=types, bound_device_id=bound)) == expected
+
+
+def test_a_transport_that_one_rank_cannot_name_is_heard_of_by_all():
+    asked = [("make_transport", {"name": name}) for name in ("p2p", "tcp", "p2p")]
+    first, second, third = run_ranks(asking_worker, 3, asked)
+    assert second[:2] == (
+        "ValueError",
+        "make_transport: rank 1: transport: expected auto or one of copy_engine, hybrid, p2p, got 'tcp'",
+    )
+    for kind, told, seconds in (first, third):
+        assert kind == "TopologyError"
+        assert "rank 1" in told
+        assert seconds < WAIT.total_seconds() / 2

@@ -74,10 +74,12 @@ def test_of_rings_and_with_heads_exchanged():
     assert max(run_ranks(ring_worker, 2)) <= 1e-12
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "0.5", torch.tensor(0.5)])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39, 10**400, "0.5", torch.tensor(0.5)])
 def test_what_is_no_finite_number_is_refused(scale):
     q, k, v, _ = tensors()
-    with pytest.raises(ValueError, match="ring_attention: scale: expected a finite number, or None for 1 / sqrt"):
+    with pytest.raises(
+        ValueError, match="ring_attention: scale: expected a number that is finite in fp32, or None for 1 / sqrt"
+    ):
         ringattn.ring_attention(q, k, v, ringattn.Plan(TOKENS, 1), scale=scale)
 
 
@@ -94,4 +96,4 @@ def refused_worker(rank, world_size, ulysses):
 def test_a_scale_that_one_rank_refuses_stops_all(ulysses):
     first, second = run_ranks(refused_worker, 2, ulysses)
     assert "rank 1: arguments refused there" in first
-    assert "scale: expected a finite number, or None for 1 / sqrt(D), got nan" in second
+    assert "scale: expected a number that is finite in fp32, or None for 1 / sqrt(D), got nan" in second

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import ringattn
 from ringattn.scoring.cost import plain_cost, simulated_cost
 from ringattn.scoring.rotary import Rope
 from ringattn.scoring.simulated import SimulatedScore
