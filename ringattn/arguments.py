@@ -93,7 +93,8 @@ def default_scale(q: Tensor) -> float:
 
 def scale_problem(scale: Any) -> str | None:
     """Why scores cannot be multiplied by this, or None."""
-    if isinstance(scale, Real) and abs(scale) <= torch.finfo(torch.float32).max:  # kernels take it in fp32
+    is_number = isinstance(scale, Real)
+    if is_number and abs(scale) <= torch.finfo(torch.float32).max:  # kernels take it in fp32
         return None
     return f"scale: expected a number that is finite in fp32, or None for 1 / sqrt(D), got {scale!r}"
 
