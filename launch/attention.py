@@ -116,7 +116,7 @@ class RowAttention:
     def _penalty(self, cost: Tensor) -> Tensor:
         """Weight times max_i M_i over the whole row, on the rank that holds it; 0 on the others."""
         positions = self._plan.positions(self._rank, cost.device)
-        starts = self._plan.document_starts(0, self._plan.seq_len, cost.device)[positions]
+        starts = self._plan.document_starts(cost.device)[positions]
         held = (positions - starts) - cost  # M [B, S]
         most = held.max(dim=1).values if held.shape[1] else held.new_full((held.shape[0],), -torch.inf)
         mine = torch.ones_like(most, dtype=torch.bool)

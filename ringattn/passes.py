@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -34,7 +34,11 @@ def run_backward(
 
 
 def _run(
-    work: SoftmaxAttention, name: Hashable, step: Step, inputs: tuple[Tensor, ...], payload: Payload
+    work: SoftmaxAttention | SelectiveAttention,
+    name: Hashable,
+    step: Step,
+    inputs: tuple[Tensor, ...],
+    payload: Payload,
 ) -> tuple[Tensor, ...]:
     """A pass, by the transport's leave as a captured graph. What `expand` does may differ from call to call."""
     channel = work.ring.transport
@@ -77,11 +81,52 @@ def run_selective_forward(
         earlier_q, earlier_k: [B, S, R - 1, Dz], votes of earlier layers, or None.
         weights: [R].
     """
+    earlier = () if earlier_q is None or earlier_k is None else (earlier_q, earlier_k)
+    name = ("selection forward", width, work.terms)
+    with _no_autocast(q.device):
+        out, lse, *found = _run_selective(
+            work, name, partial(_selective_forward, width), (q, k, v, own_keys, weights, *earlier)
+        )
+    cost = None if work.terms.tau is None else found.pop(0)
+    return out, lse, cost, *found
+
+
+def _run_selective(
+    work: SelectiveAttention, name: Hashable, step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """`step(work, *inputs)` by `_run`. What travels is no payload of the step: its passages bring different things.
+
+    In a graph documents are a tensor among the inputs, and all of the row travels: so a graph serves any documents.
+    """
+    channel, plan, starts = work.ring.transport, work.ring.plan, work.starts
+    if starts is None or channel is None or not channel.captures(plan.undivided, inputs, ()):
+        return _run(work, name, lambda *given: step(work, *given[:-1]), inputs, ())
+    whole = work.in_any_documents()
+    return _run(
+        whole,
+        ("documents", name),
+        lambda *given: step(work.in_any_documents(given[-2]), *given[:-2]),
+        (*inputs, starts),
+        (),
+    )
+
+
+def _selective_forward(
+    width: int,
+    work: SelectiveAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_keys: Tensor,
+    weights: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """Out, lse, cost if there is any, carries; `rest`: earlier votes."""
+    earlier_q, earlier_k = rest or (None, None)
     payload = (k, v) if earlier_k is None else (k, v, earlier_k)
     ballots = _ballot(q[:, :, work.terms.head], earlier_q), _ballot(own_keys, earlier_k)
-    with _no_autocast(q.device):
-        out, lse, cost, carries = work.forward(q, payload, *ballots, weights, width)
-    return out, lse, cost, *carries
+    out, lse, cost, carries = work.forward(q, payload, *ballots, weights, width)
+    return out, lse, *(() if cost is None else (cost,)), *carries
 
 
 def run_selective_backward(
@@ -104,30 +149,53 @@ def run_selective_backward(
     Out must not have been rounded: what rounding would change in rowsum(out * dout) adds up over whole rows in the
     votes' gradients.
     """
-    head, key_head = work.terms.head, work.terms.key_head
+    dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout.to(q.dtype)
+    earlier = () if earlier_q is None or earlier_k is None else (earlier_q, earlier_k)
+    costs = () if dcost is None else (dcost,)
+    name = ("selection backward", len(costs), work.terms)
+    with _no_autocast(q.device):
+        inputs = (dout, q, k, v, own_keys, weights, out, lse, *costs, *earlier, *carries)
+        dq, dk, dv, dweights, *dearlier = _run_selective(work, name, partial(_selective_backward, len(costs)), inputs)
+    dearlier_q, dearlier_k = dearlier or (None, None)
+    return dq, dk, dv, dearlier_q, dearlier_k, dweights
+
+
+def _selective_backward(
+    costs: int,
+    work: SelectiveAttention,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_keys: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, weights, and of earlier votes if any; `rest`: dcost, earlier votes, carries."""
+    head, key_head, num_earlier = work.terms.head, work.terms.key_head, 2 * (len(work.terms.scales) > 1)
+    dcost = rest[0] if costs else None
+    earlier_q, earlier_k = rest[costs : costs + num_earlier] or (None, None)
+    carries = list(rest[costs + num_earlier :])
     payload = (k, v) if earlier_k is None else (k, v, earlier_k)
     ballots = _ballot(q[:, :, head], earlier_q), _ballot(own_keys, earlier_k)
-    dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout.to(q.dtype)
-    with _no_autocast(q.device):
-        found = work.backward(dout, dcost, q, payload, *ballots, weights, out, lse, list(carries))
-        dk, dv = found.payload[:2]
-        # What the own keys of the selection head owe to later pieces; with one piece that is nothing.
-        if len(work.pieces) > 1 and work.expansion.plain:
-            dk[:, :, key_head] += found.ballot_k[:, :, 0]
-        elif len(work.pieces) > 1:
-            # These keys were made from the own payload here: their late gradients go back through that.
-            local = plain_schedule(work.ring.plan, work.ring.rank)[0]
-            with work.expansion.backward(local, payload) as visiting:
-                visiting.sums[0].running()[:, :, key_head] += found.ballot_k[:, :, 0]
-            dk, dv = (x + late for x, late in zip((dk, dv), visiting.payload_gradients, strict=True))
+    found = work.backward(dout, dcost, q, payload, *ballots, weights, out, lse, carries)
+    dk, dv = found.payload[:2]
+    # What the own keys of the selection head owe to later pieces; with one piece that is nothing.
+    if len(work.pieces) > 1 and work.expansion.plain:
+        dk[:, :, key_head] += found.ballot_k[:, :, 0]
+    elif len(work.pieces) > 1:
+        # These keys were made from the own payload here: their late gradients go back through that.
+        local = plain_schedule(work.ring.plan, work.ring.rank)[0]
+        with work.expansion.backward(local, payload) as visiting:
+            visiting.sums[0].running()[:, :, key_head] += found.ballot_k[:, :, 0]
+        dk, dv = (x + late for x, late in zip((dk, dv), visiting.payload_gradients, strict=True))
     found.q[:, :, head] += found.ballot_q[:, :, 0]
-    earlier: tuple[Tensor | None, Tensor | None] = (None, None)
+    dearlier: tuple[Tensor, ...] = ()
     if earlier_k is not None:
-        earlier = (
-            found.ballot_q[:, :, 1:].to(q.dtype),
-            (found.payload[2] + found.ballot_k[:, :, 1:]).to(q.dtype),
-        )
-    return found.q.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *earlier, found.weights
+        dearlier = found.ballot_q[:, :, 1:].to(q.dtype), (found.payload[2] + found.ballot_k[:, :, 1:]).to(q.dtype)
+    return found.q.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), found.weights, *dearlier
 
 
 def _ballot(own: Tensor, earlier: Tensor | None) -> Tensor:

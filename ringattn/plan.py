@@ -143,14 +143,19 @@ class Plan:
             return 0
         return self.documents[bisect.bisect_right(self.documents, position) - 1]
 
-    def document_starts(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """int32 [stop - start]: `document_start` of each position, on `device`; made once per plan and device."""
+    @cached_property
+    def undivided(self) -> Plan:
+        """The same plan of a row that is one document."""
+        return self.with_documents(None)
+
+    def document_starts(self, device: torch.device) -> Tensor:
+        """int32 [T]: `document_start` of each position, on `device`; made once per plan and device."""
         if device not in self._starts:
             documents = self.documents or (0, self.seq_len)
             sizes = torch.tensor([b - a for a, b in pairwise(documents)])
             whole = torch.repeat_interleave(torch.tensor(documents[:-1], dtype=torch.int32), sizes)
             self._starts[device] = whole.to(device)
-        return self._starts[device][start:stop]
+        return self._starts[device]
 
     def source(self, rank: int, hop: int) -> int:
         """The rank whose payload `rank` attends to at `hop`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from ringattn.errors import PeerError
 from ringattn.transport.copy_engine import CopyEngineTransport
-from ringattn.transport.p2p import P2PTransport
 
 
 class _AtOnce:
@@ -26,9 +26,12 @@ class _AtOnce:
 
 
 class FilePeerMemory:
-    """See `ringattn.transport.peer_memory.PeerMemory`. `barriers` counts; skip_barrier plants a fault."""
+    """See `ringattn.transport.peer_memory.PeerMemory`. `barriers` counts; skip_barrier plants a fault.
 
-    def __init__(self, group, folder, skip_barrier=None, ranks=None):
+    A barrier that waits longer than `timeout` says so, where a GPU would stop.
+    """
+
+    def __init__(self, group, folder, skip_barrier=None, ranks=None, timeout=None):
         self._ranks = range(dist.get_world_size(group)) if ranks is None else ranks
         self.rank = self._ranks[dist.get_rank(group)]
         self.device = torch.device("cpu")
@@ -40,6 +43,7 @@ class FilePeerMemory:
         self._size = 0
         self._regions = {}
         self._skip = skip_barrier
+        self._timeout = timeout
 
     def reserve(self, size):
         if size <= self._size:
@@ -59,8 +63,15 @@ class FilePeerMemory:
 
     def barrier(self, channel):
         self.barriers += 1
-        if self.barriers != self._skip:
+        if self.barriers == self._skip:
+            return
+        if self._timeout is None:
             dist.barrier(self._group)
+            return
+        try:
+            dist.barrier(self._group, async_op=True).wait(self._timeout())
+        except RuntimeError as error:
+            raise PeerError("a neighbour died or did not answer in time") from error
 
     def patience_ms(self):
         return 30_000
@@ -73,5 +84,5 @@ class FilePeerMemory:
 
 
 def copy_engine_on_files(group, folder, timeout=None):
-    """The copy-engine transport between processes of one machine; `timeout` is that of the small exchanges."""
-    return CopyEngineTransport(FilePeerMemory(group, folder), P2PTransport(group, timeout))
+    """The copy-engine transport between processes of one machine; `timeout` is that of its barriers."""
+    return CopyEngineTransport(FilePeerMemory(group, folder, timeout=timeout))

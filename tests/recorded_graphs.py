@@ -62,10 +62,11 @@ def use_recorded_graphs():
     graphs.torch.cuda.graph_pool_handle = object
     graphs.torch.cuda.is_current_stream_capturing = lambda: bool(_capturing)
     graphs.torch.cuda.synchronize = lambda *device: None
-    captures = CopyEngineTransport._captures
+    captures = CopyEngineTransport.captures
 
     def as_on_a_gpu(self, plan, inputs, payload):
-        shown = tuple(SimpleNamespace(shape=x.shape, nbytes=x.nbytes, is_cuda=True) for x in payload)
-        return captures(self, plan, inputs, shown)
+        first = inputs[0]
+        shown = SimpleNamespace(shape=first.shape, dim=first.dim, itemsize=first.itemsize, is_cuda=True)
+        return captures(self, plan, (shown, *inputs[1:]), payload)
 
-    CopyEngineTransport._captures = as_on_a_gpu
+    CopyEngineTransport.captures = as_on_a_gpu

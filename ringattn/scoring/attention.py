@@ -9,9 +9,10 @@ owe to later pieces. A row that is one single piece needs neither (0) nor (3).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +69,9 @@ class SelectiveAttention:
     """Selective attention of one rank's queries to whatever payload visits.
 
     The payload is (k, v) or (k, v, keys of earlier votes [B, S, R - 1, Dz]); the own ballot is [B, S, R, Dz].
+
+    Attributes:
+        starts: int32 [T], where the document of each position starts; None: one document, from 0.
     """
 
     def __init__(
@@ -86,6 +90,15 @@ class SelectiveAttention:
         self.terms = terms
         self.pieces = all_pieces(ring.plan, terms.lag) if pieces is None else pieces
         self.own = [piece for piece in self.pieces if piece.rank == ring.rank]
+        self.starts = None if ring.plan.documents is None else ring.plan.document_starts(expansion.device)
+
+    def in_any_documents(self, starts: Tensor | None = None) -> SelectiveAttention:
+        """The same over the whole row, of which nothing but a tensor says where documents start."""
+        other, plan = copy.copy(self), self.ring.plan
+        if plan.documents is not None:
+            other.ring = replace(self.ring, plan=plan.undivided)
+        other.starts = starts
+        return other
 
     def forward(
         self, q: Tensor, payload: Payload, ballot_q: Tensor, ballot_k: Tensor, weights: Tensor, width: int
@@ -101,7 +114,7 @@ class SelectiveAttention:
             k, v = self.expansion.forward(stop, held)
             voting = self._ballot_keys(k, held)
             kernel = self._kernel(q, k, v, ballot_q)
-            for index, rows, keys, here, geometry in self._blocks(source, columns, q.device):
+            for index, rows, keys, here, geometry in self._blocks(source, columns):
                 ballot = self._ballot(ballot_q[:, rows], voting[:, here], weights)
                 kernel.forward_(
                     q[:, rows],
@@ -155,7 +168,7 @@ class SelectiveAttention:
                 voting = self._ballot_keys(k, held)
                 dvoting = torch.zeros(voting.shape, dtype=dtype, device=q.device)
                 kernel = self._kernel(q, k, v, ballot_q)
-                for index, rows, keys, here, geometry in self._blocks(source, columns, q.device):
+                for index, rows, keys, here, geometry in self._blocks(source, columns):
                     ballot = self._ballot(ballot_q[:, rows], voting[:, here], weights)
                     columns_sums[source][index][:, keys] = kernel.backward_(
                         dout[:, rows],
@@ -201,7 +214,7 @@ class SelectiveAttention:
 
         def visit(stop: Stop, held: Payload) -> None:
             (source, columns), (voting,) = stop.only, held
-            for index, rows, keys, here, geometry in self._blocks(source, columns, ballot_q.device):
+            for index, rows, keys, here, geometry in self._blocks(source, columns):
                 if self.pieces.index(self.own[index]) < last:
                     ballot = self._ballot(ballot_q[:, rows], voting[:, here], weights)
                     kernel = self._ballot_kernel(ballot)
@@ -227,7 +240,7 @@ class SelectiveAttention:
         def visit(stop: Stop, held: Payload) -> Payload:
             (source, columns), (voting,) = stop.only, held
             dvoting = torch.zeros(voting.shape, dtype=weights.dtype, device=weights.device)
-            for index, rows, keys, here, geometry in self._blocks(source, columns, ballot_q.device):
+            for index, rows, keys, here, geometry in self._blocks(source, columns):
                 ballot = self._ballot(ballot_q[:, rows], voting[:, here], weights)
                 self._ballot_kernel(ballot).suffix_(
                     ballot,
@@ -255,9 +268,7 @@ class SelectiveAttention:
     def _ballot_kernel(self, ballot: Ballot) -> SelectiveKernel:
         return pick_selective(self.kernel, ballot.q, ballot.k, ballot.k, ballot.q.shape[-1])
 
-    def _blocks(
-        self, source: int, visiting: range, device: torch.device
-    ) -> Iterator[tuple[int, slice, slice, slice, Geometry]]:
+    def _blocks(self, source: int, visiting: range) -> Iterator[tuple[int, slice, slice, slice, Geometry]]:
         """(own piece, its rows, keys of `source` that some row may see, the same among the visiting ones, where)."""
         plan = self.ring.plan
         for index, piece in enumerate(self.own):
@@ -270,20 +281,15 @@ class SelectiveAttention:
                     assert visiting.start <= keys.start < keys.stop <= visiting.stop
                     here = slice(keys.start - visiting.start, keys.stop - visiting.start)
                     rows = slice(piece.rows.start, piece.rows.stop)
-                    yield index, rows, keys, here, self._geometry(piece, start, stop, device)
+                    yield index, rows, keys, here, self._geometry(piece, start, stop)
                 offset += len(chunk)
 
-    def _geometry(self, piece: Piece, k_start: int, k_stop: int, device: torch.device) -> Geometry:
-        plan = self.ring.plan
-        q_documents = k_documents = None
-        if plan.documents is not None:
-            q_documents = plan.document_starts(piece.start, piece.stop, device)
-            k_documents = plan.document_starts(k_start, k_stop, device)
+    def _geometry(self, piece: Piece, k_start: int, k_stop: int) -> Geometry:
         return Geometry(
             q_start=piece.start,
             k_start=k_start,
             lag=self.terms.lag,
             protect_first=self.terms.protect_first,
-            q_documents=q_documents,
-            k_documents=k_documents,
+            q_documents=None if self.starts is None else self.starts[piece.start : piece.stop],
+            k_documents=None if self.starts is None else self.starts[k_start:k_stop],
         )

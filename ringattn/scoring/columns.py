@@ -61,7 +61,8 @@ def _combine(
 ) -> Table:
     own_keys = sums[ring.rank].shape[1:]  # [B, S]
     counts = [sum(piece.rank == rank for piece in pieces) for rank in range(ring.plan.cp_size)]
-    arrived = _swap(ring, sums, [(count, *own_keys) for count in counts], f"{what} to the owners")
+    most = max(counts) * own_keys[0] * ring.plan.longest_shard * sums[ring.rank].element_size()
+    arrived = _swap(ring, sums, [(count, *own_keys) for count in counts], most, f"{what} to the owners")
     rows = [iter(table) for table in arrived]  # a rank's pieces are in order of position in its table too
     combined = add_up(pieces, [next(rows[piece.rank]) for piece in pieces])
     back = [
@@ -70,21 +71,15 @@ def _combine(
         else sums[rank].new_zeros(0, *own_keys)
         for rank in range(ring.plan.cp_size)
     ]
-    return _swap(ring, back, [tuple(table.shape) for table in sums], f"{what} from the owners")
+    return _swap(ring, back, [tuple(table.shape) for table in sums], most, f"{what} from the owners")
 
 
-def _swap(ring: Ring, outgoing: Table, shapes: Sequence[tuple[int, ...]], what: str) -> Table:
-    """Give table r to rank r and receive one from every rank: an all-to-all through the ring's own transport."""
-    size, rank = ring.plan.cp_size, ring.rank
+def _swap(ring: Ring, outgoing: Table, shapes: Sequence[tuple[int, ...]], most: int, what: str) -> Table:
+    """Give table r to rank r and receive one from every rank."""
     incoming = [x.new_empty(shape) for x, shape in zip(outgoing, shapes, strict=True)]
-    incoming[rank] = outgoing[rank]
-    for distance in range(1, size):
-        to, source = (rank + distance) % size, (rank - distance) % size
-        assert ring.transport is not None
-        send, receive = _bytes(outgoing[to].contiguous()), _bytes(incoming[source])
-        ring.transport.exchange(send, to, receive, source, f"{what}, distance {distance}").wait()
+    incoming[ring.rank] = outgoing[ring.rank]
+    if ring.transport is not None:
+        ring.now(what, "the sums of the other ranks")
+        ring.transport.swap([x.contiguous() for x in outgoing], incoming, most, what)
+        ring.now("elsewhere")
     return incoming
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8) if x.numel() else x.new_empty(0, dtype=torch.uint8)

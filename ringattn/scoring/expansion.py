@@ -77,7 +77,7 @@ class Expansion:
     def __init__(self, expand: Expand | None, plan: Plan, device: torch.device) -> None:
         self._expand = expand
         self._plan = plan
-        self._device = device
+        self.device = device
         self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
         self._own: tuple[int, tuple[Tensor, Tensor]] | None = None
         owner = owner_module(expand)
@@ -102,7 +102,7 @@ class Expansion:
         check = torch.is_grad_enabled() and owner not in self._plan._checked
         # This graph is looked at and dropped; a checkpoint around the call must not count what it would save.
         with torch.set_grad_enabled(check), self._as_called(), saved_tensors_hooks(_same, _same):
-            positions = self._plan.positions(rank, self._device)
+            positions = self._plan.positions(rank, self.device)
             keys, values, problem = expand_checked(self._expand, k.detach(), v.detach(), positions)
         if check and problem is None:
             problem = hidden_problem((keys, values), self.parameters)
@@ -179,11 +179,11 @@ class Expansion:
         )
 
     def _positions(self, source: int, columns: range) -> Tensor:
-        return self._plan.positions(source, self._device)[columns.start : columns.stop]
+        return self._plan.positions(source, self.device)[columns.start : columns.stop]
 
     def _as_called(self) -> AbstractContextManager[object]:
         enabled, dtype = self._autocast
-        return torch.autocast(self._device.type, dtype=dtype, enabled=enabled)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
 
 
 def expand_checked(expand: Expand, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, str | None]:

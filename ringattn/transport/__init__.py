@@ -32,7 +32,6 @@ __all__ = [
     "HopWait",
     "Passage",
     "Payload",
-    "Pending",
     "RingStats",
     "RingTotals",
     "Step",
@@ -45,13 +44,6 @@ __all__ = [
 
 Payload = tuple[Tensor, ...]
 """Tensors [B, S, ...] of one rank's tokens that travel together."""
-
-
-class Pending(Protocol):
-    """An exchange under way."""
-
-    def wait(self) -> None:
-        """Return when the message received may be read and the one sent may be overwritten (in stream order)."""
 
 
 class Passage(Protocol):
@@ -106,23 +98,27 @@ class Transport(Protocol):
             key: all that matters besides plan, shapes and dtypes.
         """
 
+    def captures(self, plan: Plan, inputs: Sequence[Tensor], payload: Payload) -> bool:
+        """Whether `run` will come to take a graph for tensors of such shapes: the same answer on all ranks."""
+
     def open(self, plan: Plan, stops: Sequence[Stop], payload: Payload, what: str, *, returns: bool) -> Passage:
         """Begin a passage of payloads past these stops of this rank, all hops of the plan among them.
 
         `what` names it in errors. The payload must not change before `close`.
         """
 
-    def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> Pending:
-        """Start sending `send` to rank `send_to` of the ring and filling `receive` from rank `receive_from`.
+    def swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], most: int, what: str) -> None:
+        """Give table r to rank r of the ring, and receive one from every rank, in stream order.
 
         Args:
-            send: contiguous uint8 message, may be empty; must not change before `wait`.
-            receive: contiguous uint8 buffer of exactly the size that the peer sends, may be empty.
-            where: what this is, for errors ("forward hop 2").
+            outgoing: one per rank, contiguous, may be empty; the own one stays.
+            incoming: where to, as many, of the shapes and dtypes that the others give; the own one stays as it is.
+            most: bytes of the largest table of any rank, the same number on all of them.
+            what: what this is, for errors ("selection, prefixes").
 
         Raises:
-            PeerError: here or in `wait`, if the peer died or the group's timeout passed; and if a passage did not end:
-                its messages may still be under way.
+            PeerError: if a peer died or the group's timeout passed; and if a passage did not end: its messages may
+                still be under way.
         """
 
 
@@ -166,7 +162,7 @@ def make_transport(
     problem = peer_memory_problem(group)
     if problem is None:
         device = torch.device("cuda", torch.cuda.current_device())
-        made = CopyEngineTransport(CudaPeerMemory(group, device, timeout), control, graphs)
+        made = CopyEngineTransport(CudaPeerMemory(group, device, timeout), graphs, control.stats)
         if name == "auto":
             made.description += " (auto: every rank can reach every other one's memory)"
         return made
@@ -191,7 +187,7 @@ def _hybrid(
     if problem is not None:
         raise TopologyError(f"transport: hybrid cannot be had: {problem}; use transport='auto' or 'p2p'")
     memory = CudaPeerMemory(near, torch.device("cuda", torch.cuda.current_device()), timeout, here)
-    return HybridTransport(CopyEngineTransport(memory, control, graphs=False), control, hosts)
+    return HybridTransport(CopyEngineTransport(memory, graphs=False, stats=control.stats), control, hosts)
 
 
 def known_transport(transport: str | Transport, plan: Plan, group: dist.ProcessGroup) -> Transport | None:

@@ -24,11 +24,11 @@ from ringattn.plan import Plan
 from ringattn.rehearsing import rehearsing
 from ringattn.schedule import MOST_JOINED, Stop, own_tokens
 from ringattn.transport.graphs import CALLS_BEFORE, PassGraphs, Step
-from ringattn.transport.p2p import P2PPending, P2PTransport
 from ringattn.transport.peer_memory import Lane, Mark, PeerMemory
+from ringattn.transport.stats import RingStats
 from ringattn.transport.turns import Turn
 
-GRAPH_BYTES = 2**26  # of a payload, or of what stays here; longer shards keep the GPU busy without graphs
+GRAPH_BYTES = 2**26  # of a payload, or a tensor that stays here, in q's dtype; longer shards keep a GPU busy as it is
 
 _ALIGN = 256
 _SLOTS = MOST_JOINED  # runs of joined hops end where slots are used again
@@ -69,6 +69,16 @@ def _aligned(tail: tuple[int, tuple[int, ...], torch.dtype], tokens: int) -> int
     return -(-batch * tokens * prod(sizes) * dtype.itemsize // _ALIGN) * _ALIGN
 
 
+def _per_token(x: Tensor) -> int:
+    """Elements of a tensor [B, S, ...]."""
+    return x.shape[0] * prod(x.shape[2:])
+
+
+def _like(region: Tensor, x: Tensor) -> Tensor:
+    """The beginning of a region as a tensor like x."""
+    return region[: x.nbytes].view(x.dtype).view(x.shape)
+
+
 def _switches() -> tuple[bool, bool]:
     """Of torch's switches those that decide what a pass launches: a graph holds their answers for good.
 
@@ -86,17 +96,15 @@ class CopyEngineTransport:
 
     Args:
         memory: of all ranks.
-        control: carries what is not a payload: the small exchanges of selection.
         graphs: run passes of short shards as CUDA graphs.
     """
 
     joins = True
 
-    def __init__(self, memory: PeerMemory, control: P2PTransport, graphs: bool = True) -> None:
+    def __init__(self, memory: PeerMemory, graphs: bool = True, stats: RingStats | None = None) -> None:
         self.memory = memory
-        self.stats = control.stats
+        self.stats = RingStats() if stats is None else stats
         self.description = "copy_engine: pulls between the GPUs of this host"
-        self._control = control
         self.pulls = memory.lane()
         self.pushes = memory.lane()
         self.turn = Turn()
@@ -108,14 +116,18 @@ class CopyEngineTransport:
     def run(
         self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        if not self._captures(plan, inputs, payload):
+        if not self.captures(plan, inputs, payload) or not inputs[0].shape[1]:
             return step(*inputs, payload)
         self.turn.check()
         self.follow(self.memory.caller())
         # Of what a graph holds for good, all that shapes and dtypes do not tell. Not the plan itself, which keeps
         # transports by name: a circle; but the positions that masks are made of lie where the graph reads them.
         key = (key, plan.fingerprint, _switches(), self.memory.patience_ms())
-        return self._graphs.run(key, step, inputs, payload, lambda: self._place(plan, payload)[1], plan._positions)
+
+        def place() -> tuple[Tensor, ...]:
+            return self._place(plan, payload)[1] if payload else ()
+
+        return self._graphs.run(key, step, inputs, payload, place, plan._positions)
 
     def follow(self, main: Lane) -> None:
         """If the caller has changed streams, what it does now comes after what it did before on the other."""
@@ -123,10 +135,10 @@ class CopyEngineTransport:
             main.after(self._lane.mark())
         self._lane = main
 
-    def _captures(self, plan: Plan, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> bool:
-        """The same on all ranks, but for empty shards; capturing is no collective."""
-        tokens = payload[0].shape[1]
-        if not self._capture or not payload[0].is_cuda or not tokens or plan.num_hops == 1:
+    def captures(self, plan: Plan, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> bool:
+        """The same on all ranks."""
+        like = inputs[0]
+        if not self._capture or not like.is_cuda or plan.num_hops == 1:
             return False
         if rehearsing.get():  # a graph of launches that are left out
             return False
@@ -134,31 +146,63 @@ class CopyEngineTransport:
             return False
         if plan.documents is not None:  # another plan with every row
             return False
-        most = max(*(x.nbytes for x in inputs), sum(x.nbytes for x in payload)) / tokens * plan.longest_shard
-        return most <= GRAPH_BYTES
+        staying = max(_per_token(x) for x in inputs if x.dim() == 4)
+        widest = max(staying, sum(_per_token(x) for x in payload))
+        return widest * plan.longest_shard * like.itemsize <= GRAPH_BYTES
 
     def open(
         self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
     ) -> CopyEnginePassage:
-        if payload[0].device != self.memory.device:
-            raise ValueError(
-                f"transport: made for {self.memory.device} (the current device then), got tensors on "
-                f"{payload[0].device}; call torch.cuda.set_device before make_transport"
-            )
-        if payload[0].is_cuda and torch.cuda.is_current_stream_capturing() and not self._graphs.capturing:
-            self.memory.pinned = True  # a graph of the caller's, of which nothing is known here, will read and write it
-        self.turn.begin(what)  # before the room, which may be a collective to make
+        self._begin(payload[0], what)
         room, own = self._place(plan, payload)
         return CopyEnginePassage(self, plan, stops, room, payload, own, returns=returns)
 
-    def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
-        self.turn.check()
-        return self._control.exchange(send, send_to, receive, receive_from, where)
+    def swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], most: int, what: str) -> None:
+        self._begin(outgoing[0], what)
+        rank, size, slot = self.memory.rank, len(outgoing), -(-most // _ALIGN) * _ALIGN
+        self._reserve(slot * size)
+        main = self.caller(outgoing[0])
+        for to in range(size):
+            if to != rank and outgoing[to].numel():
+                _like(self.memory.region(rank)[to * slot :], outgoing[to]).copy_(outgoing[to])
+        self.pulls.after(main.mark())
+        with self.pulls:
+            self.memory.barrier(_PULL)
+            for source in ((rank - distance) % size for distance in range(1, size)):
+                if incoming[source].numel():
+                    incoming[source].copy_(_like(self.memory.region(source)[rank * slot :], incoming[source]))
+            self.memory.barrier(_PULL)
+        with self.stats.waiting(self.memory.device.type == "cuda"):
+            main.after(self.pulls.mark())
+        self.stats.hops += size - 1
+        self.stats.bytes_sent += sum(x.nbytes for to, x in enumerate(outgoing) if to != rank)
+        self.turn.end()
+
+    def _begin(self, like: Tensor, what: str) -> None:
+        """A passage, or a swap, of tensors like this one."""
+        if like.device != self.memory.device:
+            raise ValueError(
+                f"transport: made for {self.memory.device} (the current device then), got tensors on "
+                f"{like.device}; call torch.cuda.set_device before make_transport"
+            )
+        if like.is_cuda and torch.cuda.is_current_stream_capturing() and not self._graphs.capturing:
+            self.memory.pinned = True  # a graph of the caller's, of which nothing is known here, will read and write it
+        self.turn.begin(what)  # before the room, which may be a collective to make
+
+    def caller(self, like: Tensor) -> Lane:
+        """The lane of who calls now, with tensors like this one. A graph waits for nothing that came before it."""
+        main = self.memory.caller()
+        if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.follow(main)
+        return main
+
+    def _reserve(self, size: int) -> None:
+        if self.memory.reserve(size):
+            self._graphs.forget()
 
     def _place(self, plan: Plan, payload: Sequence[Tensor]) -> tuple[Room, tuple[Tensor, ...]]:
         room = Room.of(plan, payload)
-        if self.memory.reserve(room.slot * (1 + min(_SLOTS, plan.cp_size - 1))):
-            self._graphs.forget()
+        self._reserve(room.slot * (1 + min(_SLOTS, plan.cp_size - 1)))
         return room, room.views(self.memory.region(self.memory.rank), 0, payload[0].shape[1])
 
 
@@ -190,9 +234,7 @@ class CopyEnginePassage:
         self._returns = returns
         if self._alone:
             return
-        self._main = self._memory.caller()
-        if not (payload[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-            transport.follow(self._main)
+        self._main = transport.caller(payload[0])
         for mine, x in zip(own, payload, strict=True):
             if mine.data_ptr() != x.data_ptr():  # as in a graph
                 copy_(mine, x)

@@ -16,7 +16,7 @@ from ringattn.plan import Plan
 from ringattn.schedule import Stop
 from ringattn.transport.copy_engine import CopyEnginePassage, CopyEngineTransport
 from ringattn.transport.graphs import Step
-from ringattn.transport.p2p import P2PPassage, P2PPending, P2PTransport
+from ringattn.transport.p2p import P2PPassage, P2PTransport
 from ringattn.transport.turns import Turn
 
 
@@ -76,6 +76,9 @@ class HybridTransport:
     ) -> tuple[Tensor, ...]:
         return step(*inputs, payload)
 
+    def captures(self, plan: Plan, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> bool:
+        return False
+
     def open(
         self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
     ) -> HybridPassage:
@@ -91,9 +94,9 @@ class HybridTransport:
         )
         return HybridPassage(self.turn, passages, dict(zip((stop.hops for stop in stops), inside, strict=True)), served)
 
-    def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
+    def swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], most: int, what: str) -> None:
         self.turn.check()
-        return self._far.exchange(send, send_to, receive, receive_from, where)
+        self._far.swap(outgoing, incoming, most, what)
 
 
 class HybridPassage:

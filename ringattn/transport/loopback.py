@@ -49,12 +49,15 @@ class LoopbackTransport:
     ) -> tuple[Tensor, ...]:
         return step(*inputs, payload)
 
+    def captures(self, plan: Plan, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> bool:
+        return False
+
     def open(
         self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
     ) -> LoopbackPassage:
         return LoopbackPassage(self.rank, payload, self._payloads, self._inbox)
 
-    def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> None:
+    def swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], most: int, what: str) -> None:
         raise NotImplementedError("loopback carries plain attention only")
 
 

@@ -66,6 +66,9 @@ class P2PTransport:
     ) -> tuple[Tensor, ...]:
         return step(*inputs, payload)
 
+    def captures(self, plan: Plan, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> bool:
+        return False
+
     def open(
         self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
     ) -> P2PPassage:
@@ -73,12 +76,22 @@ class P2PTransport:
         self.turn.begin(what)
         return P2PPassage(self, plan, payload, what)
 
-    def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
+    def swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], most: int, what: str) -> None:
         self.turn.check()
-        return self.post(send, send_to, receive, receive_from, where)
+        size = len(outgoing)
+        for distance in range(1, size):
+            to, source = (self.rank + distance) % size, (self.rank - distance) % size
+            send, receive = _as_bytes(outgoing[to]), _as_bytes(incoming[source])
+            self.post(send, to, receive, source, f"{what}, distance {distance}").wait()
 
     def post(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
-        """`exchange` as a part of a passage, whose turn it is."""
+        """Start sending to one rank and filling `receive` from another one.
+
+        Args:
+            send: contiguous uint8 message, may be empty; must not change before `wait`.
+            receive: contiguous uint8 buffer of exactly the size that the peer sends, may be empty.
+            where: what this is, for errors ("forward hop 2").
+        """
         operations: list[tuple[Any, Tensor, int]] = []
         # An empty shard's message is empty on both sides, and neither side posts it.
         if send.numel():
@@ -217,6 +230,10 @@ class P2PPending:
                         work.wait(self._limit)
             except RuntimeError as error:
                 raise _peer_error(self._label, error) from error
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8) if x.numel() else x.new_empty(0, dtype=torch.uint8)
 
 
 def _peer_error(label: str, error: Exception) -> PeerError:

@@ -111,7 +111,7 @@ def test_rooms_do_not_overlap():
 
 def skipping_worker(rank, world_size, folder, skipped):
     memory = FilePeerMemory(dist.group.WORLD, folder, skip_barrier=skipped)
-    transport = CopyEngineTransport(memory, P2PTransport(dist.group.WORLD))
+    transport = CopyEngineTransport(memory)
     attend(Case(64, "zigzag"), rank, world_size, transport)
     began = memory.barriers
     if rank == 1:
@@ -131,7 +131,7 @@ def test_without_a_passage_s_first_barrier_a_late_rank_is_read_too_early(skipped
 def late_worker(rank, world_size, folder, skipped):
     """Rank 1 is late with its last pull; rank 0 goes on to a passage with another payload."""
     memory = FilePeerMemory(dist.group.WORLD, folder, skip_barrier=skipped)
-    transport = CopyEngineTransport(memory, P2PTransport(dist.group.WORLD))
+    transport = CopyEngineTransport(memory)
     opened = transport.open
 
     def slow(*arguments, **options):
@@ -176,31 +176,36 @@ def test_after_a_passage_that_broke_off_nothing_more_is_sent(tmp_path):
 
 
 def unfinished_worker(rank, world_size, folder):
-    """An exchange while a passage has not ended, and after it has; what each rank got of the one before it."""
+    """A swap while a passage has not ended, and after it has; what each rank got of every one."""
     plan, found = ringattn.Plan(48, world_size), []
     for transport in (copy_engine_on_files(dist.group.WORLD, folder), P2PTransport(dist.group.WORLD)):
         stops = plain_schedule(plan, rank)
-        send, receive = torch.full((4,), rank, dtype=torch.uint8), torch.empty(4, dtype=torch.uint8)
-        exchange = partial(transport.exchange, send, (rank + 1) % world_size, receive, (rank - 1) % world_size, "sums")
+        # Rank r gives 3 + r numbers to rank 0, one more to rank 1, and nothing to the last one.
+        lengths = [[0 if to == world_size - 1 else 3 + r + to for to in range(world_size)] for r in range(world_size)]
+        outgoing = [torch.full((length,), 10.0 * rank + to) for to, length in enumerate(lengths[rank])]
+        incoming = [torch.full((length[rank],), -1.0) for length in lengths]
+        swap = partial(transport.swap, outgoing, incoming, 4 * max(map(max, lengths)), "sums")
         passage = transport.open(plan, stops, (torch.zeros(1, 16, 1, 8),), "selection", returns=False)
         passage.arrival(stops[0])
         hops = transport.stats.hops
         with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(selection\) broke off"):
-            exchange()
+            swap()
         assert transport.stats.hops == hops
         passage.leave(stops[0])
         for stop in stops[1:]:
             passage.arrival(stop)
             passage.leave(stop)
         passage.close()
-        exchange().wait()
-        found.append(receive.tolist())
+        swap()
+        found.append([x.unique().tolist() for x in incoming])
     return found
 
 
-def test_nothing_is_exchanged_until_a_passage_has_ended(tmp_path):
-    for rank, found in enumerate(run_ranks(unfinished_worker, 3, str(tmp_path))):
-        assert found == [[(rank - 1) % 3] * 4] * 2
+def test_nothing_is_swapped_until_a_passage_has_ended(tmp_path):
+    *found, last = run_ranks(unfinished_worker, 3, str(tmp_path))
+    for rank, of_each in enumerate(found):
+        assert of_each == [[[-1.0] if r == rank else [10.0 * r + rank] for r in range(3)]] * 2  # the own one stays
+    assert last == [[[], [], []]] * 2
 
 
 class FullSum:

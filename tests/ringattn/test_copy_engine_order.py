@@ -11,7 +11,6 @@ from ringattn import schedule
 from ringattn.testing import error
 from ringattn.transport import copy_engine
 from ringattn.transport.copy_engine import CopyEngineTransport
-from ringattn.transport.p2p import P2PTransport
 from tests.ordered_memory import ClockedLane, Order, OrderedMemory, unordered
 from tests.processes import run_ranks
 from tests.ringattn.test_ring import Case, oracle, problem
@@ -28,7 +27,21 @@ PLACES = {
     ("_push", "pushes"),
     ("_collect", "main"),
     ("close", "main"),
+    ("swap", "pulls"),
+    ("swap", "main"),
 }
+
+
+def swap(transport, rank, size):
+    """What each rank gives."""
+    outgoing = [torch.full((7,), 10 * rank + to) for to in range(size)]
+    incoming = [torch.empty_like(x) for x in outgoing]
+    incoming[rank] = outgoing[rank]
+    transport.swap(outgoing, incoming, 7 * 8, "sums")
+    found = torch.stack(incoming)
+    outgoing[0].zero_(), incoming[0].zero_()  # they are the caller's again
+    assert (found == found[:, :1]).all()
+    return found[:, 0].tolist()
 
 
 def worker(rank, world_size, folder, layout, without):
@@ -37,7 +50,7 @@ def worker(rank, world_size, folder, layout, without):
     if world_size == 3:  # joined in one stop; in a ring of five the first hop is too early for that
         schedule.joined_schedule.__kwdefaults__["rates"] = schedule.Rates(start=0.0)
     order, case = Order(rank, without), Case(43, layout)
-    transport = CopyEngineTransport(OrderedMemory(dist.group.WORLD, folder, order), P2PTransport(dist.group.WORLD))
+    transport = CopyEngineTransport(OrderedMemory(dist.group.WORLD, folder, order))
     opened, joined, worst = transport.open, [], 0.0
     transport.open = lambda plan, stops, *rest, **options: (
         joined.append(max(len(stop.hops) for stop in stops)),
@@ -51,6 +64,8 @@ def worker(rank, world_size, folder, layout, without):
         with order, streams[stream], order.capture() if captured else nullcontext():
             out = ringattn.ring_attention(*leaves, plan, dist.group.WORLD, transport=transport)
             found = out.detach(), *torch.autograd.grad(out, leaves, dout)
+            swapped = swap(transport, rank, world_size)
+        assert swapped == [10 * source + rank for source in range(world_size)]
         expected = [ringattn.shard(x, plan, rank) for x in oracle(case)]
         worst = max(worst, *map(error, found, expected))
     regions = {name: order.accesses.pop(name) for name in list(order.accesses) if name[0] == "region"}

@@ -16,7 +16,6 @@ from ringattn.schedule import plain_schedule
 from ringattn.testing import dense_attention, error
 from ringattn.transport import graphs
 from ringattn.transport.copy_engine import CopyEngineTransport
-from ringattn.transport.p2p import P2PTransport
 from ringattn.transport.stats import RingStats
 from tests.peer_memory import FilePeerMemory
 from tests.processes import run_ranks
@@ -33,7 +32,7 @@ class GraphedMemory(FilePeerMemory):
 
 def recording_transport(folder):
     use_recorded_graphs()
-    return CopyEngineTransport(GraphedMemory(dist.group.WORLD, folder), P2PTransport(dist.group.WORLD))
+    return CopyEngineTransport(GraphedMemory(dist.group.WORLD, folder))
 
 
 def two_layers(plan, rank, transport, seed, scale=None):
@@ -187,7 +186,7 @@ class PatientMemory(GraphedMemory):
 def patience_worker(rank, world_size, folder, fault):
     use_recorded_graphs()
     memory = PatientMemory(dist.group.WORLD, folder)
-    transport = CopyEngineTransport(memory, P2PTransport(dist.group.WORLD))
+    transport = CopyEngineTransport(memory)
     if fault:
         without(3)(transport._graphs)
     plan, found = ringattn.Plan(TOKENS, world_size), []

@@ -21,7 +21,7 @@ def hybrid(hosts, folder, timeout=None):
     groups = {host: dist.new_group([r for r, h in enumerate(hosts) if h == host]) for host in sorted(set(hosts))}
     ranks = [rank for rank, host in enumerate(hosts) if host == hosts[dist.get_rank()]]
     memory = FilePeerMemory(groups[hosts[dist.get_rank()]], folder, ranks=ranks)
-    return HybridTransport(CopyEngineTransport(memory, far), far, hosts)
+    return HybridTransport(CopyEngineTransport(memory, stats=far.stats), far, hosts)
 
 
 def worker(rank, world_size, hosts, folder):
@@ -54,11 +54,11 @@ def out_of_memory(*arguments):
 
 def broken_worker(rank, world_size, folder):
     """What one of the two breaks off on makes both void."""
-    nothing, plan = torch.empty(0, dtype=torch.uint8), ringattn.Plan(16, world_size)
+    plan, tables = ringattn.Plan(16, world_size), [torch.empty(3) for _ in range(world_size)]
     stops, payload, found = plain_schedule(plan, rank), (torch.zeros(1, 8, 1, 8),), []
     for part in ("_near", "_far"):
         transport = hybrid("ab", f"{folder}/{part}")
-        transport.exchange(nothing, 1 - rank, nothing, 1 - rank, "sums").wait()
+        transport.swap(tables, tables, 12, "sums")
         passage = transport.open(plan, stops, payload, "backward", returns=False)
         for stop in stops:
             passage.arrival(stop)
@@ -68,14 +68,14 @@ def broken_worker(rank, world_size, folder):
             passage.close()
         hops = transport.stats.hops
         with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(backward\) broke off"):
-            transport.exchange(nothing, 1 - rank, nothing, 1 - rank, "sums")
+            transport.swap(tables, tables, 12, "sums")
         with pytest.raises(ringattn.PeerError, match=r"an earlier pass \(backward\) broke off"):
             transport.open(plan, stops, payload, "forward", returns=False)
         found.append(transport.stats.hops - hops)
     return found
 
 
-def test_after_a_passage_that_broke_off_there_is_no_exchange(tmp_path):
+def test_after_a_passage_that_broke_off_there_is_no_swap(tmp_path):
     for part in ("_near", "_far"):
         (tmp_path / part).mkdir()
     assert run_ranks(broken_worker, 2, str(tmp_path)) == [[0, 0]] * 2

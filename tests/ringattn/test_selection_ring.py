@@ -32,6 +32,7 @@ class Case:
     cost: bool = False
     expanded: bool = False
     dtype: torch.dtype = torch.float64
+    seed: int = 0
 
 
 class Double(nn.Module):
@@ -50,7 +51,7 @@ class Double(nn.Module):
 
 def problem(case):
     """q, k, v, dout, dcost, then q and k of earlier votes; weights [R]."""
-    generator = torch.Generator().manual_seed(case.seq_len + case.lag)
+    generator = torch.Generator().manual_seed(case.seq_len + case.lag + 1000 * case.seed)
     heads, groups = case.heads
     shapes = [(2, case.seq_len, h, WIDTH) for h in (heads, groups, groups, heads)] + [(2, case.seq_len)]
     shapes += [(2, case.seq_len, WIDTH)] * (2 * (case.terms - 1))
@@ -103,7 +104,7 @@ def oracle(case):
     ]
 
 
-def attend(case, rank, world_size, group):
+def attend(case, rank, world_size, group, transport="auto"):
     plan = ringattn.Plan(case.seq_len, world_size, layout=case.layout, documents=case.documents)
     tensors, weights = problem(case)
     q, k, v, dout, dcost, *earlier = (ringattn.shard(x, plan, rank) for x in tensors)
@@ -111,7 +112,7 @@ def attend(case, rank, world_size, group):
     weights = weights.requires_grad_()
     expand = Double(case.heads[1], case.dtype) if case.expanded else None
     selection = selection_of(case, earlier, weights)
-    out = ringattn.ring_attention(q, k, v, plan, group=group, selection=selection, expand=expand)
+    out = ringattn.ring_attention(q, k, v, plan, group=group, selection=selection, expand=expand, transport=transport)
     costs = []
     if case.cost:
         out, cost = out

@@ -6,8 +6,10 @@ keys (`Geometry`), and the terms whose rectified scores are the votes (`Ballot`)
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -54,3 +56,13 @@ class Ballot:
     k: Tensor
     weights: Tensor
     scales: tuple[float, ...]
+
+    @property
+    def factors(self) -> Tensor:
+        """[R]: `scales` beside the weights, in their dtype. Made once and never let go, as CUDA graphs read it."""
+        return _constants(tuple(float(x) for x in self.scales), self.weights.dtype, self.weights.device)
+
+
+@functools.cache
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)

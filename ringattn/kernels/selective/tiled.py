@@ -184,7 +184,7 @@ class _Votes:
         self.ballot = ballot
         wide = ballot.weights.dtype
         self.q, self.k = ballot.q[:, tile.rows].to(wide), ballot.k[:, keys].to(wide)
-        self.scales = ballot.weights.new_tensor(ballot.scales)[:, None, None]
+        self.scales = ballot.factors[:, None, None]
         self.visible, may_vote = _masks(geometry, tile, keys, ballot.k.device)
         scores = torch.einsum("bnrd,bmrd->brnm", self.q, self.k) * self.scales
         # The mask comes before the relu: a key behind the query must not vote, whatever its score.

@@ -94,12 +94,6 @@ def describable(*tensors: Tensor) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=64)
-def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """`values` as an fp32 tensor on `device`, made once."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
 @functools.lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
     """Number of multiprocessors; 4 on a device without (the interpreter)."""

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ringattn.kernels.selective.geometry import Ballot, Geometry
-from ringattn.kernels.selective.triton_tools import LOG2E, MAX_BIAS, Tiles, constants, describable
+from ringattn.kernels.selective.triton_tools import LOG2E, MAX_BIAS, Tiles, describable
 from ringattn.kernels.selective.triton_votes_kernels import fill_kernel, sums_kernel
 from ringattn.triton_compiling import run_kernel
 
@@ -33,7 +33,7 @@ class Votes:
         self.batch, self.n, self.terms, self.width = self.q.shape
         self.m = self.k.shape[1]
         self.weights = ballot.weights.contiguous()
-        self.scales = constants(tuple(float(x) for x in ballot.scales), self.q.device)
+        self.scales = ballot.factors
         self.delta = geometry.q_start - geometry.k_start
         self.documents = geometry.q_documents is not None
         lag, rows, start = geometry.lag, tiles.vote_rows, geometry.q_start
