@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +27,7 @@ from launch.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, NumericsError,
 from launch.garbage import Settled
 from launch.heartbeat import Heartbeat
 from launch.memory_choice import MemoryPlan, device_facts, plan_memory, refuse_hopeless, with_memory
+from launch.memory_search import DeviceFacts
 from launch.metrics import MetricsWriter
 from launch.progress import RunProgress
 from launch.ranks import Ranks
@@ -75,6 +77,11 @@ class Trainer:
         """What a GPU waits for in vain, in words; for another thread."""
         return None if self._runner is None else self._runner.stalled()
 
+    @cached_property
+    def _facts(self) -> DeviceFacts:
+        """What the run's machines have. The first use is a collective."""
+        return device_facts(self.topology)
+
     @property
     def step(self) -> int | None:
         """Steps done; None until it is known where the run stands."""
@@ -107,8 +114,8 @@ class Trainer:
             self.progress.step = found.step
             return EXIT_DONE
         store.clean_stale()
-        facts = device_facts(self.topology)
-        self._ranks.agree("planning memory", lambda: refuse_hopeless(self.config, self.topology.world_size, facts))
+        hopeless = partial(refuse_hopeless, self.config, self.topology.world_size, self._facts)
+        self._ranks.agree("planning memory", hopeless)
         corpus = self._open_corpus()
         model, engine = self.build(corpus)
         store.preflight(checkpoint_bytes(engine.state()))
@@ -292,10 +299,8 @@ class Trainer:
 
     def _plan_memory(self, model: ModelConfig) -> None:
         """By the exact vocabulary, before the model is built: what cannot fit is refused while nothing is allocated."""
-        facts = device_facts(self.topology)
-        self.memory_plan = self._ranks.agree(
-            "planning memory", lambda: plan_memory(self.config, self.topology.world_size, facts, model)
-        )
+        plan = partial(plan_memory, self.config, self.topology.world_size, self._facts, model)
+        self.memory_plan = self._ranks.agree("planning memory", plan)
         self.config = with_memory(self.config, self.memory_plan)
         if self.memory_plan.chosen:
             self._say(self.memory_plan.line())

@@ -21,7 +21,7 @@ from ringattn.scoring.attention import SelectiveAttention
 from ringattn.scoring.expansion import Expand, Expansion
 from ringattn.scoring.selection import Selection
 from ringattn.softmax import SoftmaxAttention
-from ringattn.teams import degree_problem
+from ringattn.teams import as_degree, degree_problem
 from ringattn.transport import Transport
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def ring_attention(
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.
     """
     options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand}
-    options |= {"kernel": kernel, "transport": transport, "ulysses": ulysses}
+    options |= {"kernel": kernel, "transport": transport, "ulysses": as_degree(ulysses)}
     if torch.compiler.is_compiling():
         from ringattn.traced import traced_attention  # not before: it imports the compiler
 

@@ -21,7 +21,7 @@ from ringattn.plan import Plan
 from ringattn.scoring.expansion import Expand
 from ringattn.scoring.selection import Selection
 from ringattn.selfcheck_case import Case, Errors, Parts, compare, make_case, rehearse
-from ringattn.teams import heads_problem
+from ringattn.teams import as_degree, heads_problem
 from ringattn.testing import visibility
 from ringattn.transport import Transport
 from ringattn.ulysses import Ulysses
@@ -106,7 +106,7 @@ def self_check(
             and keys, the tolerance and the error, and what to try next.
         ValueError, TopologyError, PeerError: as `ring_attention`.
     """
-    began = time.perf_counter()
+    began, ulysses = time.perf_counter(), as_degree(ulysses)
     parts = Parts(
         group=group,
         device=torch.device(device),

@@ -7,7 +7,8 @@ r-th rank for striped. So the inner ring of r needs no plan of another kind.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 
 class Dealt(NamedTuple):
@@ -41,10 +42,22 @@ def ring_of(layout: str, size: int, degree: int, rank: int) -> tuple[int, ...]:
     return tuple(range(rank % degree, size, degree))
 
 
+def as_degree(ulysses: Any) -> Any:
+    """A degree as Python's own integer, whichever integer it is given as (numpy's, say); anything else as it is."""
+    # No try: torch.compile traces this, and breaks the graph at an exception.
+    whole = not isinstance(ulysses, int) and hasattr(ulysses, "__index__")
+    return operator.index(ulysses) if whole else ulysses
+
+
 def degree_problem(size: int, degree: object) -> str | None:
     """Why a ring of `size` ranks cannot have teams of `degree`, or None."""
-    if not isinstance(degree, int) or degree < 1 or size % degree:
-        possible = ", ".join(str(u) for u in range(1, size + 1) if size % u == 0)
+    possible = ", ".join(str(u) for u in range(1, size + 1) if size % u == 0)
+    if not isinstance(degree, int):
+        return (
+            f"ulysses: expected a degree, an integer, or what ringattn.make_ulysses made; got {degree!r}; possible "
+            f"degrees: {possible}"
+        )
+    if degree < 1 or size % degree:
         ranks = "1 rank" if size == 1 else f"{size} ranks"
         return f"ulysses: the degree must divide the {ranks} of the ring, got {degree!r}; possible: {possible}"
     return None

@@ -35,7 +35,7 @@ from ringattn.scoring.attention import SelectiveAttention, selection_terms
 from ringattn.scoring.expansion import Expand, Expansion, expand_checked
 from ringattn.scoring.selection import Selection
 from ringattn.softmax import SoftmaxAttention
-from ringattn.teams import degree_problem, heads_problem, ring_of, team_of
+from ringattn.teams import as_degree, degree_problem, heads_problem, ring_of, team_of
 from ringattn.transport import RingStats, Transport, make_transport
 from ringattn.transport.turns import Turn
 
@@ -141,7 +141,7 @@ def make_ulysses(
         ValueError: the degree does not divide the size, or there is no such layout or transport.
         TopologyError: on all ranks, if they do not ask for the same degree, layout and transport, or one was refused.
     """
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    size, rank, degree = dist.get_world_size(group), dist.get_rank(group), as_degree(degree)
     problem = degree_problem(size, degree) or transport_problem(transport)
     if problem is None and layout not in LAYOUTS:
         problem = f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}"

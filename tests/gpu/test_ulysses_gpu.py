@@ -1,5 +1,7 @@
 """Ulysses and the self-check on CUDA, over NCCL where there are several GPUs."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ from ringattn.kernels import KERNELS
 from ringattn.parcel import Parcel
 from ringattn.testing import error, within_twice
 from ringattn.ulysses import make_ulysses, ulysses_attention
-from tests.gpu.test_ring_gpu import attend, needs_gpus, oracle, problem
+from tests.gpu.test_ring_gpu import attend, check_waiting, needs_gpus, oracle, problem, with_a_late_rank
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -35,17 +37,20 @@ def worker(rank, world_size, degree, cases):
     for layout, dtype, (length, mask) in cases:
         plan = ringattn.Plan(length, world_size, layout=layout, **mask)
         results.append(exchanged(problem(dtype, seq_len=length), plan, made[layout], rank))
-    torch.cuda.synchronize()
-    return results, made["zigzag"].stats.take().exposed_seconds
+    plan, ulysses = ringattn.Plan(4096, world_size), made["zigzag"]
+    shards = [ringattn.shard(x, plan, rank) for x in problem(torch.bfloat16, heads=(8, 8), seq_len=4096)[:3]]
+    return results, with_a_late_rank(
+        partial(ulysses_attention, *shards, plan, ulysses), ulysses.stats, rank, world_size
+    )
 
 
 @pytest.mark.parametrize(("world_size", "degree"), [(2, 2), (4, 2), (4, 4), (8, 2), (8, 8)])
 def test_ulysses_over_nccl(world_size, degree):
     needs_gpus(world_size)
     cases = [(layout, dtype, row) for layout in LAYOUTS for dtype in (torch.bfloat16, torch.float64) for row in ROWS]
-    results, exposed = run_ranks(worker, world_size, degree, cases, timeout=300)[0]
-    assert 0 < exposed < 60
-    for (layout, dtype, (length, mask)), found in zip(cases, results, strict=True):
+    ranks = run_ranks(worker, world_size, degree, cases, timeout=300)
+    check_waiting([measured for _, measured in ranks])
+    for (layout, dtype, (length, mask)), found in zip(cases, ranks[0][0], strict=True):
         tensors = problem(dtype, seq_len=length)
         truth = oracle(tensors, mask)
         alone = attend(tensors, ringattn.Plan(length, 1, **mask), None, 0, "auto")

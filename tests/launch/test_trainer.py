@@ -60,6 +60,19 @@ def test_metrics_and_evaluations(corpus, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def asked_worker(rank, world_size, run):
+    import launch.trainer
+
+    ask, asked = launch.trainer.device_facts, []
+    launch.trainer.device_facts = lambda topology: asked.append(ask(topology)) or asked[-1]
+    return train_worker(rank, world_size, [run]), len(asked)
+
+
+def test_the_machines_are_asked_once_what_they_have(corpus, tmp_path):
+    run = settings(corpus, tmp_path, optim__steps=1, optim__warmup_steps=0)
+    assert run_ranks(asked_worker, 2, run) == [([EXIT_DONE], 1)] * 2
+
+
 def test_held_out_bits_per_byte_do_not_depend_on_dp_or_cp(corpus, tmp_path):
     found = []
     for number, (world_size, dp) in enumerate([(1, 1), (2, 2), (4, 2)]):

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -232,8 +233,12 @@ def refused_worker(rank, world_size):
             ulysses_attention(*arguments)
         told.append(str(caught.value))
         plan._agreed.clear()
-    with pytest.raises(ValueError, match="must divide the 2 ranks"):
-        make_ulysses(dist.group.WORLD, 3)
+    for degree, expected in (
+        (3, "must divide the 2 ranks of the ring, got 3"),
+        (2.0, "expected a degree, an integer, or"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            make_ulysses(dist.group.WORLD, degree)
     return told
 
 
@@ -296,6 +301,27 @@ def test_a_degree_is_enough_and_what_does_not_fit_together_is_refused():
     assert all(error(a, b) <= 1e-10 for a, b in zip(found, oracle(Case(33, "zigzag")), strict=True))
     assert "give transport by name, or make both once by ringattn.make_ulysses" in problems[0]
     assert "needs a group of several ranks" in problems[1]
+
+
+def other_integer_worker(rank, world_size):
+    degree = np.int64(world_size)
+    found = attend(Case(33, "zigzag"), rank, world_size, degree)
+    made = make_ulysses(dist.group.WORLD, degree)
+    checked = ringattn.self_check(heads=4, kv_heads=2, head_dim=8, group=dist.group.WORLD, ulysses=degree)
+    alone = ringattn.Plan(4, 1)
+    q = torch.randn(1, 4, 2, 8, dtype=torch.float64)
+    out = ringattn.ring_attention(q, q, q, alone, ulysses=np.int32(1))
+    with pytest.raises(ValueError, match="needs a group of several ranks, got group=None and 2"):
+        ringattn.ring_attention(q, q, q, alone, ulysses=np.int32(2))
+    return found, type(made.degree), checked.cp_size, error(out, dense_attention(q, q, q))
+
+
+def test_a_degree_may_be_an_integer_of_another_type():
+    found, kind, checked, alone = run_ranks(other_integer_worker, 2)[0]
+    assert all(error(a, b) <= 1e-10 for a, b in zip(found, oracle(Case(33, "zigzag")), strict=True))
+    assert kind is int
+    assert checked == 2
+    assert alone <= 1e-10
 
 
 def inner_worker(rank, world_size):

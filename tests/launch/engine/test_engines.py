@@ -44,10 +44,10 @@ def bad_step(engine: Engine) -> dict[str, Any]:
         refused = True
     engine.discard()
     unchanged = {"nan": toy.holds(engine, before)}
-    loss_sum = engine.forward(**toy.inputs(2, topology.rank, topology.world_size, 0))
+    loss_sum = engine.forward(**toy.own_inputs(engine, 2, 0))
     engine.backward(loss_sum, 5, last=False)
     engine.discard()
-    engine.forward(**toy.inputs(2, topology.rank, topology.world_size, 0))
+    engine.forward(**toy.own_inputs(engine, 2, 0))
     engine.discard()
     unchanged["half"] = toy.holds(engine, before)
     return {"norm": norm, "agreed": toy.same_on_all_ranks([norm]), "named": named, "refused": refused, **unchanged}
@@ -208,7 +208,7 @@ def order_of_gradients(rank: int, world_size: int, tied: bool) -> list[tuple[boo
 
     for layer in (module.layers[-1], module.layers[0]):
         layer.register_forward_pre_hook(lambda _, arguments: arguments[0].register_hook(look) and None)
-    engine.backward(engine.forward(**toy.inputs(1, rank, world_size, 0)), 5, last=True)
+    engine.backward(engine.forward(**toy.own_inputs(engine, 1, 0)), 5, last=True)
     look()
     engine.close()
     return seen

@@ -80,7 +80,7 @@ def test_a_rank_keeps_its_own_rows_only(chain: tuple[Path, list[Any]]) -> None:
 def load_state(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
     engine = toy.start("fsdp", clip_norm=0.6)
     with torch.no_grad():  # an evaluation gathers the root's weights; load must not leave the old ones in use
-        engine.forward(**toy.inputs(0, rank, world_size, 0))
+        engine.forward(**toy.own_inputs(engine, 0, 0))
     state = engine.state()
     dcp.load(state, checkpoint_id=folder, process_group=engine.topology.cpu_group)
     engine.load(state)

@@ -89,6 +89,12 @@ def inputs(step: int, rank: int, world_size: int, micro: int, device: torch.devi
     return {**moved, "attention": local_attention, "loss_tile": 4}
 
 
+def own_inputs(engine: Engine, step: int, micro: int) -> dict[str, Any]:
+    """One micro-batch of this rank, on the engine's device: not every engine moves its inputs there."""
+    topology = engine.topology
+    return inputs(step, topology.rank, topology.world_size, micro, topology.device)
+
+
 def num_valid(step: int, world_size: int, micros: int) -> int:
     """Valid labels of a step over all ranks and micro-batches."""
     batches = [inputs(step, rank, world_size, micro) for rank in range(world_size) for micro in range(micros)]
@@ -102,8 +108,7 @@ def engine_step(
     topology, total = engine.topology, 0.0
     valid = num_valid(step, topology.world_size, micros)
     for micro in range(micros):
-        batch = inputs(step, topology.rank, topology.world_size, micro, topology.device)
-        loss_sum = engine.forward(**batch)
+        loss_sum = engine.forward(**own_inputs(engine, step, micro))
         total += float(loss_sum.detach())
         engine.backward(loss_sum * spoil, valid, last=micro == micros - 1)
     norm = engine.gradient_norm()
