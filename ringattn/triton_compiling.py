@@ -59,11 +59,11 @@ def compiling() -> Iterator[Compiling]:
 def rehearsal(compiled: Compiling) -> Iterator[None]:
     """Launches inside, backward passes too, only compile, beside each other: nothing is read or written by a kernel.
 
-    At the end all of it is there. What does not compile is left to whoever launches it. `compiled` counts the wait for
-    that, not the seconds of each thread.
+    At the end all of it is there. What does not compile is left to whoever launches it. If anything was compiled,
+    `compiled` counts the whole rehearsal, not the seconds of each thread: it is there for nothing else.
     """
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    before = compiled.seconds
+    before, began = compiled.seconds, time.perf_counter()
     # Which mode it is, a thread knows: autograd must stay in this one.
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool,
@@ -75,6 +75,5 @@ def rehearsal(compiled: Compiling) -> Iterator[None]:
             yield
         finally:
             rehearsing.reset(token)
-            began = time.perf_counter()
     if compiled.seconds > before:
         compiled.seconds = before + time.perf_counter() - began
