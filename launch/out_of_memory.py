@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 # Settings are advised that need so much less than those with which memory ran out, whatever the estimate says.
 _LESS = 0.9
 # How memory of a GPU that others than torch's allocator ask for cannot be had: graphs, peer memory, cuBLAS, NCCL.
-_GPU_WORDS = ("cuda error: out of memory", "cublas_status_alloc_failed", "'out of memory'", "cuda_error_out_of_memory")
+_GPU_WORDS = (
+    "cuda error: out of memory",
+    "cuda driver error: out of memory",
+    "cublas_status_alloc_failed",
+    "'out of memory'",
+    "cuda_error_out_of_memory",
+)
 # How host memory that cannot be had shows, beside MemoryError.
 _HOST_WORDS = ("can't allocate memory", "cannot allocate memory", "could not be pinned", "cudahostalloc")
 

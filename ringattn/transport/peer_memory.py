@@ -7,7 +7,8 @@ process. Copies between them are done by the GPUs' copy engines. NVLink multicas
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -120,10 +121,12 @@ class CudaPeerMemory:
             self._kept.append((self._handle, self._regions))
         size = -(-size // _GRAIN) * _GRAIN
         with torch.inference_mode(False):  # training may come after an evaluation that came first
-            own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
-            self._handle = symmetric.rendezvous(own, self._group)
-            places = range(dist.get_world_size(self._group))
-            self._regions = [self._handle.get_buffer(place, [size], torch.uint8) for place in places]
+            with all_or_none(self._group, f"allocate {size:,} bytes of peer memory"):
+                own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
+            with all_or_none(self._group, "map the other ranks' GPU memory"):
+                self._handle = symmetric.rendezvous(own, self._group)
+                places = range(dist.get_world_size(self._group))
+                self._regions = [self._handle.get_buffer(place, [size], torch.uint8) for place in places]
         self._regions[self._places[self.rank]] = own
         self._size = size  # not before: making them may fail
         return True
@@ -213,6 +216,32 @@ def agree_on_rendezvous(group: dist.ProcessGroup, before: int) -> None:
             f"number of times that peer memory was made ({told}), after which torch's symmetric memory would wait for "
             "ever; let every rank be in a ring whenever one is made, or use transport='p2p' for rings that overlap"
         )
+
+
+@contextmanager
+def all_or_none(group: dist.ProcessGroup, what: str) -> Iterator[None]:
+    """Around a step that every rank takes: where it fails on one, all are told. Collective.
+
+    Raises:
+        TopologyError: on all ranks, with the first one's error; a rank that is out of memory raises that itself.
+    """
+    failed: RuntimeError | AttributeError | None = None  # the latter where torch got no handle, with a warning only
+    try:
+        yield
+    except (RuntimeError, AttributeError) as error:
+        failed = error
+    told = None if failed is None else f"{type(failed).__name__}: {str(failed).strip().splitlines()[0]}"
+    reasons: list[str | None] = [told] * dist.get_world_size(group)
+    dist.all_gather_object(reasons, told, group=group)
+    if isinstance(failed, torch.OutOfMemoryError):
+        raise failed
+    first = next((f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None), None)
+    if first is not None:
+        raise TopologyError(
+            f"transport: copy_engine cannot {what}: {first}. Expected every GPU of the ring to be reachable from every "
+            "other one, as CUDA said it is; a container that hides GPUs, or a path without peer access (nvidia-smi "
+            "topo -p2p r), may be why. Use transport='p2p'"
+        ) from failed
 
 
 def peer_memory_problem(group: dist.ProcessGroup) -> str | None:

@@ -189,6 +189,7 @@ def test_auto_says_what_it_chose_and_predicted_stands_beside_measured(corpus, tm
         (torch.OutOfMemoryError(TORCH_SAYS), "GPU"),
         (torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "GPU"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
+        (RuntimeError("CUDA driver error: out of memory"), "GPU"),
         (torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), "GPU"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "host"),
         (MemoryError(), "host"),

@@ -79,6 +79,31 @@ def test_a_rendezvous_that_would_hang_is_refused_on_all_ranks(counts):
     assert "use transport='p2p' for rings that overlap" in found[0]
 
 
+def failing_worker(rank, world_size, failures):
+    """What each rank raises when a step fails on some."""
+    try:
+        with peer_memory.all_or_none(dist.group.WORLD, "map them"):
+            if rank in failures:
+                raise failures[rank]
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+def test_where_peer_memory_cannot_be_had_on_one_rank_all_are_told():
+    assert run_ranks(failing_worker, 3, {}) == [None] * 3
+    lost = RuntimeError("CUDA driver error: invalid device ordinal\nand more")
+    found = run_ranks(failing_worker, 3, {1: lost, 2: AttributeError("None has no get_buffer")})
+    assert len(set(found)) == 1
+    kind, message = found[0]
+    assert kind is ringattn.TopologyError
+    assert "copy_engine cannot map them: rank 1: RuntimeError: CUDA driver error: invalid device ordinal. " in message
+    assert message.endswith("Use transport='p2p'")
+    first, second = run_ranks(failing_worker, 2, {1: torch.OutOfMemoryError("no room")})
+    assert first[0] is ringattn.TopologyError
+    assert second == (torch.OutOfMemoryError, "no room")
+
+
 def patience_worker(rank, world_size):
     group = dist.new_group(range(world_size), timeout=timedelta(seconds=6))
     memory = peer_memory.CudaPeerMemory(group, torch.device("cpu"))
