@@ -298,6 +298,18 @@ def _selection_working_set(case: MemoryCase) -> float:
     return tokens * heads * (sums * _FP32 + messages * case.element_bytes) + spans + votes
 
 
+def graph_bytes(case: MemoryCase) -> float:
+    """What the graphs of selection's passes read and write, at short shards: see `CopyEngineTransport.captures`."""
+    shape, inner = attention_shape(case.model), inner_plan(case.plan, case.ulysses)
+    queries = inner.longest_shard * shape.heads / case.ulysses * shape.score_dim * case.element_bytes
+    alone = inner.cp_size == 1 or inner.cp_size > case.per_node
+    if case.model.selection is None or not case.on_gpu or alone or shape.payload_flops or queries > GRAPH_BYTES:
+        return 0.0
+    # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Out is in fp32.
+    payload = inner.longest_shard * shape.payload / case.ulysses * case.element_bytes
+    return queries * (4 + 2 * _FP32 / case.element_bytes * shape.value_dim / shape.score_dim) + 3 * payload
+
+
 def _gradient_items(case: MemoryCase) -> Iterator[Item]:
     for name, device in gradient_flight_items(
         case.model, engine=case.engine, num_processes=case.num_processes, element_bytes=case.element_bytes, last=False

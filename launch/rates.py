@@ -30,6 +30,7 @@ class StepRates:
         link: Between GPUs.
         host_link: Between a GPU and host memory, each way.
         host_update: Parameters that one process updates on the host.
+        host_layer: Seconds of the host's own work for a layer and row: "plain", "expanded" (in a ring, with `expand`).
     """
 
     narrow_heads: dict[int, float]
@@ -38,6 +39,7 @@ class StepRates:
     link: float
     host_link: float
     host_update: float
+    host_layer: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,7 @@ class RatesFile:
             link=link[-1][1],
             host_link=self._positive("step.host_link_gbps") * 1e9,
             host_update=self._positive("step.host_update_gparams") * 1e9,
+            host_layer={name: self._positive(f"step.host_layer_ms.{name}") / 1e3 for name in ("plain", "expanded")},
         )
 
     def ulysses(self) -> UlyssesRates:

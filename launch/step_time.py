@@ -1,8 +1,8 @@
 """Predicted time of a training step: attention and the rest at measured rates, and what does not hide behind them.
 
 The rates are those of a `RatesFile`; what is rough about it: blocks are taken as one causal block and full ones of a
-shard's size, communication and offload hide behind the compute of the same layer or not at all, and the host is never
-the slower one. `tools.simulate_ring` knows better about one layer's attention.
+shard's size, communication and offload hide behind the compute of the same layer or not at all, and the host takes so
+long for a layer, whatever is in it. `tools.simulate_ring` knows better about one layer's attention.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class StepTime:
         communication: Of the ring and of gathered weights, as far as it does not hide.
         offload: Of layer inputs to the host and back, as far as it does not hide.
         update: AdamW, and weights and gradients on their way from and to the host.
+        host: What the host's own work takes beyond all that.
         tokens: Of a step, all processes.
         utilisation: MFU, causal convention.
     """
@@ -51,12 +52,13 @@ class StepTime:
     communication: float
     offload: float
     update: float
+    host: float
     tokens: int
     utilisation: float
 
     @property
     def seconds(self) -> float:
-        return self.attention + self.dense + self.communication + self.offload + self.update
+        return self.attention + self.dense + self.communication + self.offload + self.update + self.host
 
 
 def step_time(case: MemoryCase, memory: MemoryConfig, rates: RatesFile) -> StepTime:
@@ -81,7 +83,8 @@ def step_time(case: MemoryCase, memory: MemoryConfig, rates: RatesFile) -> StepT
         "offload": rows * _exposed_offload(case, memory, step, layer),
         "update": _update_seconds(case, memory, rates, step),
     }
-    total = sum(value for name, value in seconds.items() if name != "recompute")
+    seconds["host"] = max(0.0, rows * _host_seconds(case, step) - _total(seconds))
+    total = _total(seconds)
     own = rows * case.plan.seq_len / case.plan.cp_size
     rings = case.num_processes // case.plan.cp_size
     return StepTime(
@@ -89,6 +92,18 @@ def step_time(case: MemoryCase, memory: MemoryConfig, rates: RatesFile) -> StepT
         tokens=rows * case.plan.seq_len * rings,
         utilisation=flops_per_token(model, case.plan.seq_len).causal * own / total / rates.peak,
     )
+
+
+def _total(seconds: dict[str, float]) -> float:
+    return sum(value for name, value in seconds.items() if name != "recompute")
+
+
+def _host_seconds(case: MemoryCase, step: StepRates) -> float:
+    """Of all layers of a row; passes with `expand` are no CUDA graphs. CPUs compute and do the host's work in one."""
+    if not case.on_gpu:
+        return 0.0
+    expanded = case.plan.cp_size > 1 and attention_shape(case.model).payload_flops > 0
+    return case.model.layers * step.host_layer["expanded" if expanded else "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)

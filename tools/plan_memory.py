@@ -143,7 +143,12 @@ def _show(question: Question, lengths: list[int], console: Console) -> bool:
     wrong = [text for length in lengths if (text := _misfit(question, length)) is not None]
     for text in wrong:
         console.print(f"\n{text}", markup=False, soft_wrap=True)
-    for name, seconds in (("offload", asked.time.offload), ("communication", asked.time.communication)):
+    beyond = {
+        "offload": asked.time.offload,
+        "communication": asked.time.communication,
+        "the host's own work": asked.time.host,
+    }
+    for name, seconds in beyond.items():
         if seconds > 0.005 * asked.time.seconds:
             part = seconds / asked.time.seconds
             console.print(f"\n{name} does not hide behind the computation: {seconds:.3g} s, {part:.1%} of the step.")

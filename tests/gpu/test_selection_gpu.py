@@ -22,21 +22,21 @@ CASES = [
 NAMES = ("out", "dq", "dk", "dv", "dgain")
 
 
-def problem(case):
+def problem(case, seed=0):
     seq_len, _, heads, _, _, dtype = case
-    generator = torch.Generator().manual_seed(seq_len)
+    generator = torch.Generator().manual_seed(seq_len + 10_000 * seed)
     shapes = [(1, seq_len, h, 64) for h in (heads[0], heads[1], heads[1], heads[0])]
     return [torch.randn(*s, generator=generator, dtype=torch.float64).to("cuda", dtype) for s in shapes]
 
 
-def attend(case, group, rank, size, ulysses=1):
+def attend(case, group, rank, size, ulysses=1, transport="auto", seed=0):
     seq_len, layout, _, lag, documents, _ = case
     plan = ringattn.Plan(seq_len, size, layout=layout, documents=documents)
-    q, k, v, dout = (ringattn.shard(x, plan, rank) for x in problem(case))
+    q, k, v, dout = (ringattn.shard(x, plan, rank) for x in problem(case, seed))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     gain = torch.full((1,), 0.1, dtype=torch.float64, device="cuda", requires_grad=True)
     selection = ringattn.Selection(lag=lag, gain=gain)
-    out = ringattn.ring_attention(*leaves, plan, group=group, selection=selection, ulysses=ulysses)
+    out = ringattn.ring_attention(*leaves, plan, group=group, selection=selection, ulysses=ulysses, transport=transport)
     out.backward(dout)
     if group is not None:
         dist.all_reduce(gain.grad, group=group)
@@ -46,8 +46,8 @@ def attend(case, group, rank, size, ulysses=1):
     ]
 
 
-def oracle(case):
-    *leaves, dout = (x.double().cpu() for x in problem(case))
+def oracle(case, seed=0):
+    *leaves, dout = (x.double().cpu() for x in problem(case, seed))
     leaves = [x.requires_grad_() for x in leaves]
     gain = torch.full((1,), 0.1, dtype=torch.float64, requires_grad=True)
     out = dense_attention(*leaves, documents=case[4], selection=ringattn.Selection(lag=case[3], gain=gain))
@@ -93,3 +93,33 @@ def test_rings_over_nccl(world_size, ulysses):
         alone = attend(case, None, 0, 1)
         for name, actual, same, expected in zip(NAMES, found, alone, truth, strict=True):
             assert error(actual, expected) <= 2.0 * error(same, expected) + 1e-5, (case, name)
+
+
+def graphs_worker(rank, world_size):
+    """Each case four times with other tensors, and of rows with documents each time another one."""
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="nccl")
+    transport = ringattn.make_transport("copy_engine", group)
+    results = [attend(of_call(case, n), group, rank, world_size, 1, transport, n) for case in CASES for n in range(4)]
+    torch.cuda.synchronize()
+    graphs = len(transport._graphs._captured)
+    dist.destroy_process_group(group)
+    return results, graphs, transport.stats.take().untimed_hops
+
+
+def of_call(case, number):
+    if case[4] is None:
+        return case
+    return (*case[:4], (0, 100 + 50 * number, 301 + number, case[0]), case[5])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_calls_from_graphs(world_size):
+    """The third call of a kind and all later ones."""
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")
+    results, graphs, replayed = run_ranks(graphs_worker, world_size, timeout=300)[0]
+    assert graphs == 2 * len(CASES)  # forward and backward
+    assert replayed > 0
+    for (case, number), found in zip(((case, n) for case in CASES for n in range(4)), results, strict=True):
+        check(case, found, oracle(of_call(case, number), number))

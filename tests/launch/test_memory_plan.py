@@ -79,6 +79,40 @@ def test_measured_on_four_gpus(
     assert step_time(case, memory, RATES).seconds == pytest.approx(seconds, rel=0.07)
 
 
+LAGGED = {"selection": True, "selection_gain": "learned", "selection_lag": 128}
+SAS = {"attention": "sas", "simulated_heads": 32, "simulated_dim": 128}
+
+
+def kind_case(seq_len: int, processes: int, model: dict[str, Any]) -> MemoryCase:
+    of_run = config(seq_len, model={"preset": "qwen3-0.6b", **model})
+    return case_of(of_run, preset("qwen3-0.6b", **of_run.model.overrides()), processes, on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "processes", "model", "allocated"),
+    [
+        (32_768, 4, LAGGED, 16.22),  # 0.35 of it tensors of CUDA graphs
+        (32_768, 2, LAGGED, 29.7),
+        (131_072, 4, LAGGED, 50.3),
+        (32_768, 2, SAS, 32.5),
+        (131_072, 4, SAS, 57.4),
+    ],
+)
+def test_kinds_measured_on_gpus(seq_len: int, processes: int, model: dict[str, Any], allocated: float) -> None:
+    """docs/records/steps-4-h200.jsonl, allocator."""
+    found = estimate_memory(kind_case(seq_len, processes, model), MemoryConfig())
+    assert found.allocated / GIB == pytest.approx(allocated, rel=0.015)
+
+
+@pytest.mark.parametrize(("model", "seconds"), [({}, 0.315), (LAGGED, 0.303), (SAS, 0.968)])
+def test_short_rows_wait_for_the_host(model: dict[str, Any], seconds: float) -> None:
+    """docs/records/steps-4-h200.jsonl: 8,192 tokens on four GPUs, of which the device computes in less than 0.07 s."""
+    short, long = (step_time(kind_case(n, 4, model), MemoryConfig(), RATES) for n in (8_192, 131_072))
+    assert short.seconds == pytest.approx(seconds, rel=0.15)
+    assert short.seconds - short.host < 0.1
+    assert long.host == 0
+
+
 def test_the_ring_needs_what_was_measured() -> None:
     """docs/benchmarks-attention.md: 32k per GPU, 16/16 heads, both passes: 0.97 GiB, and 0.25 of peer memory."""
     case = case_of(config(131_072), preset("qwen3-0.6b", kv_heads=16), 4, on_gpu=True)
