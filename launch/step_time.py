@@ -83,7 +83,7 @@ def step_time(case: MemoryCase, memory: MemoryConfig, rates: RatesFile) -> StepT
         "offload": rows * _exposed_offload(case, memory, step, layer),
         "update": _update_seconds(case, memory, rates, step),
     }
-    seconds["host"] = max(0.0, rows * _host_seconds(case, step) - _total(seconds))
+    seconds["host"] = max(0.0, rows * _host_seconds(case, step, again) - _total(seconds))
     total = _total(seconds)
     own = rows * case.plan.seq_len / case.plan.cp_size
     rings = case.num_processes // case.plan.cp_size
@@ -98,12 +98,12 @@ def _total(seconds: dict[str, float]) -> float:
     return sum(value for name, value in seconds.items() if name != "recompute")
 
 
-def _host_seconds(case: MemoryCase, step: StepRates) -> float:
+def _host_seconds(case: MemoryCase, step: StepRates, again: _Again) -> float:
     """Of all layers of a row; passes with `expand` are no CUDA graphs. CPUs compute and do the host's work in one."""
     if not case.on_gpu:
         return 0.0
     expanded = case.plan.cp_size > 1 and attention_shape(case.model).payload_flops > 0
-    return case.model.layers * step.host_layer["expanded" if expanded else "plain"]
+    return (case.model.layers + again.rest / 3) * step.host_layer["expanded" if expanded else "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)

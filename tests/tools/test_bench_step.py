@@ -175,6 +175,13 @@ def _run(out: Path, *arguments: str) -> str:
 
 def test_the_command_keeps_rows_and_goes_on_after_them(tmp_path: Path) -> None:
     settings = ("engine.precision=fp32", "parallel.self_check=false", "model.layers=1", "data.max_documents=20")
+    peak = "metrics.peak_tflops=1"
+    _run(tmp_path / "kept", "--tokens", "32", "--variants", "ours", "--keep-documents", peak, *settings)
+    _run(tmp_path / "kept", "--tokens", "32", "--variants", "ours", peak, *settings)
+    kept, one = load_rows(tmp_path / "kept")
+    assert (kept.documents, kept.status, kept.mfu_causal, kept.mfu_full) == ("kept", "ok", None, None)
+    assert (one.documents, one.status) == ("one", "ok")
+    assert 0 < one.mfu_causal < one.mfu_full
     _run(tmp_path, "--tokens", "32", *settings)
     again = _run(tmp_path, "--tokens", "32", "--variants", "rival,ours", *settings)
     assert again.count("already in") == 2

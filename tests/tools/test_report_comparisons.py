@@ -127,6 +127,14 @@ def test_of_two_gpus_the_rows_own_is_the_yardstick() -> None:
     assert [(row.gpu, row.best) for row in rows[:2]] == [("NVIDIA H200", True), ("NVIDIA H100 80GB HBM3", False)]
 
 
+def test_a_row_that_waits_for_its_host_is_no_yardstick_of_costs() -> None:
+    """8,192 tokens on one GPU take 0.264 s whatever is in them, so that cutting a longer row would seem to pay."""
+    made = report((_row("softmax", 1, 8192, 0.264), _row("softmax", 4, 32768, 0.386)))
+    assert made.rows[1].cost_same_tokens < -0.5
+    assert not any("cost of cp" in figure.label for figure in key_figures(made))
+    assert "Cost of cp" not in " ".join(summary_sentences(made))
+
+
 def test_headlines_are_of_the_preset_as_it_is() -> None:
     far = (*MIXED, _row("softmax", 4, 2 * FAR, 120.0, "model.layers=4"))
     figures = {figure.value: figure.label for figure in key_figures(report(far))}

@@ -33,7 +33,7 @@ class StepRow:
         warmup: What ran before the timed steps.
         step_seconds: Every timing, slowest rank: a step, or where steps are short the mean of `steps_per_timing`.
         seconds: Their median.
-        mfu_causal, mfu_full: See `launch.meters`; None where the device's peak is not known.
+        mfu_causal, mfu_full: See `launch.meters`; None where the device's peak is not known, and with documents kept.
         peak_allocated, peak_reserved: Of torch's allocator during the timed steps, largest of all ranks; CUDA only.
         device_used: All of the memory in use at the allocator's peak (contexts, NCCL and peer buffers too), largest.
         alloc_retries: Times that memory ran short, and the allocator gave back what it kept, in the timed steps.

@@ -136,6 +136,7 @@ class _Case:
     def values(self) -> dict[str, Any]:
         """Fields of the row. Collective."""
         topology, tokens = self.topology, self.task.config.data.seq_len
+        one_document = self.task.known.documents == "one"
         median = statistics.median(self.seconds)
         flops = flops_per_token(self.steps.model, tokens)
         name = torch.cuda.get_device_name(topology.device) if self._on_cuda else "cpu"
@@ -149,8 +150,9 @@ class _Case:
             "step_seconds": tuple(self.seconds),
             "seconds": median,
             "tokens_per_second_per_rank": tokens / median / size,
-            "mfu_causal": causal,
-            "mfu_full": full,
+            # Operations, and the planner's time, are counted for a row that is one document.
+            "mfu_causal": causal if one_document else None,
+            "mfu_full": full if one_document else None,
             "losses": tuple(self.losses),
             "gradient_norms": tuple(self.norms),
             "host_build": self.host_build,
@@ -162,6 +164,7 @@ class _Case:
             "bytes_sent": self.bytes_sent,
             "other_cores": self.other_cores,
             **self.steps.foreseen,
+            **({} if one_document else {"predicted_seconds": None}),
         }
         if self._on_cuda:
             values |= {

@@ -12,6 +12,7 @@ from tools.report.kinds import RIVAL
 from tools.report.model import Report
 
 _COSTS = ("cost_same_tokens", "cost_same_length")
+_NO_COST = -0.1
 OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
 
 
@@ -124,8 +125,12 @@ def _costs(sound: Sequence[Row]) -> list[str]:
 
 
 def _is_told(row: Row, name: str) -> bool:
-    """Whether the row has this comparison, with an undisturbed one."""
-    return getattr(row, name) is not None and name not in row.unsound
+    """Whether the row has this comparison, with an undisturbed one.
+
+    A shorter row that loses far more than the longer one waits for its host: no yardstick for what cutting a row costs.
+    """
+    value = getattr(row, name)
+    return value is not None and name not in row.unsound and not (name in _COSTS and value < _NO_COST)
 
 
 def _gpus(row: Row, name: str) -> str:
