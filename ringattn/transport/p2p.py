@@ -51,6 +51,7 @@ class P2PTransport:
 
     joins = False
     calls_before = 0
+    hosts = 1
 
     def __init__(self, group: dist.ProcessGroup, timeout: Callable[[], timedelta] | None = None) -> None:
         self._timeout = timeout
@@ -69,9 +70,10 @@ class P2PTransport:
     def open(
         self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
     ) -> P2PPassage:
-        assert [stop.hops for stop in stops] == [(hop,) for hop in range(plan.num_hops)]
+        hops = [hop for (hop,) in (stop.hops for stop in stops)]
+        assert hops == sorted({0, *hops})
         self.turn.begin(what)
-        return P2PPassage(self, plan, payload, what)
+        return P2PPassage(self, plan, payload, what, hops[1:])
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
         self.turn.check()
@@ -113,10 +115,17 @@ class P2PTransport:
 
 
 class P2PPassage:
-    """A passage by messages: the exchange of the next hop is issued before a hop's payload is handed out."""
+    """A passage by messages: the exchange of the next hop is issued before a hop's payload is handed out.
 
-    def __init__(self, transport: P2PTransport, plan: Plan, payload: tuple[Tensor, ...], what: str) -> None:
+    Args:
+        hops: that exchange anything, the same on all ranks: messages are matched by nothing but their order.
+    """
+
+    def __init__(
+        self, transport: P2PTransport, plan: Plan, payload: tuple[Tensor, ...], what: str, hops: Sequence[int]
+    ) -> None:
         self._transport = transport
+        self._coming = iter(hops)
         self._plan = plan
         self._payload = payload
         self._what = what
@@ -125,9 +134,8 @@ class P2PPassage:
         self._returning: tuple[_Arriving, range] | None = None  # gradients of the hop before, on their way
 
     def arrival(self, stop: Stop) -> tuple[Tensor, ...] | None:
-        (hop,) = stop.hops
         held = own_tokens(self._payload, stop) if self._arriving is None else self._arriving.wait()
-        self._arriving = self._fetch(hop + 1)
+        self._arriving = self._fetch(next(self._coming, None))
         return held
 
     def leave(self, stop: Stop) -> None:
@@ -157,12 +165,12 @@ class P2PPassage:
 
     def _peers(self, hop: int) -> tuple[int, int]:
         """At `hop`: the rank that needs the own payload, and the one whose payload is needed here."""
-        size, rank = self._plan.cp_size, self._transport.rank
-        return (rank + hop) % size, (rank - hop) % size
+        rank = self._transport.rank
+        return self._plan.reader(rank, hop), self._plan.source(rank, hop)
 
-    def _fetch(self, hop: int) -> _Arriving | None:
+    def _fetch(self, hop: int | None) -> _Arriving | None:
         """Start giving the own payload to the rank that needs it at `hop` and receiving what is needed here then."""
-        if hop >= self._plan.num_hops:
+        if hop is None:
             return None
         rank = self._transport.rank
         to, source = self._peers(hop)
