@@ -3,10 +3,10 @@
 It is two transports on one ring. Each is shown a plan in which only the pairs of ranks that it serves need anything of
 each other, so that neither knows of the other; a stop is served by the one whose pair it is.
 
-Each takes part only in the hops that have such pairs anywhere in the ring, and messages are issued one such hop ahead.
-Where the plan goes host by host (`Plan.hosts`) all hops inside come first, and the first message between hosts is on
-its way during all of them. With any other plan, or ranks that lie otherwise, both take part in most hops: slower, and
-as right, since what decides is where the ranks are, not what the plan says.
+Each takes part only in the hops that have such pairs anywhere in the ring, and messages are issued a few such hops
+ahead. Where the plan goes host by host (`Plan.hosts`) all hops inside come first, and the first messages between hosts
+are on their way during all of them. With any other plan, or ranks that lie otherwise, both take part in most hops:
+slower, and as right, since what decides is where the ranks are, not what the plan says.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from ringattn.transport.copy_engine import CopyEnginePassage, CopyEngineTranspor
 from ringattn.transport.graphs import Step
 from ringattn.transport.p2p import P2PPassage, P2PPending, P2PTransport
 from ringattn.transport.turns import Turn
+
+MESSAGES_AHEAD = 3  # between hosts, under way to a rank: where they take long, near hops hide more than one
 
 
 class PairsOfPlan:
@@ -102,9 +104,10 @@ class HybridTransport:
             if stop.hops[0] <= max(near_hops)
         }
         between = [stop for stop in stops if stop.hops == (0,) or stop.hops[0] in far_hops]
+        options = {"returns": returns, "ahead": MESSAGES_AHEAD}
         passages = (
             self._near.open(near, list(inside.values()), payload, what, returns=returns),  # type: ignore[arg-type]
-            self._far.open(far, between, payload, what, returns=returns),  # type: ignore[arg-type]
+            self._far.open(far, between, payload, what, **options),  # type: ignore[arg-type]
         )
         return HybridPassage(self.turn, passages, inside, frozenset(stop.hops for stop in between), served)
 

@@ -169,14 +169,14 @@ def order_worker(rank, world_size, folder):
     return told, transport._near.memory.barriers
 
 
-def test_the_first_message_between_hosts_is_under_way_while_the_own_host_is_worked_on(tmp_path):
+def test_the_first_messages_between_hosts_are_under_way_while_the_own_host_is_worked_on(tmp_path):
     (told, barriers), *others = run_ranks(order_worker, 6, str(tmp_path))
     assert told == [
-        "posts backward hop 2 of 5",
+        *("posts backward hop 2 of 5", "posts backward hop 3 of 5", "posts backward hop 4 of 5"),
         *("works on 0", "works on 1"),
-        *("posts backward hop 3 of 5", "works on 4", "posts backward hop 2 of 5, gradients"),
-        *("posts backward hop 4 of 5", "works on 5", "posts backward hop 3 of 5, gradients"),
-        *("posts backward hop 5 of 5", "works on 2", "posts backward hop 4 of 5, gradients"),
+        *("posts backward hop 5 of 5", "works on 4", "posts backward hop 2 of 5, gradients"),
+        *("works on 5", "posts backward hop 3 of 5, gradients"),
+        *("works on 2", "posts backward hop 4 of 5, gradients"),
         *("works on 3", "posts backward hop 5 of 5, gradients"),
     ]
     assert {barriers, *(barriers for _, barriers in others)} == {3}  # around the passage, and its gradients are there
