@@ -100,6 +100,7 @@ class CopyEngineTransport:
     """
 
     joins = True
+    hosts = 1
 
     def __init__(self, memory: PeerMemory, graphs: bool = True, stats: RingStats | None = None) -> None:
         self.memory = memory
@@ -288,7 +289,7 @@ class CopyEnginePassage:
         if found is not None:
             self._push(stop, found)
         for hop in stop.hops:
-            if self._plan.needs((self._rank + hop) % self._plan.cp_size, self._rank):
+            if self._plan.needs(self._plan.reader(self._rank, hop), self._rank):
                 self._arrived.append(hop)
 
     def close(self, totals: Sequence[RowSum] = ()) -> None:
@@ -345,7 +346,7 @@ class CopyEnginePassage:
         slots = min(_SLOTS, self._plan.cp_size - 1)
         region = self._memory.region(self._rank)
         for hop in self._arrived:
-            rows = self._plan.columns((self._rank + hop) % self._plan.cp_size, self._rank)
+            rows = self._plan.columns(self._plan.reader(self._rank, hop), self._rank)
             parts = self._room.views(region, 1 + (hop - 1) % slots, len(rows))
             for total, part in zip(totals, parts, strict=True):
                 total.add(rows, part)

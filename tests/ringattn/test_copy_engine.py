@@ -29,8 +29,8 @@ def cases():
     return [Case(101, layout, tuple(mask.items())) for layout, mask in itertools.product(layouts, masks)]
 
 
-def attend(case, rank, world_size, transport, dtype=torch.float64):
-    plan = ringattn.Plan(case.seq_len, world_size, layout=case.layout, **dict(case.mask))
+def attend(case, rank, world_size, transport, dtype=torch.float64, hosts=1):
+    plan = ringattn.Plan(case.seq_len, world_size, layout=case.layout, hosts=hosts, **dict(case.mask))
     *leaves, dout = (ringattn.shard(x.to(dtype), plan, rank) for x in problem(case))
     leaves = [x.requires_grad_() for x in leaves]
     out = ringattn.ring_attention(*leaves, plan, dist.group.WORLD, transport=transport)
