@@ -22,13 +22,14 @@ from torch import Tensor
 from ringattn.merge import RowSum, copy_
 from ringattn.plan import Plan
 from ringattn.rehearsing import rehearsing
-from ringattn.schedule import MOST_JOINED, Stop, own_tokens
+from ringattn.schedule import GROUP_BYTES, MOST_JOINED, Stop, own_tokens
 from ringattn.transport.graphs import CALLS_BEFORE, PassGraphs, Step
 from ringattn.transport.peer_memory import Lane, Mark, PeerMemory
 from ringattn.transport.stats import RingStats
 from ringattn.transport.turns import Turn
 
-GRAPH_BYTES = 2**26  # of a payload, or a tensor that stays here, in q's dtype; longer shards keep a GPU busy as it is
+# Of a payload, or a tensor that stays here, in q's dtype; longer shards keep a GPU busy as it is.
+GRAPH_BYTES = GROUP_BYTES
 
 _ALIGN = 256
 _SLOTS = MOST_JOINED  # runs of joined hops end where slots are used again
