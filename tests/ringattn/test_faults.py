@@ -55,9 +55,21 @@ def test_bad_group_kernel_and_transport():
         ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), transport="tcp")
 
 
-@pytest.mark.parametrize(("degree", "told"), [(0, "0"), (-2, "-2"), ("2", "'2'"), (2.0, "2.0"), (None, "None")])
+NO_DEGREE = "expected a degree, an integer, or what ringattn.make_ulysses made; got "
+
+
+@pytest.mark.parametrize(
+    ("degree", "told"),
+    [
+        (0, "the degree must divide the 1 rank of the ring, got 0; possible: 1"),
+        (-2, "the degree must divide the 1 rank of the ring, got -2; possible: 1"),
+        ("2", f"{NO_DEGREE}'2'"),
+        (2.0, f"{NO_DEGREE}2.0"),
+        (None, f"{NO_DEGREE}None"),
+    ],
+)
 def test_a_bad_degree_is_named_in_a_single_process_too(degree, told):
-    with pytest.raises(ValueError, match=f"the degree must divide the 1 rank of the ring, got {told}; possible: 1"):
+    with pytest.raises(ValueError, match=told):
         ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), ulysses=degree)
 
 

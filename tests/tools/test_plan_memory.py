@@ -71,11 +71,12 @@ def test_json_has_every_number() -> None:
         "offload_layers": None,
         "tile": 4096,
         "optimizer": "device",
+        "weights": "regather",
     }
     assert best["fits"]
     assert best["allocated_bytes"] < best["device_bytes"] <= 50 * 2**30
     parts = best["seconds"]
-    names = ("attention", "dense", "communication", "offload", "update")
+    names = ("attention", "dense", "communication", "offload", "update", "host")
     assert sum(parts[name] for name in names) == pytest.approx(parts["total"])
     assert [row["memory"] for row in told["longest"]] == [
         {name: value for name, value in memory.model_dump().items() if name != "auto"} for memory in LADDER
