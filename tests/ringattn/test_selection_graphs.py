@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
+from ringattn.rehearsing import rehearsing
 from ringattn.testing import error
+from ringattn.transport import graphs
 from tests.processes import run_ranks
 from tests.ringattn.test_graphs import recording_transport, without_new_inputs
 from tests.ringattn.test_selection_ring import Case, attend, names, oracle
@@ -71,3 +73,23 @@ def test_each_call_has_its_own_terms_and_tensors(size, tmp_path):
 @pytest.mark.parametrize(("fault", "cases"), [("terms", ALIKE), ("inputs", ALIKE), ("documents", PACKED)])
 def test_a_graph_for_another_call_is_missed(fault, cases, tmp_path):
     assert all(worst > 1e-6 for worst, *_ in run_ranks(worker, 2, str(tmp_path), cases, fault, timeout=120))
+
+
+def beside_worker(rank, world_size, folder):
+    """Bytes sent by a call as it comes, in a rehearsal and while the caller captures; and calls that were counted."""
+    transport, case, sent = recording_transport(folder), PACKED[0], []
+    for rehearses, captured in ((False, False), (True, False), (False, True)):
+        token = rehearsing.set(rehearses)
+        graphs.torch.cuda.is_current_stream_capturing = lambda captured=captured: captured
+        attend(case, rank, world_size, dist.group.WORLD, transport)
+        rehearsing.reset(token)
+        sent.append(transport.stats.take().bytes_sent)
+    return sent, list(transport._graphs._calls.values())
+
+
+def test_a_rehearsal_and_a_capture_by_the_caller_launch_what_other_calls_launch(tmp_path):
+    """All of the row travels: with its documents' own blocks kernels would meet other sizes than were compiled."""
+    for sent, calls in run_ranks(beside_worker, 2, str(tmp_path)):
+        assert len(set(sent)) == 1
+        assert sent[0] > 0
+        assert calls == [1, 1]  # forward and backward; neither of the others leads to a graph
