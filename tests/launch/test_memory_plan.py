@@ -12,7 +12,7 @@ from torch import Tensor
 import ringattn
 from launch.config import Config, MemoryConfig
 from launch.memory_choice import layer_memory
-from launch.memory_items import MemoryCase, kept_items
+from launch.memory_items import MemoryCase, graph_bytes, kept_items, peer_bytes
 from launch.memory_plan import GIB, case_of, estimate_memory
 from launch.memory_search import LADDER, DeviceFacts
 from launch.memory_state import state_items
@@ -22,6 +22,7 @@ from model.config import ModelConfig, SelectionConfig, preset
 from model.decoder import Decoder
 from model.flops import count_parameters
 from ringattn.softmax import SoftmaxAttention
+from ringattn.teams import ring_of
 from ringattn.transport.copy_engine import GRAPH_BYTES
 from tests.model.dense import random_row, tiny
 
@@ -102,6 +103,43 @@ def test_kinds_measured_on_gpus(seq_len: int, processes: int, model: dict[str, A
     """docs/records/steps-4-h200.jsonl, allocator."""
     found = estimate_memory(kind_case(seq_len, processes, model), MemoryConfig())
     assert found.allocated / GIB == pytest.approx(allocated, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    ("changes", "copied"),
+    [
+        ({}, True),
+        ({"per_node": 2}, False),
+        ({"ulysses": 2}, True),
+        ({"ulysses": 4}, False),  # no ring is left
+        # One GPU of each node is in every ring of 2, and only in a striped plan are both of the same.
+        ({"ulysses": 2, "per_node": 2}, False),
+        ({"ulysses": 2, "per_node": 2, "layout": "striped"}, True),
+    ],
+)
+def test_regions_and_graphs_are_those_of_rings_inside_a_node(changes: dict[str, Any], copied: bool) -> None:
+    layout = changes.get("layout", "zigzag")
+    sizes = {name: size for name, size in changes.items() if name != "layout"}
+    case = kind_case(32_768, 4, LAGGED)
+    case = replace(case, plan=replace(case.plan, layout=layout), **sizes)
+    assert (peer_bytes(case) > 0) == (graph_bytes(case) > 0) == copied
+    if case.ulysses < 4:
+        nodes = [{other // case.per_node for other in ring_of(layout, 4, case.ulysses, rank)} for rank in range(4)]
+        assert all(len(node) == 1 for node in nodes) == copied
+
+
+def test_only_layers_that_are_alike_share_graphs() -> None:
+    """And so only they run from graphs."""
+    assert graph_bytes(kind_case(32_768, 4, LAGGED)) > 0
+    assert graph_bytes(kind_case(32_768, 4, {**LAGGED, "selection_guide": True})) == 0
+
+
+def test_where_heads_are_exchanged_the_ring_expands_nothing() -> None:
+    ring = kind_case(8_192, 4, SAS)
+    step = RATES.step()
+    for ulysses, expected in ((1, "expanded"), (2, "plain"), (4, "plain")):
+        found = step_time(replace(ring, ulysses=ulysses), MemoryConfig(), RATES)
+        assert found.seconds == pytest.approx(ring.model.layers * step.host_layer[expected])
 
 
 @pytest.mark.parametrize(("model", "seconds"), [({}, 0.315), (LAGGED, 0.303), (SAS, 0.968)])
