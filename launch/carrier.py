@@ -30,6 +30,11 @@ class Carrier:
         return {"transport": self.transport} if self.ulysses is None else {"ulysses": self.ulysses}
 
     @property
+    def hosts(self) -> int:
+        """Of the run's plans, so that hops go host by host where that is fast. Ulysses sees to its own ring's."""
+        return self.transport.hosts
+
+    @property
     def stats(self) -> RingStats:
         """Counts of all that this rank sends for attention."""
         return self.transport.stats

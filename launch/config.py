@@ -144,6 +144,11 @@ class MemoryConfig(Section):
         default="device",
         description="where fp32 weights, gradients and AdamW state are; host: in host memory, with fsdp",
     )
+    weights: Literal["regather", "keep"] = Field(
+        default="regather",
+        description="a layer's gathered weights between its forward and its backward pass, with fsdp: let go of and "
+        "gathered again, or kept",
+    )
 
 
 class OptimConfig(Section):

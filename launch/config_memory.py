@@ -46,6 +46,14 @@ def memory_problems(config: Config) -> Iterator[Problem]:
             "engine.name to fsdp, or memory.optimizer to device",
         )
 
+    if memory.weights == "keep" and config.engine.name != "fsdp":
+        reasons = {"ddp": "every process has whole weights anyway", "zero": "DeepSpeed gathers by its own rules"}
+        yield Problem(
+            keys=("memory.weights", "engine.name"),
+            message=f"keep is for engine.name=fsdp, got {config.engine.name}: {reasons[config.engine.name]}; set "
+            "engine.name to fsdp, or memory.weights to regather",
+        )
+
 
 def _written_beside_auto(config: Config) -> Iterator[Problem]:
     defaults = type(config.memory)()

@@ -22,6 +22,7 @@ from model.flops import (
     votes_bytes_per_token,
 )
 from model.kinds import attention_shape
+from ringattn.schedule import head_groups
 from ringattn.scoring.simulated_limits import size_problem
 from ringattn.transport.copy_engine import GRAPH_BYTES
 
@@ -261,8 +262,7 @@ def _group_bytes(case: MemoryCase) -> tuple[float, float]:
     queries, payload = tokens * heads * shape.score_dim, tokens * shape.payload / degree
     if not _goes_in_groups(case.model) or inner.cp_size == 1:
         return queries, payload
-    wanted = max(queries, payload) / GRAPH_BYTES
-    count = next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n >= wanted or n == kv_heads))
+    count = head_groups(kv_heads, max(queries, payload))
     return queries / count, payload / count
 
 

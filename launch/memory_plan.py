@@ -187,6 +187,7 @@ def estimate_memory(case: MemoryCase, memory: MemoryConfig) -> MemoryEstimate:
         num_processes=case.num_processes,
         element_bytes=case.element_bytes,
         on_host=on_host,
+        kept=memory.weights == "keep",
     )
     # FSDP makes a gradient when its layer is done, and has let go of all gathered weights when the last ones come; the
     # other engines have room for all gradients from the start.

@@ -15,12 +15,20 @@ _FP32 = 4
 
 
 def state_items(
-    model: ModelConfig, *, engine: str, zero_stage: int, num_processes: int, element_bytes: int, on_host: bool
+    model: ModelConfig,
+    *,
+    engine: str,
+    zero_stage: int,
+    num_processes: int,
+    element_bytes: int,
+    on_host: bool,
+    kept: bool = False,
 ) -> tuple[tuple[str, float, float], ...]:
     """What stays from step to step, and gradients, which are there at every peak: (name, device, host).
 
     Args:
         on_host: fp32 weights and AdamW state are on the host; only what is computed with is on the device.
+        kept: layers stay gathered from forward to backward.
     """
     count, part = count_parameters(model), 1.0 / num_processes
     total = float(count.total)
@@ -32,7 +40,8 @@ def state_items(
     if engine == "fsdp":
         share = _FP32 * total * part
         found = _placed(share, share, 2 * share, on_host)
-        return (*found, (GATHERED, _gathered(count, model, element_bytes, head=own_head(model, engine)), 0.0))
+        whole = _gathered(count, model, element_bytes, head=own_head(model, engine), kept=kept)
+        return (*found, (GATHERED, whole, 0.0))
     return _zero_items(total, count, model, zero_stage, part, low, on_host, element_bytes)
 
 
@@ -41,14 +50,17 @@ def _placed(weights: float, gradients: float, moments: float, on_host: bool) -> 
     return tuple((name, 0.0 if on_host else size, size if on_host else 0.0) for name, size in found)
 
 
-def _gathered(count: ParameterCount, model: ModelConfig, element_bytes: int, *, head: float) -> float:
+def _gathered(
+    count: ParameterCount, model: ModelConfig, element_bytes: int, *, head: float, kept: bool = False
+) -> float:
     """Embedding and head for the whole step; of layers the current one, the next, and the buffer it arrives in.
 
     Args:
         head: Parameters of a head that is gathered by itself.
+        kept: All layers are there, and one buffer.
     """
     layer, root = _layer_and_root(count, model)
-    return element_bytes * (root - head + min(3, model.layers) * layer)
+    return element_bytes * (root - head + (model.layers + 1 if kept else min(3, model.layers)) * layer)
 
 
 def own_head(model: ModelConfig, engine: str) -> float:

@@ -73,7 +73,8 @@ def step_time(case: MemoryCase, memory: MemoryConfig, rates: RatesFile) -> StepT
     layer["backward"] = attention["backward"] + 2 * dense / 3 / layers + repeated / layers
     communication = sum(_exposed_ring(case, step, what, attention[what]) for what in PASSES) * layers
     if case.engine == "fsdp" or case.zero_stage >= 3:
-        communication += layers * sum(_exposed_gather(case, step, what, layer[what]) for what in PASSES)
+        twice = memory.weights == "regather"
+        communication += layers * sum(_exposed_gather(case, step, what, layer[what], twice) for what in PASSES)
     rows = case.rows
     seconds = {
         "attention": rows * (layers * sum(attention.values()) + again.attention * attention["forward"]),
@@ -166,10 +167,10 @@ def _exposed_ring(case: MemoryCase, step: StepRates, what: str, seconds: float) 
     return (ranks - 1) * max(0.0, sent / step.link - seconds / ranks)
 
 
-def _exposed_gather(case: MemoryCase, step: StepRates, what: str, seconds: float) -> float:
-    """Of one layer's weights, and backward its gradients in fp32."""
+def _exposed_gather(case: MemoryCase, step: StepRates, what: str, seconds: float, twice: bool) -> float:
+    """Of one layer's weights, backward too if they are gathered `twice`, and backward its gradients in fp32."""
     others = (case.num_processes - 1) / case.num_processes
-    size = case.element_bytes + (_FP32 if what == "backward" else 0)
+    size = case.element_bytes if what == "forward" else _FP32 + (case.element_bytes if twice else 0)
     return max(0.0, others * count_parameters(case.model).layer * size / step.link - seconds)
 
 

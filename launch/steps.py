@@ -113,6 +113,7 @@ class StepRunner:
             layout=parallel.layout,
             window=parallel.window,
             sinks=parallel.sinks,
+            hosts=1 if carrier is None else carrier.hosts,
         )
         self._chunks = self._plan.chunks(topology.cp_rank)
         self._positions = self._plan.positions(topology.cp_rank).to(topology.device)

@@ -1,7 +1,9 @@
 """The Plan: which positions each rank holds, and which block meets which at which hop.
 
 Plain Python over integers: a plan of a thousand ranks can be built and examined on a laptop, without any process.
-At hop h, rank r attends to the payload of source rank (r - h) mod cp_size.
+At hop h, rank r attends to the payload of source rank (r - h) mod cp_size. Over several hosts of m ranks each the order
+goes host by host: hop d * m + l visits local rank (own - l) mod m of host (own - d) mod hosts, so that the hops inside
+the own host come first, and payloads of other hosts have that time to arrive.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import hashlib
 import operator
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -42,6 +44,8 @@ class Plan:
         sinks: with a window, the first `sinks` keys of the query's document stay visible too.
         documents: cumulative document starts, ints or an int tensor, first 0, last seq_len; no document sees another.
             None is one document.
+        hosts: that the ranks lie on, neighbours together and equally many on each. It decides the order of hops only:
+            results are exact wherever the ranks lie. 1 is the plain order.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -54,6 +58,7 @@ class Plan:
     window: int | None = None
     sinks: int = 0
     documents: tuple[int, ...] | None = None
+    hosts: int = 1
     # What follows from the fields above, filled when first asked for (schedules: softmax.py), and what the ranks agreed
     # on in the first call under this plan (agreement.py). Not of a copy's that has other fields.
     _blocks: dict[_Pair, tuple[Block, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -73,11 +78,16 @@ class Plan:
     _handle: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "cp_size", "sinks", *(() if self.window is None else ("window",))):
+        for name in ("seq_len", "cp_size", "hosts", "sinks", *(() if self.window is None else ("window",))):
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
-        for name in ("seq_len", "cp_size"):
+        for name in ("seq_len", "cp_size", "hosts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Plan: {name}: expected at least 1, got {getattr(self, name)}")
+        if self.cp_size % self.hosts:
+            raise ValueError(
+                f"Plan: hosts: expected a divisor of cp_size = {self.cp_size} (equally many ranks on each), "
+                f"got {self.hosts}"
+            )
         if self.layout not in LAYOUTS:
             raise ValueError(f"Plan: layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.window is not None and self.window < 1:
@@ -94,7 +104,7 @@ class Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are plans of their own, agreed anew."""
-        return Plan, (self.seq_len, self.cp_size, self.layout, self.causal, self.window, self.sinks, self.documents)
+        return Plan, tuple(getattr(self, one.name) for one in fields(self) if one.init)
 
     @property
     def mask(self) -> Mask:
@@ -159,7 +169,23 @@ class Plan:
 
     def source(self, rank: int, hop: int) -> int:
         """The rank whose payload `rank` attends to at `hop`."""
-        return (rank - hop) % self.cp_size
+        return self._away(rank, hop, -1)
+
+    def reader(self, rank: int, hop: int) -> int:
+        """The rank that attends to the payload of `rank` at `hop`: the inverse of `source`."""
+        return self._away(rank, hop, 1)
+
+    def hop(self, rank: int, source: int) -> int:
+        """The hop at which `rank` attends to the payload of `source`."""
+        per_host = self.cp_size // self.hosts
+        return (rank // per_host - source // per_host) % self.hosts * per_host + (rank - source) % per_host
+
+    def _away(self, rank: int, hop: int, direction: int) -> int:
+        per_host = self.cp_size // self.hosts
+        host, local = divmod(rank, per_host)
+        hosts_away, ranks_away = divmod(hop, per_host)
+        host, local = (host + direction * hosts_away) % self.hosts, (local + direction * ranks_away) % per_host
+        return host * per_host + local
 
     def blocks(self, rank: int, source: int) -> tuple[Block, ...]:
         """Blocks of `rank`'s queries against `source`'s keys; empty if nothing is visible."""
@@ -232,7 +258,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> int:
         """63-bit hash of all fields but the documents; equal on all ranks of a ring."""
-        return _hash((self.seq_len, self.cp_size, self.layout, self.causal, self.window, self.sinks))
+        return _hash((self.seq_len, self.cp_size, self.layout, self.causal, self.window, self.sinks, self.hosts))
 
     @cached_property
     def documents_fingerprint(self) -> int:

@@ -1,7 +1,7 @@
 """The ring: the one hop loop forward and the one hop loop backward.
 
 A rank keeps its queries. A payload, one or more tensors [B, S, ...], travels: at hop h a rank works on what it needs of
-the payload of source rank - h, which comes straight from its owner while the hop before is computed. What is done with
+the payload of `Plan.source`, which comes straight from its owner while the hop before is computed. What is done with
 it is a function handed in (`visit`): attention blocks, with or without expansion and selection, or the column sums of
 selection's pre-pass. How it moves is the transport's affair: the loops ask for arrivals and hand out gradients.
 

@@ -20,6 +20,21 @@ from ringattn.mask import Block, Relation
 from ringattn.plan import Plan
 
 MOST_JOINED = 3  # hops; also the slots of an inbox, see transport/copy_engine.py
+# Of queries or of a payload that go around at once. More is not faster, and what a ring needs beside its results (peer
+# buffers, payloads on their way, partial results) is some fifteen times this. Not less than what is captured as a
+# graph: a graph's payload lies where peers read it, so it must go around in one piece.
+GROUP_BYTES = 2**26
+
+
+def head_groups(kv_heads: int, widest: float) -> int:
+    """In how many groups heads go around, one after the other.
+
+    Args:
+        kv_heads: of them all; a group has as many as any other.
+        widest: bytes of all queries or of the whole payload of the longest shard, whichever are more.
+    """
+    wanted = widest / GROUP_BYTES
+    return next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n >= wanted or n == kv_heads))
 
 
 @dataclass(frozen=True, kw_only=True)

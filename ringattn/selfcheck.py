@@ -128,7 +128,8 @@ def self_check(
         lag = min(lag, seq_len // 4)
         parts = replace(parts, selection=replace(selection, head=selection.head % heads, lag=lag))
     window = None if window is None else min(window, seq_len // 3)
-    plan = Plan(seq_len, parts.size, layout=layout, causal=causal, window=window, sinks=min(sinks, 3))
+    sinks = min(sinks, 3)
+    plan = Plan(seq_len, parts.size, layout=layout, causal=causal, window=window, sinks=sinks, hosts=parts.hosts)
     third = seq_len // 3
     plans = [plan]
     if documents:

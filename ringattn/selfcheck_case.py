@@ -53,6 +53,11 @@ class Parts:
         return self.ulysses if isinstance(self.ulysses, int) else self.ulysses.degree
 
     @property
+    def hosts(self) -> int:
+        """Of the plan, as the run has it for a transport that was made."""
+        return 1 if isinstance(self.transport, str) else self.transport.hosts
+
+    @property
     def calls_before(self) -> int:
         """Calls until the ring runs as it will in the run: a made transport may turn its passes into graphs."""
         carrier = self.transport if isinstance(self.ulysses, int) else self.ulysses.transport

@@ -13,15 +13,9 @@ from ringattn.mask import Block, Relation
 from ringattn.merge import RowMerge, RowSum
 from ringattn.packs import Pack, pack
 from ringattn.ring import Ring, named, ring_backward, ring_forward
-from ringattn.schedule import Stop, joined_schedule, plain_schedule
+from ringattn.schedule import Stop, head_groups, joined_schedule, plain_schedule
 from ringattn.scoring.expansion import Expansion
 from ringattn.transport import Payload
-from ringattn.transport.copy_engine import GRAPH_BYTES
-
-# Of queries or of a payload that go around at once. More is not faster, and what a ring needs beside its results (peer
-# buffers, payloads on their way, partial results) is some fifteen times this. Not less than what is captured as a
-# graph: a graph's payload lies where peers read it, so it must go around in one piece.
-_GROUP_BYTES = GRAPH_BYTES
 
 
 class SoftmaxAttention:
@@ -234,8 +228,7 @@ class SoftmaxAttention:
             return
         plan = self.ring.plan
         widths = max(heads * q.shape[3], sum(x.shape[2] * x.shape[3] for x in payload))
-        wanted = q.shape[0] * plan.longest_shard * widths * q.element_size() / _GROUP_BYTES
-        count = next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n >= wanted or n == kv_heads))
+        count = head_groups(kv_heads, q.shape[0] * plan.longest_shard * widths * q.element_size())
         for n in range(count):
             yield (
                 slice(n * heads // count, (n + 1) * heads // count),

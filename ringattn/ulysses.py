@@ -82,7 +82,8 @@ class Ulysses:
         """The plan of the ring of r, whose shards are the teams' tokens."""
         if self not in plan._exchanged:
             rings = self.size // self.degree
-            base = Plan(plan.seq_len, rings, plan.layout, plan.causal, plan.window, plan.sinks)
+            hosts = 1 if self.transport is None else self.transport.hosts  # of the inner ring, not the plan's
+            base = Plan(plan.seq_len, rings, plan.layout, plan.causal, plan.window, plan.sinks, hosts=hosts)
             if self._base != base:
                 self._base = base
             assert self._base is not None

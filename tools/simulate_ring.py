@@ -13,7 +13,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -54,7 +54,7 @@ class Shape:
     mean_document: int | None
     seed: int
 
-    def case(self, num_ranks: int, layout: str) -> Case:
+    def case(self, num_ranks: int, layout: str, hosts: int) -> Case:
         seq_len = self.seq_len or (self.tokens_per_rank or 0) * num_ranks
         documents = None if self.mean_document is None else random_documents(seq_len, self.mean_document, self.seed)
         plan = ringattn.Plan(
@@ -65,6 +65,7 @@ class Shape:
             window=self.window,
             sinks=self.sinks,
             documents=documents,
+            hosts=hosts,
         )
         return Case(plan=plan, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, dtype=self.dtype)
 
@@ -87,9 +88,9 @@ def main(
     documents: Annotated[int | None, typer.Option(help="mean tokens of packed documents", min=1)] = None,
     seed: Annotated[int, typer.Option(help="of the documents' lengths", min=0)] = 0,
     kernel_rates: Annotated[Path, typer.Option(help="YAML of rates; h100.yaml beside the code explains it")] = H100,
-    transport: Annotated[str | None, typer.Option(help="if not said copy-engine (one host) or nccl (more)")] = None,
+    transport: Annotated[str | None, typer.Option(help="if not said copy-engine (one host) or hybrid (more)")] = None,
     link_intra: Annotated[str | None, typer.Option(help="GB/s in a host, or by MiB: 16:98,64:152")] = None,
-    link_inter: Annotated[float, typer.Option(help="GB/s between hosts per rank; a host's ranks share theirs")] = 50.0,
+    link_inter: Annotated[float, typer.Option(help="GB/s between hosts, of each rank")] = 50.0,
     latency_us: Annotated[float | None, typer.Option(help="of a transfer", min=0)] = None,
     barrier_us: Annotated[float | None, typer.Option(help="of a meeting of all ranks", min=0)] = None,
     hop_us: Annotated[float | None, typer.Option(help="host's work per hop where no graph is", min=0)] = None,
@@ -100,14 +101,14 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 150)
     file = _asked("--kernel-rates", lambda: MachineFile(kernel_rates))
     counts = (1,) if compare_file is not None else _counts(ranks, hosts)
-    chosen = transport or ("copy-engine" if hosts == 1 else "nccl")
+    chosen = transport or ("copy-engine" if hosts == 1 else "hybrid")
     changed = _changed(link_intra, latency_us, barrier_us, hop_us)
     if link_inter <= 0:
         raise typer.BadParameter(f"--link-inter: expected more than 0 GB/s, got {link_inter:g}")
     machine = Machine(
         source=file.source,
         kernels=file.kernels,
-        transport=replace(_asked(None, lambda: file.transport(chosen)), **changed),
+        transport=_asked(None, lambda: file.transport(chosen)).changed(**changed),
         per_host=max(counts) // hosts,
         inter=link_inter * 1e9,
         ideal=file.ideal,
@@ -152,7 +153,7 @@ def main(
 
 def _predict(shape: Shape, file: MachineFile, machine: Machine, num_ranks: int, layout: str, drawn: bool) -> Prediction:
     def found() -> Prediction:
-        case = shape.case(num_ranks, layout)
+        case = shape.case(num_ranks, layout, machine.plan_hosts(num_ranks))
         file.check(case)
         return predict(case, machine, watched(num_ranks) if drawn else ())
 
@@ -169,7 +170,7 @@ def _compare(
     console: Console,
 ) -> None:
     def adjusted(used: Transport) -> Transport:
-        return replace(used, **changed)
+        return used.changed(**changed)
 
     file.transports = {name: adjusted(used) for name, used in file.transports.items()}
     pairs = _asked("--compare", lambda: compare(path, file, machine, transport))

@@ -26,6 +26,8 @@ class FsdpEngine(PlainEngine):
     With `memory.optimizer: host` the shards of weights, gradients and AdamW state are in host memory, and AdamW runs
     there. A layer's weights come to the GPU whenever they are gathered, its reduced gradient goes back.
 
+    With `memory.weights: keep` layers stay gathered from their forward to their backward pass: gathered once per row.
+
     The module is sharded before it has storage, so that no rank ever has to hold it whole.
     """
 
@@ -41,7 +43,8 @@ class FsdpEngine(PlainEngine):
         if config.memory.optimizer == "host":
             offload = CPUOffloadPolicy(pin_memory=topology.device.type == "cuda")  # nothing to pin for without a GPU
         shard = partial(fully_shard, mesh=topology.world_mesh, mp_policy=policy, offload_policy=offload)
-        parts = [shard(layer) for layer in getattr(module, "layers", ())]
+        again = config.memory.weights == "regather"
+        parts = [shard(layer, reshard_after_forward=again) for layer in getattr(module, "layers", ())]
         head = getattr(module, "head", None)
         if head is not None and any(True for _ in head.parameters()):
             # By itself, its gradient is reduced while the last layers run backward, and its weights are gathered for

@@ -19,7 +19,7 @@ from ringattn.plan import Plan
 from ringattn.schedule import Stop
 from ringattn.transport.copy_engine import CopyEngineTransport
 from ringattn.transport.graphs import Step
-from ringattn.transport.hybrid import HybridTransport
+from ringattn.transport.hybrid import HybridTransport, hosts_in_order
 from ringattn.transport.p2p import P2PTransport
 from ringattn.transport.peer_memory import CudaPeerMemory, hosts_of, peer_memory_problem
 from ringattn.transport.stats import HopWait, RingStats, RingTotals, Waiting
@@ -80,6 +80,7 @@ class Transport(Protocol):
         description: which it is and why, for the log.
         joins: can bring payloads of several hops side by side; else a stop has one hop, and hops come in order.
         calls_before: of one kind, until such a call runs as all later ones will.
+        hosts: what a plan's `hosts` should be for it to be fast.
         turn: of its passages.
     """
 
@@ -87,6 +88,7 @@ class Transport(Protocol):
     description: str
     joins: bool
     calls_before: int
+    hosts: int
     turn: Turn
 
     def run(
@@ -139,8 +141,10 @@ def make_transport(
         name: Which. "copy_engine" moves payloads between GPUs of one host without taking multiprocessors from
             attention; "p2p" is the process group's own sends and receives, NCCL or gloo; "hybrid" is the first inside
             each of several hosts and the second between them. "auto" takes copy_engine where every rank can reach every
-            other one's memory, else p2p.
-        group: The ring. With NCCL every rank has called torch.cuda.set_device.
+            other one's memory; hybrid where they are neighbours on several hosts, equally many (at least two) on each,
+            and reach each other inside; else p2p.
+        group: The ring. With NCCL every rank has called torch.cuda.set_device. "hybrid" makes a group per host: with
+            NCCL bound to a device all ranks of the world must then come here together.
         timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` waits. NCCL keeps
             the group's own limit, since waiting on the host would hold up the queue of kernels.
         graphs: copy_engine only: run passes of short shards as CUDA graphs, since launching takes longer there than
@@ -161,7 +165,10 @@ def make_transport(
     if name == "p2p":
         return control
     if name == "hybrid":
-        return _hybrid(group, control, timeout)
+        problem = peer_memory_problem(group, inside_hosts=True)
+        if problem is not None:
+            raise TopologyError(f"transport: hybrid cannot be had: {problem}; use transport='auto' or 'p2p'")
+        return _hybrid(group, control, timeout, hosts_of(group))
     problem = peer_memory_problem(group)
     if problem is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -171,24 +178,23 @@ def make_transport(
         return made
     if name == "copy_engine":
         raise TopologyError(f"transport: copy_engine cannot be had: {problem}; use transport='auto' or 'p2p'")
+    hosts = hosts_of(group)
+    if 1 < hosts_in_order(hosts) < len(hosts) and peer_memory_problem(group, inside_hosts=True) is None:
+        hybrid = _hybrid(group, control, timeout, hosts)
+        hybrid.description += " (auto: every rank can reach the memory of all of its host)"
+        return hybrid
     control.description += f" (copy_engine cannot be had: {problem})"
     return control
 
 
 def _hybrid(
-    group: dist.ProcessGroup, control: P2PTransport, timeout: Callable[[], timedelta] | None
+    group: dist.ProcessGroup, control: P2PTransport, timeout: Callable[[], timedelta] | None, hosts: list[str]
 ) -> HybridTransport:
-    hosts = hosts_of(group)
     here = [rank for rank, host in enumerate(hosts) if host == hosts[dist.get_rank(group)]]
     ranks = [dist.get_process_group_ranks(group)[rank] for rank in here]
     backend, wait = dist.get_backend(group), timeout_of(group) if timeout is None else timeout()
     near = dist.new_group(ranks, timeout=wait, backend=backend, use_local_synchronization=True)
     assert near is not None
-    problems: list[str | None] = [None] * len(hosts)
-    dist.all_gather_object(problems, peer_memory_problem(near), group=group)
-    problem = next((found for found in problems if found is not None), None)
-    if problem is not None:
-        raise TopologyError(f"transport: hybrid cannot be had: {problem}; use transport='auto' or 'p2p'")
     memory = CudaPeerMemory(near, torch.device("cuda", torch.cuda.current_device()), timeout, here)
     return HybridTransport(CopyEngineTransport(memory, graphs=False, stats=control.stats), control, hosts)
 

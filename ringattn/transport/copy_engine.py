@@ -22,13 +22,14 @@ from torch import Tensor
 from ringattn.merge import RowSum, copy_
 from ringattn.plan import Plan
 from ringattn.rehearsing import rehearsing
-from ringattn.schedule import MOST_JOINED, Stop, own_tokens
+from ringattn.schedule import GROUP_BYTES, MOST_JOINED, Stop, own_tokens
 from ringattn.transport.graphs import CALLS_BEFORE, PassGraphs, Step
 from ringattn.transport.peer_memory import Lane, Mark, PeerMemory
 from ringattn.transport.stats import RingStats
 from ringattn.transport.turns import Turn
 
-GRAPH_BYTES = 2**26  # of a payload, or a tensor that stays here, in q's dtype; longer shards keep a GPU busy as it is
+# Of a payload, or a tensor that stays here, in q's dtype; longer shards keep a GPU busy as it is.
+GRAPH_BYTES = GROUP_BYTES
 
 _ALIGN = 256
 _SLOTS = MOST_JOINED  # runs of joined hops end where slots are used again
@@ -100,6 +101,7 @@ class CopyEngineTransport:
     """
 
     joins = True
+    hosts = 1
 
     def __init__(self, memory: PeerMemory, graphs: bool = True, stats: RingStats | None = None) -> None:
         self.memory = memory
@@ -287,7 +289,7 @@ class CopyEnginePassage:
         if found is not None:
             self._push(stop, found)
         for hop in stop.hops:
-            if self._plan.needs((self._rank + hop) % self._plan.cp_size, self._rank):
+            if self._plan.needs(self._plan.reader(self._rank, hop), self._rank):
                 self._arrived.append(hop)
 
     def close(self, totals: Sequence[RowSum] = ()) -> None:
@@ -344,7 +346,7 @@ class CopyEnginePassage:
         slots = min(_SLOTS, self._plan.cp_size - 1)
         region = self._memory.region(self._rank)
         for hop in self._arrived:
-            rows = self._plan.columns((self._rank + hop) % self._plan.cp_size, self._rank)
+            rows = self._plan.columns(self._plan.reader(self._rank, hop), self._rank)
             parts = self._room.views(region, 1 + (hop - 1) % slots, len(rows))
             for total, part in zip(totals, parts, strict=True):
                 total.add(rows, part)

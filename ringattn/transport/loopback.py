@@ -29,6 +29,7 @@ class LoopbackTransport:
     """
 
     joins = True
+    hosts = 1
     calls_before = 0
 
     def __init__(

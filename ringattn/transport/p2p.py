@@ -6,8 +6,10 @@ the plan, after the shapes and dtypes were agreed once (agreement.py).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
+from itertools import islice
 from typing import Any
 
 import torch
@@ -51,6 +53,7 @@ class P2PTransport:
 
     joins = False
     calls_before = 0
+    hosts = 1
 
     def __init__(self, group: dist.ProcessGroup, timeout: Callable[[], timedelta] | None = None) -> None:
         self._timeout = timeout
@@ -70,11 +73,19 @@ class P2PTransport:
         return False
 
     def open(
-        self, plan: Plan, stops: Sequence[Stop], payload: tuple[Tensor, ...], what: str, *, returns: bool
+        self,
+        plan: Plan,
+        stops: Sequence[Stop],
+        payload: tuple[Tensor, ...],
+        what: str,
+        *,
+        returns: bool,
+        ahead: int = 1,
     ) -> P2PPassage:
-        assert [stop.hops for stop in stops] == [(hop,) for hop in range(plan.num_hops)]
+        hops = [hop for (hop,) in (stop.hops for stop in stops)]
+        assert hops == sorted({0, *hops})
         self.turn.begin(what)
-        return P2PPassage(self, plan, payload, what)
+        return P2PPassage(self, plan, payload, what, hops[1:], ahead)
 
     def swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], most: int, what: str) -> None:
         self.turn.check()
@@ -126,21 +137,36 @@ class P2PTransport:
 
 
 class P2PPassage:
-    """A passage by messages: the exchange of the next hop is issued before a hop's payload is handed out."""
+    """A passage by messages: the exchange of the next hop is issued before a hop's payload is handed out.
 
-    def __init__(self, transport: P2PTransport, plan: Plan, payload: tuple[Tensor, ...], what: str) -> None:
+    Args:
+        hops: that exchange anything, the same on all ranks: messages are matched by nothing but their order.
+        ahead: hops whose exchange is issued before the work on a hop; the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        transport: P2PTransport,
+        plan: Plan,
+        payload: tuple[Tensor, ...],
+        what: str,
+        hops: Sequence[int],
+        ahead: int,
+    ) -> None:
         self._transport = transport
+        self._coming = iter(hops)
+        self._ahead = ahead
         self._plan = plan
         self._payload = payload
         self._what = what
         self._outgoing: dict[range, Message] = {}  # by the part of the own payload that it holds
-        self._arriving: _Arriving | None = None
+        self._arriving: deque[_Arriving] = deque()
         self._returning: tuple[_Arriving, range] | None = None  # gradients of the hop before, on their way
 
     def arrival(self, stop: Stop) -> tuple[Tensor, ...] | None:
-        (hop,) = stop.hops
-        held = own_tokens(self._payload, stop) if self._arriving is None else self._arriving.wait()
-        self._arriving = self._fetch(hop + 1)
+        own = stop.hops == (0,)
+        held = own_tokens(self._payload, stop) if own else self._arriving.popleft().wait()
+        self._arriving += [self._fetch(hop) for hop in islice(self._coming, self._ahead if own else 1)]
         return held
 
     def leave(self, stop: Stop) -> None:
@@ -170,13 +196,11 @@ class P2PPassage:
 
     def _peers(self, hop: int) -> tuple[int, int]:
         """At `hop`: the rank that needs the own payload, and the one whose payload is needed here."""
-        size, rank = self._plan.cp_size, self._transport.rank
-        return (rank + hop) % size, (rank - hop) % size
+        rank = self._transport.rank
+        return self._plan.reader(rank, hop), self._plan.source(rank, hop)
 
-    def _fetch(self, hop: int) -> _Arriving | None:
+    def _fetch(self, hop: int) -> _Arriving:
         """Start giving the own payload to the rank that needs it at `hop` and receiving what is needed here then."""
-        if hop >= self._plan.num_hops:
-            return None
         rank = self._transport.rank
         to, source = self._peers(hop)
         given, needed = self._plan.columns(to, rank), self._plan.columns(rank, source)

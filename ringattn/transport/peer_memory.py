@@ -244,28 +244,34 @@ def all_or_none(group: dist.ProcessGroup, what: str) -> Iterator[None]:
         ) from failed
 
 
-def peer_memory_problem(group: dist.ProcessGroup) -> str | None:
-    """Why the ranks of a group cannot reach each other's GPU memory, the same on all of them, or None. Collective."""
+def peer_memory_problem(group: dist.ProcessGroup, *, inside_hosts: bool = False) -> str | None:
+    """Why the ranks of a group cannot reach each other's GPU memory, the same on all of them, or None. Collective.
+
+    Args:
+        inside_hosts: ask only after ranks of one host.
+    """
     if dist.get_backend(group) != "nccl":
         return f"its ranks talk over {dist.get_backend(group)}, not over NCCL"
     device = torch.cuda.current_device()
     mine = (host_name(), str(torch.cuda.get_device_properties(device).uuid))
     everyone: list[tuple[str, str]] = [mine] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
-    reason = _unreachable(device, everyone)
+    asked = {rank: other for rank, other in enumerate(everyone) if not inside_hosts or other[0] == mine[0]}
+    reason = _unreachable(device, asked)
     reasons: list[str | None] = [reason] * len(everyone)
     dist.all_gather_object(reasons, reason, group=group)
     return next((f"rank {rank}: {found}" for rank, found in enumerate(reasons) if found is not None), None)
 
 
-def _unreachable(device: int, everyone: list[tuple[str, str]]) -> str | None:
-    hosts = sorted({host for host, _ in everyone})
+def _unreachable(device: int, everyone: dict[int, tuple[str, str]]) -> str | None:
+    """Why this process cannot reach all of these: (host, GPU) by rank."""
+    hosts = sorted({host for host, _ in everyone.values()})
     if len(hosts) > 1:
         return f"the ranks are on {len(hosts)} hosts ({', '.join(hosts[:3])})"
-    if len({gpu for _, gpu in everyone}) < len(everyone):
+    if len({gpu for _, gpu in everyone.values()}) < len(everyone):
         return "two ranks share one GPU"
     visible = {str(torch.cuda.get_device_properties(n).uuid): n for n in range(torch.cuda.device_count())}
-    for rank, (_, gpu) in enumerate(everyone):
+    for rank, (_, gpu) in everyone.items():
         other = visible.get(gpu, device)  # a GPU hidden from this process is not asked after
         if other != device and not torch.cuda.can_device_access_peer(device, other):
             return f"its GPU has no peer access to that of rank {rank}"

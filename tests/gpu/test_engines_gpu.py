@@ -19,7 +19,7 @@ from tests.processes import run_ranks
 pytestmark = pytest.mark.gpu
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-KINDS = toy.KINDS if HAS_DEEPSPEED else ("ddp", "fsdp", "fsdp host")
+KINDS = toy.KINDS if HAS_DEEPSPEED else ("ddp", "fsdp", "fsdp host", "fsdp keep")
 
 
 def on_gpu(rank: int, world_size: int, port: int, kinds: tuple[str, ...]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import ringattn
 from launch.carrier import make_carrier
 from launch.config import Config
+from launch.steps import StepRunner
 from launch.topology import Topology
 from ringattn import PeerError
 from tests.processes import run_ranks
@@ -51,6 +52,26 @@ def describe(rank: int, world_size: int, cases: list[dict[str, Any]]) -> list[An
             )
         )
     return found
+
+
+def planned(rank: int, world_size: int) -> list[int]:
+    """Hosts of the plans of a run, and of an inner ring, whose transports found two."""
+    found = []
+    for degree in (1, 2):
+        config, topology = started(ulysses=degree)
+        carrier = make_carrier(config, topology)
+        assert carrier is not None
+        used = carrier.transport if carrier.ulysses is None else carrier.ulysses.transport
+        assert used is not None
+        used.hosts = 2
+        nothing: Any = None  # a plan needs neither engine nor data
+        plan = StepRunner(config, topology, nothing, nothing, carrier, config.model)._plan
+        found += [plan.hosts] if carrier.ulysses is None else [plan.hosts, carrier.ulysses.inner_plan(plan).hosts]
+    return found
+
+
+def test_plans_go_by_the_hosts_that_the_transport_found() -> None:
+    assert run_ranks(planned, 4) == [[2, 1, 2]] * 4
 
 
 def test_the_carrier_is_what_the_configuration_says() -> None:

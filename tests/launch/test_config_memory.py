@@ -42,6 +42,8 @@ KEEP = "memory.recompute=keep_attention"
         (["memory.tile=0"], "memory.tile: expected an integer >= 1 or null"),
         (["memory.optimizer=host", "engine.name=ddp"], "memory.optimizer: host is for .*=fsdp, got ddp: every process"),
         (["memory.optimizer=host", "engine.name=zero"], "got zero: DeepSpeed's own offload compiles an optimizer"),
+        (["memory.weights=keep", "engine.name=ddp"], "memory.weights: keep is for .*=fsdp, got ddp: every process"),
+        (["memory.weights=keep", "engine.name=zero"], "got zero: DeepSpeed gathers by its own rules; set engine.name"),
         (["memory=auto", "memory.tile=64"], "memory.tile: memory: auto chooses it, got 64; leave it out"),
         (["engine.recompute=true"], "engine.recompute: no such setting; it is memory.recompute now"),
         (["memory=automatic"], "expected section.key=value, got 'memory=automatic'"),

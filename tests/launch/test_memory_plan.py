@@ -162,6 +162,19 @@ def test_the_ring_needs_what_was_measured() -> None:
     assert items["peer memory of the ring"] == 0.25 * GIB
 
 
+def test_weights_that_are_kept_take_their_bytes() -> None:
+    """At two bytes a parameter of all layers but the three that are there anyway, and a buffer."""
+    case = gpu_case(32_768)
+    total, root = 596_049_920, 151_936 * 1024 + 1024
+    regathered, kept = (items_of(case, weights=weights)["gathered weights"][0] for weights in ("regather", "keep"))
+    assert kept - regathered == pytest.approx(2 * (29 - 3) * (total - root) / 28)
+    slow = replace(RATES.step(), link=1e9)
+    rates = RatesFile()
+    rates.step = lambda: slow  # type: ignore[method-assign]
+    times = [step_time(case, MemoryConfig(weights=weights), rates).communication for weights in ("regather", "keep")]
+    assert times[0] - times[1] == pytest.approx(0.75 * 2 * (total - root) / 1e9, rel=0.01)
+
+
 def test_a_case_by_hand() -> None:
     case = gpu_case(1_048_576)
     total, tokens = 596_049_920, 262_144

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn import merge, softmax
+from ringattn import merge, schedule
 from ringattn.schedule import plain_schedule
 from ringattn.testing import dense_attention, error
 from ringattn.transport import copy_engine
@@ -29,8 +29,8 @@ def cases():
     return [Case(101, layout, tuple(mask.items())) for layout, mask in itertools.product(layouts, masks)]
 
 
-def attend(case, rank, world_size, transport, dtype=torch.float64):
-    plan = ringattn.Plan(case.seq_len, world_size, layout=case.layout, **dict(case.mask))
+def attend(case, rank, world_size, transport, dtype=torch.float64, hosts=1):
+    plan = ringattn.Plan(case.seq_len, world_size, layout=case.layout, hosts=hosts, **dict(case.mask))
     *leaves, dout = (ringattn.shard(x.to(dtype), plan, rank) for x in problem(case))
     leaves = [x.requires_grad_() for x in leaves]
     out = ringattn.ring_attention(*leaves, plan, dist.group.WORLD, transport=transport)
@@ -268,7 +268,7 @@ def grouped_worker(rank, world_size, folder):
     """Heads go around in groups, over both transports."""
     found = []
     for group_bytes in (2**40, 1):  # one group; as many as there are key heads
-        softmax._GROUP_BYTES = group_bytes
+        schedule.GROUP_BYTES = group_bytes
         for transport in (copy_engine_on_files(dist.group.WORLD, f"{folder}/{int(group_bytes == 1)}"), "p2p"):
             found.append(attend(Case(45, "zigzag", heads=(8, 4)), rank, world_size, transport))
     return found, transport
@@ -286,7 +286,7 @@ def test_groups_of_heads_equal_all_at_once(tmp_path):
 
 def between_groups_worker(rank, world_size):
     """Heads go around in two groups; on rank 0 an error comes between them, forward."""
-    softmax._GROUP_BYTES = 1
+    schedule.GROUP_BYTES = 1
     transport = ringattn.make_transport("p2p", dist.group.WORLD, lambda: timedelta(seconds=2))
     case = Case(45, "zigzag", heads=(4, 2))
     attend(case, rank, world_size, transport)

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -82,6 +83,8 @@ def test_tensors_where_the_group_cannot_send_them_from_are_refused_on_all_ranks(
 
 def disagree_worker(rank, world_size, kind):
     plan = ringattn.Plan(24, world_size, causal=not (kind == "plan" and rank == 1))
+    if rank == 1 and kind == "hosts":
+        plan = replace(plan, hosts=world_size)
     tokens = plan.shard_len(rank)
     tensors = qkv(tokens)
     if rank == 1 and kind == "dtype":
@@ -110,6 +113,7 @@ def disagree_worker(rank, world_size, kind):
         ("dtype", "rank 1: .*bfloat16"),
         ("batch", "rank 1: .*batch 2"),
         ("plan", "rank 1: plan"),
+        ("hosts", "what differs: plan\n"),
         ("length", "rank 1"),
         ("scale", "rank 1: .*scale 2"),
         ("documents", "rank 2: .*documents"),

@@ -1,6 +1,7 @@
 """When ranks can reach each other's memory: two hosts are two even if they have one name, and GPUs are told apart."""
 
 import socket
+from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -24,8 +25,9 @@ def test_a_host_is_its_name_and_its_last_start(tmp_path, monkeypatch):
     assert peer_memory.host_name() == socket.gethostname()
 
 
-def refused_worker(rank, world_size, uuids, names, reach):
-    """As on GPUs: uuids and hosts of the ranks, all GPUs visible to each; reach: (from, to) by rank."""
+@contextmanager
+def gpus(rank, uuids, names, reach):
+    """As on GPUs: uuids and hosts of the ranks, all GPUs visible to each; reach: (from, to) by uuid."""
     own = sorted(set(uuids))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "get_backend", lambda group: "nccl")
@@ -34,6 +36,11 @@ def refused_worker(rank, world_size, uuids, names, reach):
         patch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=own[number]))
         patch.setattr(torch.cuda, "can_device_access_peer", lambda here, there: (own[here], own[there]) in reach)
         patch.setattr(peer_memory, "host_name", lambda: names[rank])
+        yield
+
+
+def refused_worker(rank, world_size, uuids, names, reach):
+    with gpus(rank, uuids, names, reach):
         problem = peer_memory.peer_memory_problem(dist.group.WORLD)
         if problem is None:
             return None
@@ -57,6 +64,25 @@ def refused_worker(rank, world_size, uuids, names, reach):
 )
 def test_why_there_is_no_copy_engine_is_the_same_on_all_ranks(uuids, names, reach, expected):
     assert run_ranks(refused_worker, 2, uuids, names, reach) == [expected] * 2
+
+
+def inside_worker(rank, world_size, uuids, names, reach):
+    with gpus(rank, uuids, names, reach):
+        return peer_memory.peer_memory_problem(dist.group.WORLD, inside_hosts=True)
+
+
+@pytest.mark.parametrize(
+    ("uuids", "names", "reach", "expected"),
+    [
+        ("abcd", "hhii", {*zip("abcd", "badc", strict=True)}, None),
+        ("abab", "hhii", {*zip("ab", "ba", strict=True)}, None),  # GPUs of one name on either host
+        ("abcd", "hhii", {*zip("abc", "bad", strict=True)}, "rank 3: its GPU has no peer access to that of rank 2"),
+        ("abcc", "hhii", {*zip("ab", "ba", strict=True)}, "rank 2: two ranks share one GPU"),
+        ("aaaa", "hijk", {}, None),
+    ],
+)
+def test_inside_hosts_ranks_of_other_hosts_are_not_asked_after(uuids, names, reach, expected):
+    assert run_ranks(inside_worker, 4, uuids, names, reach) == [expected] * 4
 
 
 def rendezvous_worker(rank, world_size, counts):

@@ -1,19 +1,34 @@
 """Rings over made-up hosts: shared files inside a host, gloo between hosts, against the dense oracle."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import ringattn
+from ringattn import ring, selfcheck
 from ringattn.schedule import plain_schedule
-from ringattn.testing import error
+from ringattn.selfcheck_case import make_case
+from ringattn.testing import dense_attention, error
 from ringattn.transport.copy_engine import CopyEngineTransport
-from ringattn.transport.hybrid import HybridTransport, PairsOfPlan
+from ringattn.transport.hybrid import HybridPassage, HybridTransport, PairsOfPlan, hosts_in_order
 from ringattn.transport.p2p import P2PTransport
 from tests.peer_memory import FilePeerMemory
 from tests.processes import run_ranks
-from tests.ringattn.test_copy_engine import attend, cases
-from tests.ringattn.test_ring import Case, oracle
+from tests.ringattn.test_copy_engine import DOCUMENTS, attend, cases
+from tests.ringattn.test_ring import Case, oracle, problem
+
+BOTH = "copy_engine inside each of 2 hosts, p2p over gloo between them"
+CASES = [
+    Case(101, "zigzag"),
+    Case(101, "contiguous"),
+    Case(64, "striped"),
+    Case(101, "zigzag", (("causal", False),)),
+    Case(101, "zigzag", (("documents", DOCUMENTS),)),
+    Case(101, "contiguous", (("window", 5),)),
+    Case(3, "zigzag"),
+]
 
 
 def hybrid(hosts, folder, timeout=None):
@@ -27,7 +42,11 @@ def hybrid(hosts, folder, timeout=None):
 def worker(rank, world_size, hosts, folder):
     transport = hybrid(hosts, folder)
     results = [attend(case, rank, world_size, transport) for case in [*cases(), Case(3, "zigzag")]]
-    return results, transport.description
+    return results, transport.description, transport.hosts
+
+
+def off(case, found):
+    return max(error(x, expected) for x, expected in zip(found, oracle(case), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -41,11 +60,183 @@ def worker(rank, world_size, hosts, folder):
     ],
 )
 def test_equals_the_dense_oracle(hosts, tmp_path):
-    results, description = run_ranks(worker, len(hosts), hosts, str(tmp_path), timeout=120)[0]
+    results, description, found = run_ranks(worker, len(hosts), hosts, str(tmp_path), timeout=120)[0]
     for case, result in zip([*cases(), Case(3, "zigzag")], results, strict=True):
-        for name, actual, expected in zip(("out", "dq", "dk", "dv"), result, oracle(case), strict=True):
-            assert error(actual, expected) <= 1e-10, (case, name, error(actual, expected))
-    assert description == "copy_engine inside each of 2 hosts, p2p over gloo between them"
+        assert off(case, result) <= 1e-10, (case, off(case, result))
+    even = hosts not in ("aab", "abab")
+    assert description.startswith(BOTH)
+    assert description.endswith("not equally many: plain order)") is not even
+    assert found == (2 if even else 1)
+
+
+def by_host_worker(rank, world_size, hosts, folder, told):
+    transport = hybrid(hosts, folder)
+    return [attend(case, rank, world_size, transport, hosts=told or transport.hosts) for case in CASES]
+
+
+@pytest.mark.parametrize("hosts", ["aabb", "aaabbb", "aabbcc", pytest.param("aaaabbbb", marks=pytest.mark.slow)])
+def test_host_by_host_equals_the_dense_oracle(hosts, tmp_path):
+    results = run_ranks(by_host_worker, len(hosts), hosts, str(tmp_path), None, timeout=120)[0]
+    for case, result in zip(CASES, results, strict=True):
+        assert off(case, result) <= 1e-10, (case, off(case, result))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "told"),
+    [
+        ("aab", 3),
+        ("abab", 2),
+        ("aabb", 4),
+        ("abbc", 2),
+        # No ranks of one host meet at hop 4, where inbox slots are free again.
+        pytest.param("aaabbbba", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_that_lie_otherwise_than_the_plan_says_get_the_same_results(hosts, told, tmp_path):
+    results = run_ranks(by_host_worker, len(hosts), hosts, str(tmp_path), told)[0]
+    for case, result in zip(CASES, results, strict=True):
+        assert off(case, result) <= 1e-10, (case, off(case, result))
+
+
+def drifting_worker(rank, world_size, folder):
+    """One rank after the other is late at every stop; passes follow each other with other numbers."""
+    transport, late, calls, wrong = hybrid("aabb", folder), [], [], 0.0
+
+    def slowly(method):
+        def slow(*arguments):
+            time.sleep(0.02 if late[-1] == rank else 0)
+            return method(*arguments)
+
+        return slow
+
+    cases = [Case(33, "zigzag"), Case(34, "contiguous")] * world_size
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("leave", "give_back"):
+            patch.setattr(HybridPassage, name, slowly(getattr(HybridPassage, name)))
+        for number, case in enumerate(cases):
+            late.append(number // 2)
+            plan = ringattn.Plan(case.seq_len, world_size, layout=case.layout, hosts=2)
+            *leaves, dout = (ringattn.shard(x, plan, rank).requires_grad_() for x in problem(case))
+            out = ringattn.ring_attention(*leaves, plan, dist.group.WORLD, transport=transport)
+            calls.append((case, plan, leaves, dout, out))
+        for number, (case, plan, leaves, dout, out) in enumerate(calls):
+            late.append(number // 2)
+            results = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+            truth = [ringattn.shard(x, plan, rank) for x in oracle(case)]
+            wrong = max(wrong, *(error(x, y) for x, y in zip(results, truth, strict=True)))
+    return wrong
+
+
+def test_ranks_may_drift_apart(tmp_path):
+    assert max(run_ranks(drifting_worker, 4, str(tmp_path))) <= 1e-10
+
+
+def selective_worker(rank, world_size, folder):
+    transport, selection = hybrid("aabb", folder), ringattn.Selection(head=1, lag=3)
+    found = []
+    for documents in (None, (0, 20, 21, 61)):
+        plan = ringattn.Plan(61, world_size, documents=documents, hosts=transport.hosts)
+        *whole, dout = problem(Case(61, "zigzag"))
+        *own, own_dout = (ringattn.shard(x, plan, rank).requires_grad_() for x in (*whole, dout))
+        out = ringattn.ring_attention(*own, plan, dist.group.WORLD, transport=transport, selection=selection)
+        results = [out, *torch.autograd.grad(out, own, own_dout)]
+        whole = [x.requires_grad_() for x in whole]
+        truth = dense_attention(*whole, selection=selection, documents=documents)
+        expected = [truth, *torch.autograd.grad(truth, whole, dout)]
+        found += [error(x, ringattn.shard(y, plan, rank)) for x, y in zip(results, expected, strict=True)]
+    return max(found)
+
+
+def test_selection_goes_host_by_host_too(tmp_path):
+    assert max(run_ranks(selective_worker, 4, str(tmp_path))) <= 1e-10
+
+
+def order_worker(rank, world_size, folder):
+    """What is posted between hosts and what is worked on, in the order of this rank's program."""
+    transport, told = hybrid("aabbcc", folder), []
+    plan, payload = ringattn.Plan(48, world_size, hosts=transport.hosts), (torch.ones(1, 8, 1, 8),)
+    far, post = transport._far, transport._far.post
+    far.post = lambda send, to, receive, source, where: (
+        told.append(f"posts {where}") or post(send, to, receive, source, where)
+    )
+    carried = ring.Ring(plan=plan, rank=rank, transport=transport)
+
+    def visit(stop, held):
+        told.append(f"works on {stop.only[0]}")
+        return held
+
+    ring.ring_backward(carried, payload, visit)
+    return told, transport._near.memory.barriers
+
+
+def test_the_first_messages_between_hosts_are_under_way_while_the_own_host_is_worked_on(tmp_path):
+    (told, barriers), *others = run_ranks(order_worker, 6, str(tmp_path))
+    assert told == [
+        *("posts backward hop 2 of 5", "posts backward hop 3 of 5", "posts backward hop 4 of 5"),
+        *("works on 0", "works on 1"),
+        *("posts backward hop 5 of 5", "works on 4", "posts backward hop 2 of 5, gradients"),
+        *("works on 5", "posts backward hop 3 of 5, gradients"),
+        *("works on 2", "posts backward hop 4 of 5, gradients"),
+        *("works on 3", "posts backward hop 5 of 5, gradients"),
+    ]
+    assert {barriers, *(barriers for _, barriers in others)} == {3}  # around the passage, and its gradients are there
+
+
+def checking_worker(rank, world_size, folder):
+    plans = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selfcheck, "make_case", lambda plan, *more: plans.append(plan) or make_case(plan, *more))
+        ringattn.self_check(heads=2, kv_heads=2, head_dim=8, group=dist.group.WORLD, transport=hybrid("aabb", folder))
+    return {plan.hosts for plan in plans}
+
+
+def test_a_self_check_goes_as_the_run_will(tmp_path):
+    assert run_ranks(checking_worker, 4, str(tmp_path)) == [{2}] * 4
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [("aabb", 2), ("aabbcc", 3), ("abc", 3), ("aaaa", 1), ("aab", 1), ("abab", 1), ("aabbaa", 1), ("a", 1)],
+)
+def test_hosts_that_a_plan_may_go_by(hosts, expected):
+    assert hosts_in_order(hosts) == expected
+
+
+def choosing_worker(rank, world_size, hosts, folder, trouble):
+    """`make_transport` over made-up hosts whose ranks reach each other's memory, but for where there is trouble."""
+
+    def problem_of(group, *, inside_hosts=False):
+        if trouble is not None:
+            return trouble
+        return None if inside_hosts or len(set(hosts)) == 1 else "the ranks are on 2 hosts"
+
+    def memory(group, device, timeout, ranks):
+        return FilePeerMemory(group, folder, ranks=ranks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ringattn.transport, "hosts_of", lambda group: list(hosts))
+        patch.setattr(ringattn.transport, "peer_memory_problem", problem_of)
+        patch.setattr(ringattn.transport, "CudaPeerMemory", memory)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        made = ringattn.make_transport("auto", dist.group.WORLD)
+    results = attend(CASES[0], rank, world_size, made, hosts=made.hosts)
+    return made.description, made.hosts, off(CASES[0], results)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "trouble", "expected"),
+    [
+        ("aabb", None, f"{BOTH} (auto: every rank can reach the memory of all of its host)"),
+        ("aabb", "rank 1: its GPU is asleep", "p2p over gloo (copy_engine cannot be had: rank 1: its GPU is asleep)"),
+        ("abb", None, "p2p over gloo (copy_engine cannot be had: the ranks are on 2 hosts)"),
+        ("ab", None, "p2p over gloo (copy_engine cannot be had: the ranks are on 2 hosts)"),
+    ],
+)
+def test_auto_takes_both_where_hosts_have_equally_many_neighbours(hosts, trouble, expected, tmp_path):
+    for description, found, wrong in run_ranks(choosing_worker, len(hosts), hosts, str(tmp_path), trouble):
+        assert description == expected
+        assert found == (2 if "inside" in expected else 1)
+        assert wrong <= 1e-10
 
 
 def out_of_memory(*arguments):

@@ -1,7 +1,9 @@
 """Plans: every visible pair is in exactly one block, blocks are what they claim, and needless hops are left out."""
 
+import copy
 import dataclasses
 import itertools
+import pickle
 import random
 
 import pytest
@@ -117,10 +119,46 @@ def test_hops_that_no_query_needs_are_left_out():
     assert ringattn.Plan(64, 8, layout="zigzag", documents=(0, 32, 64)).num_hops > 1
 
 
+def test_over_hosts_the_own_one_comes_first_and_all_ranks_visit_the_same_distance():
+    plan = ringattn.Plan(60, 6, hosts=2)  # ranks 0, 1, 2 and 3, 4, 5
+    assert [plan.source(0, hop) for hop in range(6)] == [0, 2, 1, 3, 5, 4]
+    assert [plan.source(4, hop) for hop in range(6)] == [4, 3, 5, 1, 0, 2]
+    assert [ringattn.Plan(60, 6, hosts=3).source(5, hop) for hop in range(6)] == [5, 4, 3, 2, 1, 0]
+    assert [ringattn.Plan(60, 6, hosts=3).source(0, hop) for hop in range(6)] == [0, 1, 4, 5, 2, 3]
+
+
+@pytest.mark.parametrize(("cp_size", "hosts"), [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6), (16, 4)])
+def test_every_source_is_visited_once_and_every_owner_is_read_by_one_rank(cp_size, hosts):
+    plan = ringattn.Plan(64, cp_size, hosts=hosts)
+    per_host, ranks = cp_size // hosts, range(cp_size)
+    for rank in ranks:
+        sources = [plan.source(rank, hop) for hop in ranks]
+        assert sorted(sources) == list(ranks)
+        assert {source // per_host for source in sources[:per_host]} == {rank // per_host}
+        assert [plan.hop(rank, source) for source in sources] == list(ranks)
+        assert all(plan.reader(source, hop) == rank for hop, source in enumerate(sources))
+        if hosts in (1, cp_size):
+            assert sources == [(rank - hop) % cp_size for hop in ranks]
+
+
+def test_hosts_are_a_part_of_the_plan_and_not_of_what_meets():
+    plan, over_hosts = (ringattn.Plan(61, 6, window=20, hosts=hosts) for hosts in (1, 3))
+    assert plan != over_hosts
+    assert plan.fingerprint != over_hosts.fingerprint
+    assert plan.documents_fingerprint == over_hosts.documents_fingerprint
+    assert all(plan.blocks(a, b) == over_hosts.blocks(a, b) for a, b in itertools.product(range(6), repeat=2))
+    for copied in (pickle.loads(pickle.dumps(over_hosts)), dataclasses.replace(plan, hosts=3), copy.copy(over_hosts)):
+        assert copied == over_hosts
+        assert copied.source(0, 1) == 1
+    # Two ranks each: rank 2 sees rank 1's keys, the second of the other host, at hop 3; with a plain order at hop 1.
+    near = ringattn.Plan(60, 6, layout="contiguous", window=10)
+    assert (near.num_hops, dataclasses.replace(near, hosts=3).num_hops) == (2, 4)
+
+
 def test_with_documents_keeps_everything_else():
-    plan = ringattn.Plan(10, 2, layout="striped", window=3, sinks=1)
+    plan = ringattn.Plan(10, 2, layout="striped", window=3, sinks=1, hosts=2)
     other = plan.with_documents(torch.tensor([0, 4, 10], dtype=torch.int32))
-    assert other == ringattn.Plan(10, 2, layout="striped", window=3, sinks=1, documents=(0, 4, 10))
+    assert other == ringattn.Plan(10, 2, layout="striped", window=3, sinks=1, documents=(0, 4, 10), hosts=2)
     assert plan.documents is None
     assert plan.blocks(0, 0) != other.blocks(0, 0)
     assert other.with_documents([0, 10]) == plan  # one document is no documents
@@ -131,6 +169,9 @@ def test_with_documents_keeps_everything_else():
     [
         ({"seq_len": 0}, "seq_len: expected at least 1, got 0"),
         ({"cp_size": 0}, "cp_size: expected at least 1, got 0"),
+        ({"hosts": 0}, "hosts: expected at least 1, got 0"),
+        ({"hosts": 3}, r"hosts: expected a divisor of cp_size = 2 \(equally many ranks on each\), got 3"),
+        ({"hosts": "two"}, "hosts: expected an integer, got 'two'"),
         ({"layout": "zig"}, "layout: expected one of contiguous, zigzag, striped, got 'zig'"),
         ({"window": 0}, "window: expected at least 1"),
         ({"window": 2, "causal": False}, "window: needs causal=True"),

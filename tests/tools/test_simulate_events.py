@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import ringattn
-from tests.tools.simulate_cases import LAYOUTS, h100, layer, no_time, run, toy
+from tests.tools.simulate_cases import LAYOUTS, h100, layer, no_time, plain, run, toy
 from tools.simulate.case import PASSES, Case
+from tools.simulate.channels import Clock, channels
 from tools.simulate.events import simulate
 from tools.simulate.links import Links
+from tools.simulate.machine import Machine
 from tools.simulate.work import work_of
 
 
@@ -60,11 +62,56 @@ def test_a_transfer_hides_behind_the_block_before() -> None:
     assert [hop.exposed_max for hop in late.hops] == pytest.approx([0, 36])
 
 
-def test_hosts_share_their_links() -> None:
-    """Two hosts of two ranks, 16 bytes each to all, 2 bytes/s per host, nothing inside. Hops: 8 s, then 16 s (two at
-    a time out of each host), then 8 s."""
+def test_a_rank_has_a_way_of_its_own_to_other_hosts() -> None:
+    """Two hosts of two ranks, 16 bytes to all in 16 s between hosts, nothing inside. Rank 0 gets those of ranks 3 and 2
+    at once; rank 1 those of rank 3, which sends to rank 0 first, and then of rank 2."""
     machine = toy(rate=1e30, per_host=2, inter=1.0, intra=((1.0, 1e30),))
-    assert run(layer(16, 4, causal=False), machine).finish.tolist() == pytest.approx([24, 32, 24, 32])
+    assert run(layer(16, 4, causal=False), machine).finish.tolist() == pytest.approx([32, 48, 32, 48])
+
+
+def hybrid(inter: float, by_host: bool = True, **far: Any) -> tuple[Case, Machine]:
+    """Two hosts of two ranks; blocks of 64 s, 16 bytes each; no time inside a host."""
+    between = plain(intra=((1.0, 1e30),), **far)
+    machine = toy(per_host=2, inter=inter, intra=((1.0, 1e30),), slots=3, between=between, by_host=by_host)
+    return layer(16, 4, causal=False, hosts=machine.plan_hosts(4)), machine
+
+
+def test_messages_between_hosts_hide_behind_the_own_host() -> None:
+    """Two messages of 64 s, both asked for at the start, beside two blocks of the own host. If they take
+    256 s each, both are waited for. In plain order rank 1's are the last two, and the first waits for rank 0's."""
+    assert run(*hybrid(1 / 4)).finish.tolist() == pytest.approx([256] * 4)
+    slow = run(*hybrid(1 / 16))
+    assert slow.finish.tolist() == pytest.approx([576] * 4)
+    assert slow.exposed.tolist() == pytest.approx([128 + 192] * 4)
+    assert run(*hybrid(1 / 16, by_host=False)).finish.tolist() == pytest.approx([640, 832, 640, 832])
+
+
+def test_only_messages_between_hosts_slow_compute_down() -> None:
+    """At half speed beside 128 s of messages: 64 s more; inside a host nothing is slower."""
+    assert run(*hybrid(1 / 4, sm_share=0.5)).finish.tolist() == pytest.approx([256 + 64] * 4)
+
+
+def test_a_fourth_message_is_asked_for_at_the_first_hop_that_is_far() -> None:
+    """Six hosts of one rank, blocks of 64 s: messages of 16 s, and hop 0 is the only one inside."""
+    case, machine = layer(24, 6, causal=False, hosts=6), hybrid(1.0)[1]
+    done = simulate(work_of(case.plan), replace(machine, per_host=1), case, "forward", watched=(2,))
+    assert [span.start for span in done.spans if span.what == "payload"] == pytest.approx([0, 16, 32, 64, 128])
+
+
+def test_gradients_between_hosts_are_added_hop_by_hop() -> None:
+    """Blocks of 160 s, messages of 300. Payloads are here at 300 and 600; gradients of hop 2, found at 480, have the
+    way from 600 to 900. Hop 3 ends at 760, waits for those of hop 2, and its own take until 1200."""
+    case, machine = hybrid(1.0, latency=284.0)
+    assert run(case, machine, "backward").finish.tolist() == pytest.approx([1200] * 4)
+    assert run(case, hybrid(1e30)[1], "backward").seconds == pytest.approx(4 * 160)
+
+
+def test_ranks_of_a_host_meet_without_the_others() -> None:
+    case, machine = hybrid(1.0)
+    times, clock = np.array([1.0, 2.0, 5.0, 3.0]), Clock(*np.zeros((4, 4)))
+    for used, met in ((machine, [2, 2, 5, 5]), (toy(), [5, 5, 5, 5])):
+        last = channels(used, work_of(case.plan), case, clock, lambda *_: None, 2.0)[-1]
+        assert last._met(times).tolist() == met
 
 
 def test_a_link_inside_a_host_is_the_limit_between_hosts_too() -> None:
@@ -154,10 +201,11 @@ def test_a_transfer_that_is_over_before_the_next_one_does_not_wait_for_it() -> N
 
 @pytest.mark.parametrize("what", PASSES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("transport", ["nccl", "copy-engine"])
+@pytest.mark.parametrize("transport", ["nccl", "copy-engine", "hybrid", "hybrid, plain order"])
 def test_every_second_of_every_rank_is_accounted_for(transport: str, layout: str, what: str) -> None:
     machine = h100(transport, per_host=4)
-    case = Case(plan=ringattn.Plan(12 * 1024, 12, layout=layout), heads=16, kv_heads=4, head_dim=128, dtype="bf16")
+    plan = ringattn.Plan(12 * 1024, 12, layout=layout, hosts=machine.plan_hosts(12))
+    case = Case(plan=plan, heads=16, kv_heads=4, head_dim=128, dtype="bf16")
     done = run(case, machine, what)
     spent = done.busy + done.exposed + done.host + done.uneven + 2 * machine.transport.barrier
     assert spent.tolist() == pytest.approx([done.seconds] * 12)

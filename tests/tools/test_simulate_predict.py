@@ -21,6 +21,8 @@ from tools.simulate.machine import H100, Kernels, MachineFile, parse_link
 from tools.simulate.predict import blocks_alone, ideal, predict, step
 from tools.simulate.work import CAUSAL, FULL, MASKED, HopWork
 
+NCCL = yaml.safe_load(H100.read_text())["transports"]["nccl"]
+
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_ideal_is_that_of_the_benchmark(causal: bool) -> None:
@@ -173,9 +175,17 @@ def test_links_by_size() -> None:
         ({"transports": {"x": {"intra": "350"}}}, "transports.x.variants: missing"),
         ({"transports": {"x": {"intra": "quick"}}}, "transports.x.intra: expected GB/s"),
         (
-            {"transports": {"x": {**yaml.safe_load(H100.read_text())["transports"]["nccl"], "graphs": "often"}}},
+            {"transports": {"x": {**NCCL, "graphs": "often"}}},
             "transports.x.graphs: expected one of never, short, always, got 'often'",
         ),
+        *(
+            (
+                {"transports": {"x": {**NCCL, "between": between}, "nccl": NCCL}},
+                f"x.between: expected one of nccl, {told}",
+            )
+            for between, told in (("x", "got 'x'"), ("rails", "got 'rails'"))
+        ),
+        ({"transports": {"x": {**NCCL, "between": "nccl"}, "nccl": NCCL}}, "transports.x.by_host: missing"),
     ],
 )
 def test_a_bad_file_of_rates(change: dict[str, Any], message: str, tmp_path: Path) -> None:

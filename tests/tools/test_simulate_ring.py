@@ -56,7 +56,8 @@ def test_options_reach_the_simulation(tmp_path: Path, monkeypatch: pytest.Monkey
 
     base = both()
     assert base["transport"] == "copy-engine"
-    assert both("--hosts", 2)["transport"] == "nccl"
+    assert both("--hosts", 2)["transport"] == "hybrid"
+    assert both("--hosts", 2, "--latency-us", 5000)["both_ms"] > both("--hosts", 2)["both_ms"] + 10
     assert both("--link-intra", 1)["both_ms"] > base["both_ms"]
     assert both("--link-intra", "8:1,64:2")["both_ms"] > base["both_ms"]
     assert both("--latency-us", 5000)["both_ms"] > base["both_ms"] + 10

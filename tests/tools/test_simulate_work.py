@@ -43,10 +43,10 @@ def test_work_of_sixteen_tokens_over_four_ranks(layout: str, pairs: list[list[in
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("size", "hosts"), [(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (4, 2), (6, 3), (8, 2)])
 @pytest.mark.parametrize("length", [1, 2, 5, 7, 16, 33, 101, 257])
-def test_closed_form_is_the_plan(length: int, size: int, layout: str, causal: bool) -> None:
-    plan = ringattn.Plan(length, size, layout=layout, causal=causal)
+def test_closed_form_is_the_plan(length: int, size: int, hosts: int, layout: str, causal: bool) -> None:
+    plan = ringattn.Plan(length, size, layout=layout, causal=causal, hosts=hosts)
     case = Case(plan=plan, heads=6, kv_heads=2, head_dim=8, dtype="bf16")
     work, total = work_of(plan), 0
     assert work.num_hops == plan.num_hops
@@ -81,9 +81,9 @@ MASKS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
-def test_masks_are_listed_from_the_plan(size: int, layout: str, mask: dict[str, Any]) -> None:
-    plan = ringattn.Plan(301, size, layout=layout, **mask)
+@pytest.mark.parametrize(("size", "hosts"), [(2, 1), (3, 1), (4, 1), (8, 1), (6, 2), (8, 4)])
+def test_masks_are_listed_from_the_plan(size: int, hosts: int, layout: str, mask: dict[str, Any]) -> None:
+    plan = ringattn.Plan(301, size, layout=layout, hosts=hosts, **mask)
     work = work_of(plan)
     assert isinstance(work, ListedWork)
     assert work.num_hops == plan.num_hops

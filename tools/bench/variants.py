@@ -21,7 +21,7 @@ IDEAL = "ideal"
 ON_CUDNN = "ideal, cudnn"  # where the ring takes another kernel, what is usual elsewhere
 
 CAPTURED, NO_GRAPHS = ", captured", ", no graphs"  # ends of names
-COPY_ENGINE, P2P = "ours copy_engine", "ours p2p"
+COPY_ENGINE, P2P, HYBRID = "ours copy_engine", "ours p2p", "ours hybrid"
 ULYSSES = "ours ulysses"  # of all ranks: no ring is left
 CROSSED = {f"{ULYSSES} {degree}": degree for degree in (2, 4)}  # with a ring of the teams
 
@@ -30,6 +30,7 @@ OURS: dict[str, dict[str, Any]] = {
     COPY_ENGINE: {"name": "copy_engine"},
     COPY_ENGINE + NO_GRAPHS: {"name": "copy_engine", "graphs": False},
     P2P: {"name": "p2p"},
+    HYBRID: {"name": "hybrid"},
     **{name: {"name": "auto", "ulysses": degree} for name, degree in CROSSED.items()},
     **{n + NO_GRAPHS: {"name": "copy_engine", "graphs": False, "ulysses": degree} for n, degree in CROSSED.items()},
     ULYSSES: {"name": "auto", "ulysses": 0},
@@ -111,8 +112,9 @@ class _Ours:
         self._options = options
 
     def __call__(self, point: Point, ranks: Ranks) -> Case:
-        plan = point.plan(ranks.size, point.layout)
         made = self._made(point, ranks) if ranks.size > 1 else {}
+        hosts = made["transport"].hosts if "transport" in made else 1
+        plan = replace(point.plan(ranks.size, point.layout), hosts=hosts)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ringattn.ring_attention(q, k, v, plan, group=ranks.group, **made)
@@ -125,7 +127,10 @@ class _Ours:
         degree = options.pop("ulysses", 1) or ranks.size
         try:
             if degree == 1:
-                return {"transport": ringattn.make_transport(**options, group=ranks.group, timed=False)}
+                transport = ringattn.make_transport(**options, group=ranks.group, timed=False)
+                if options["name"] == "hybrid" and transport.hosts == 1:
+                    raise UnsupportedError("the ranks are on one host, or not equally many neighbours on each")
+                return {"transport": transport}
             if self._options["ulysses"] and degree >= ranks.size:
                 raise UnsupportedError(f"{ranks.size} ranks leave no ring of teams of {degree}; see {ULYSSES!r}")
             problem = heads_problem(point.heads, point.kv_heads, ranks.size, degree)

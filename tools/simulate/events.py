@@ -13,14 +13,13 @@ the other.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from tools.simulate.case import Case
-from tools.simulate.links import NEVER, Links
+from tools.simulate.channels import Clock, channels
 from tools.simulate.machine import Floats, Machine
 from tools.simulate.stops import JOINED_RANKS, ScheduledWork, head_groups
 from tools.simulate.work import HopWork, Work
@@ -90,7 +89,7 @@ def simulate(work: Work, machine: Machine, case: Case, what: str, watched: tuple
     own_graph = link.captures(case)
     if own_graph or link.graphs == "always":
         machine = replace(machine, transport=replace(link, call=0.0, hop=dict.fromkeys(link.hop, 0.0)))
-    if link.peers and 1 < case.num_ranks <= JOINED_RANKS:
+    if link.peers and link.between is None and 1 < case.num_ranks <= JOINED_RANKS:
         work = ScheduledWork(work, group, what)
     found = _Simulation(work, machine, group, what, watched, own_graph).run()
     return found if count == 1 else _times(found, count)
@@ -103,7 +102,6 @@ class _Simulation:
         self._work, self._machine, self._case, self._what = work, machine, case, what
         self._backward = what == "backward"
         self._own_graph = own_graph
-        self._links = Links(machine, case.num_ranks)
         self._ranks = np.arange(case.num_ranks)
         self._watched = watched
         self._spans: list[Span] = []
@@ -114,22 +112,10 @@ class _Simulation:
         # Each rank's payload goes to where peers read it; a graph has its inputs copied: q, or dout, q and out.
         copies = 2 * self._own * link.peers + 2 * self._rows * own_graph * (3 if self._backward else 1)
         start = link.barrier + link.graph * own_graph + copies
-        self._free, self._busy = start, copies
-        self._exposed, self._uneven = np.zeros((2, case.num_ranks))
+        nothing = np.zeros(case.num_ranks)
+        self._clock = Clock(free=start, busy=copies, exposed=nothing, uneven=nothing)
         self._host = np.full(case.num_ranks, link.call)  # seconds of its work
-        self._arrival = start  # of the payload in hand
-        largest = max(work.hop(hop).travelling.max() for hop in range(min(2, work.num_hops))) * case.payload_bytes
-        ahead = max(2, int(link.ahead // max(1, largest * work.most_joined))) * work.most_joined
-        first = np.full(case.num_ranks, start.max())  # all ranks have met
-        self._issued = deque([first] * (ahead - 1), maxlen=ahead - 1)  # from when on payloads may come, by hop
-        self._pulled, self._pushed = np.full((2, case.num_ranks), NEVER)  # ends of the last ones: they go in order
-        self._slots = min(link.slots, case.num_ranks - 1)
-        self._slots_free = float(start.max())  # from when on gradients may be pushed
-        self._meeting = False  # all ranks are to meet before they push on
-        self._held: list[tuple[int, Ints]] = []  # hops, and columns whose gradients are not yet pushed
-        self._landing = np.full(case.num_ranks, NEVER)  # of gradients that others push to this rank
-        self._adding = np.zeros(case.num_ranks)  # seconds to add them
-        self._pushing = np.zeros(case.num_ranks)  # seconds of the own push under way
+        self._channels = channels(machine, work, case, self._clock, self._watch, self._part_bytes)
 
     def run(self) -> Pass:
         hops = []
@@ -137,114 +123,62 @@ class _Simulation:
         now = self._work.hop(0)
         for hop in range(self._work.num_hops):
             after = self._work.hop(hop + 1) if hop + 1 < self._work.num_hops else None
-            exposed, busy = self._exposed, self._busy
-            self._step(hop, now, after)
+            exposed, busy = self._clock.exposed, self._clock.busy
+            self._step(hop, now)
             if after is None:
                 self._finish()
             sent = now.travelling * self._case.payload_bytes if hop else np.zeros_like(received)
             pairs, received = pairs + now.pairs_by_rank(), received + sent
-            hops.append(_hop_result(hop, sent, self._busy - busy, self._exposed - exposed))
+            hops.append(_hop_result(hop, sent, self._clock.busy - busy, self._clock.exposed - exposed))
             if after is not None:
                 now = after
-        end = self._free.max()
+        clock = self._clock
+        end = clock.free.max()
         link = self._machine.transport
         rest = max(0.0, float(self._host.max() - end) - link.barrier)
         return Pass(
             seconds=float(end + rest) + link.barrier,
-            finish=self._free,
-            busy=self._busy,
-            exposed=self._exposed,
-            host=np.full_like(self._free, link.graph * self._own_graph + rest),
-            uneven=self._uneven + (end - self._free),
+            finish=clock.free,
+            busy=clock.busy,
+            exposed=clock.exposed,
+            host=np.full_like(clock.free, link.graph * self._own_graph + rest),
+            uneven=clock.uneven + (end - clock.free),
             pairs=pairs,
             received=received,
             hops=hops,
             spans=self._spans,
         )
 
-    def _step(self, hop: int, now: HopWork, after: HopWork | None) -> None:
-        arrival, fetching = self._fetch(hop + 1, after)
+    def _step(self, hop: int, now: HopWork) -> None:
+        clock = self._clock
+        for channel in self._channels:
+            channel.fetch_after(hop)
+        arrival = np.maximum.reduce([channel.arrival(hop) for channel in self._channels])
         works = now.computes
         self._host = self._host + self._machine.transport.hop[self._what] * (works | (now.travelling > 0))
-        start = np.where(works, np.maximum(self._free, self._arrival), self._free)
-        self._exposed = self._exposed + (start - self._free)
-        seconds = self._slowed(self._seconds(now), fetching + self._pushing)
-        self._busy = self._busy + seconds
+        start = np.where(works, np.maximum(clock.free, arrival), clock.free)
+        clock.exposed = clock.exposed + (start - clock.free)
+        seconds = self._seconds(now)
+        for channel in self._channels:
+            seconds = channel.slowed(seconds, start)
+        clock.busy = clock.busy + seconds
         self._watch(hop, "block", self._ranks[works], start[works], (start + seconds)[works])
-        self._free, self._arrival = start + seconds, arrival
-        if self._backward and hop:
-            self._give_back(hop, now)
-        self._issued.append(self._free)
-
-    def _fetch(self, hop: int, work: HopWork | None) -> tuple[Floats, Floats]:
-        """Pull the payloads of `hop`: when they are here, and how long the link is busy with them."""
-        arrival, seconds = np.full(len(self._ranks), NEVER), np.zeros(len(self._ranks))
-        if work is not None:
-            rank = np.flatnonzero(work.travelling)
-            issued = np.maximum(self._issued[0], self._pulled)[rank]
-            num_bytes = work.travelling[rank] * self._case.payload_bytes
-            start, end = self._links.carry(issued, (rank - hop) % len(self._ranks), rank, num_bytes)
-            arrival[rank], seconds[rank], self._pulled[rank] = end, end - start, end
-            self._watch(hop, "payload", rank, start, end)
-        return arrival, seconds
-
-    def _give_back(self, hop: int, now: HopWork) -> None:
-        """Push what is computed; where slots are full, once all ranks have computed and met."""
-        waits = (now.travelling > 0) & ~now.computes  # joined with a later hop
-        travels = bool(now.travelling.any())
-        self._meeting |= travels and hop > 1 and self._slots > 0 and (hop - 1) % self._slots == 0
-        if not self._slots:
-            self._add_landed()
-        elif self._meeting and not waits.any():
-            self._add_landed()
-            self._meeting = False
-        self._held.append((hop, now.travelling))
-        held, self._held = self._held, []
-        self._pushing = np.zeros(len(self._ranks))
-        for earlier, tokens in held:
-            later = tokens * (waits | self._meeting)
-            self._push(earlier, tokens - later)
-            if later.any():
-                self._held.append((earlier, later))
-
-    def _push(self, hop: int, tokens: Ints) -> None:
-        """Send a hop's gradients to the owners of the payload."""
-        rank = np.flatnonzero(tokens)
-        owner = (rank - hop) % len(self._ranks)
-        tokens = tokens[rank]
-        issued = np.maximum(np.maximum(self._free, self._pushed)[rank], self._slots_free)
-        start, end = self._links.carry(issued, rank, owner, tokens * self._case.payload_bytes)
-        self._landing[owner] = np.maximum(self._landing[owner], end)
-        self._adding[owner] += self._machine.touching(tokens * self._case.payload_elements * self._part_bytes)
-        self._pushing[rank] += end - start
-        self._pushed[rank] = end
-        self._watch(hop, "gradients", rank, start, end)
-
-    def _add_landed(self) -> None:
-        """Wait for the gradients that are under way to this rank and add them up."""
-        end = np.maximum(self._free, self._landing)
-        begin = self._free
-        if self._slots and self._backward:  # all ranks meet
-            begin = np.full_like(end, begin.max())
-            end = np.full_like(end, end.max() + self._machine.transport.barrier)
-        self._uneven = self._uneven + (begin - self._free)
-        self._exposed = self._exposed + (end - begin)
-        self._busy = self._busy + self._adding
-        self._free = end + self._adding
-        if self._slots:
-            self._slots_free = float(self._free.max()) + self._machine.transport.barrier
-        self._landing, self._adding = np.full(len(self._ranks), NEVER), np.zeros(len(self._ranks))
+        clock.free = start + seconds
+        for channel in self._channels:
+            if self._backward and hop:
+                channel.give_back(hop, now)
 
     def _finish(self) -> None:
         """Results are written: out; or dq, and dk and dv with what has come for them."""
         copied = 2 * self._own_graph  # results of a graph are read and written once more
         self._compute(self._rows * (1 + copied))
         if self._backward:
-            self._add_landed()
+            for channel in self._channels:
+                channel.add_landed()
             self._compute(self._own * (2 + copied))
 
     def _compute(self, seconds: Floats) -> None:
-        self._busy, self._free = self._busy + seconds, self._free + seconds
+        self._clock.busy, self._clock.free = self._clock.busy + seconds, self._clock.free + seconds
 
     def _seconds(self, work: HopWork) -> Floats:
         """[num_ranks]: the blocks, and reading their results for the merge."""
@@ -257,11 +191,6 @@ class _Simulation:
     def _part_bytes(self) -> float:
         """Bytes moved per element of a partial result; of many, five at a time join a sum in fp32."""
         return self._case.element_bytes + (8 / 5 if self._case.plan.cp_size > _PARTS else 0)
-
-    def _slowed(self, seconds: Floats, transfers: Floats) -> Floats:
-        """Compute beside transfers, which leave it a part of its speed while they last."""
-        share = self._machine.transport.sm_share
-        return np.where(seconds <= (1 - share) * transfers, seconds / (1 - share), seconds + share * transfers)
 
     def _watch(self, hop: int, what: str, ranks: Ints, start: Floats, end: Floats) -> None:
         for rank in self._watched:

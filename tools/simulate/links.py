@@ -1,4 +1,4 @@
-"""Transfers between ranks: who waits for whom on the way out, on the way in and between hosts."""
+"""Transfers between ranks: who waits for whom on the way out and on the way in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NEVER = -np.inf
 
 
 class Links:
-    """The way out of and into each rank, one transfer at a time, and what the ranks of a host share.
+    """The way out of and into each rank, one transfer at a time. To another host it is the rank's own, as slow as that.
 
     Transfers come in the order of hops, not of time: one that would be over before the last one of its links begins
     does not wait for it.
@@ -22,7 +22,6 @@ class Links:
     def __init__(self, machine: Machine, num_ranks: int) -> None:
         self._machine = machine
         self._host = np.arange(num_ranks) // machine.per_host
-        self._num_hosts = -(-num_ranks // machine.per_host)
         # [out, in] x rank: begin and end of the last transfer.
         self._begun = np.full((2, num_ranks), NEVER)
         self._ended = np.full((2, num_ranks), NEVER)
@@ -44,11 +43,6 @@ class Links:
 
     def _rates(self, sender: Ints, receiver: Ints, num_bytes: Ints) -> Floats:
         rates = self._machine.transport.bandwidth(num_bytes.astype(float))
-        out, into = self._host[sender], self._host[receiver]
-        far = out != into
-        if far.any():
-            leaving = np.bincount(out[far], minlength=self._num_hosts)[out[far]]
-            coming = np.bincount(into[far], minlength=self._num_hosts)[into[far]]
-            share = self._machine.inter * self._machine.per_host / np.maximum(leaving, coming)
-            rates[far] = np.minimum(rates[far], share)
+        far = self._host[sender] != self._host[receiver]
+        rates[far] = np.minimum(rates[far], self._machine.inter)
         return rates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class Transport:
         graph: start of a graph of the transport's own, beside the copies of its inputs and results.
         call: the host's work per pass beside its hops; none in a graph.
         hop: the host's work per hop with anything to do, by pass; none in a graph.
+        between: the transport between hosts, where this one only serves pairs inside; None: this one.
+        by_host: with `between`: the plan goes host by host (`Plan.hosts`).
     """
 
     name: str
@@ -80,6 +82,15 @@ class Transport:
     graph: float
     call: float
     hop: dict[str, float]
+    between: Transport | None = None
+    by_host: bool = False
+
+    def changed(self, **changes: Any) -> Transport:
+        """With other values; a latency is that of transfers between hosts, too."""
+        between = self.between
+        if between is not None and "latency" in changes:
+            changes["between"] = replace(between, latency=changes["latency"])
+        return replace(self, **changes)
 
     def captures(self, case: Case) -> bool:
         """Whether the transport runs the passes as graphs of its own, see `CopyEngineTransport`."""
@@ -102,7 +113,7 @@ class Machine:
 
     Attributes:
         per_host: ranks of one host, neighbours in the ring.
-        inter: bytes/s between hosts, per rank; the ranks of a host share what they have together.
+        inter: bytes/s between hosts, per rank: a message goes through one network card, which is the GPU's own.
         memory: bytes/s of merges and sums of gradients; 0 leaves them out.
         dense: FLOP/s of the rest of a training step.
         peak: FLOP/s that utilisation refers to.
@@ -117,6 +128,10 @@ class Machine:
     memory: float
     dense: float
     peak: float
+
+    def plan_hosts(self, num_ranks: int) -> int:
+        """What a plan of so many ranks says of hosts."""
+        return max(1, num_ranks // self.per_host) if self.transport.by_host else 1
 
     def blocks(self, what: str, case: Case, work: HopWork) -> Floats:
         """[blocks]: how long each takes."""
@@ -176,6 +191,10 @@ class MachineFile(RatesFile):
             intra = parse_link(str(self._get(f"{where}.intra", object)))
         except ValueError as error:
             raise ValueError(f"{self._path}: {where}.intra: {error}") from error
+        between = self._get(where, dict).get("between")
+        whole = [other for other, entry in self._found["transports"].items() if "between" not in (entry or ())]
+        if between is not None and between not in whole:
+            raise ValueError(f"{self._path}: {where}.between: expected one of {', '.join(whole)}, got {between!r}")
         return Transport(
             name=name,
             variants=str(self._get(f"{where}.variants", str)),
@@ -190,4 +209,6 @@ class MachineFile(RatesFile):
             graph=self._number(f"{where}.graph_us") * 1e-6,
             call=self._number(f"{where}.call_us") * 1e-6,
             hop=self._by_pass(f"{where}.hop_us"),
+            between=None if between is None else self._transport(str(between)),
+            by_host=between is not None and bool(self._get(f"{where}.by_host", bool)),
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ringattn import schedule
 from ringattn.schedule import Stop, joined_schedule
-from ringattn.transport.copy_engine import GRAPH_BYTES
 from tools.simulate.case import Case
 from tools.simulate.work import KINDS, HopWork, Work
 
@@ -16,10 +16,7 @@ JOINED_RANKS = 64
 def head_groups(case: Case) -> int:
     """In how many groups of heads a pass goes around, one after the other."""
     widths = max(case.heads * case.head_dim, case.payload_elements)
-    wanted = case.plan.longest_shard * widths * case.element_bytes / GRAPH_BYTES  # as in ringattn.softmax
-    return next(
-        n for n in range(1, case.kv_heads + 1) if case.kv_heads % n == 0 and (n >= wanted or n == case.kv_heads)
-    )
+    return schedule.head_groups(case.kv_heads, case.plan.longest_shard * widths * case.element_bytes)
 
 
 class ScheduledWork:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,7 @@ class Work(Protocol):
     most_joined: int  # hops that a stop brings
 
     def hop(self, hop: int) -> HopWork:
-        """At `hop` rank r works on the payload of rank r - hop."""
+        """At `hop` each rank works on the payload of `Plan.source`."""
 
 
 def work_of(plan: ringattn.Plan, limit: int = BLOCK_LIMIT) -> Work:
@@ -105,7 +105,7 @@ class PlainWork:
 
     def hop(self, hop: int) -> HopWork:
         ranks = np.arange(self._plan.cp_size)
-        source = (ranks - hop) % self._plan.cp_size
+        source = sources(self._plan, hop)
         rows, columns = self._all.copy(), self._all[source]
         kind = np.full_like(ranks, FULL)
         if self._plan.causal:
@@ -140,7 +140,7 @@ class ListedWork:
     most_joined = 1
 
     def __init__(self, plan: ringattn.Plan, limit: int) -> None:
-        self._size = plan.cp_size
+        self._size, self._plan = plan.cp_size, plan
         self._hops: dict[int, list[tuple[int, int, int, int]]] = {}
         self._travelling: dict[int, Ints] = {}
         count = 0
@@ -156,7 +156,7 @@ class ListedWork:
     def _list(self, rank: int, source: int, blocks: tuple[Block, ...]) -> int:
         if not blocks:
             return 0
-        hop = (rank - source) % self._size
+        hop = self._plan.hop(rank, source)
         entries = self._hops.setdefault(hop, [])
         for block in blocks:
             rows, columns = block.q_stop - block.q_start, block.k_stop - block.k_start
@@ -175,6 +175,13 @@ class ListedWork:
             kind=table[:, 3],
             travelling=self._travelling.get(hop, nothing),
         )
+
+
+def sources(plan: ringattn.Plan, hop: int) -> Ints:
+    """[num_ranks]: whose payload each rank works on at `hop`."""
+    source: Any = plan.source  # whose arithmetic is as good for all ranks at once
+    found: Ints = source(np.arange(plan.cp_size), hop)
+    return found
 
 
 def columns_needed(blocks: tuple[Block, ...]) -> int:

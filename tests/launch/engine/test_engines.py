@@ -237,6 +237,36 @@ def test_each_layer_gathers_the_next_and_the_last_the_head() -> None:
     assert run_ranks(prefetched, 1) == [[("layers.0", ["layers.1"]), ("layers.1", ["head"])]]
 
 
+def gathered(rank: int, world_size: int, kind: str) -> tuple[list[int], list[float]]:
+    """How often something is gathered in each of two steps and an evaluation between them, and the three losses."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    gather, counts, losses = _fsdp_param_group.foreach_all_gather, [], []
+    _fsdp_param_group.foreach_all_gather = lambda *rest: (counts.append(counts.pop() + 1), gather(*rest))[1]
+    engine = toy.start(kind)
+    for step in range(3):
+        counts.append(0)
+        if step == 1:
+            with torch.no_grad():
+                losses.append(float(engine.forward(**toy.own_inputs(engine, step, 0))))
+        else:
+            losses.append(toy.engine_step(engine, step, micros=2)[0])
+    engine.close()
+    _fsdp_param_group.foreach_all_gather = gather
+    return counts, losses
+
+
+def test_weights_that_are_kept_are_gathered_once_for_each_row() -> None:
+    twice, losses = run_ranks(gathered, 2, "fsdp")[0]
+    once, kept = run_ranks(gathered, 2, "fsdp keep")[0]
+    assert kept == losses
+    rows, layers = 2, 2
+    assert twice[0] - once[0] == rows * layers
+    assert once[1] == twice[1]
+    # The evaluation has left all layers gathered: the first row after it gathers nothing of them.
+    assert once[2] == once[0] - layers - (twice[0] - twice[2])
+
+
 def with_wrong_scale(rank: int, world_size: int, kind: str) -> float:
     """The bug this file exists for: an engine that believes its gradients are summed, not averaged.
 

@@ -26,17 +26,17 @@ from model import Decoder, ModelConfig, preset
 __all__ = ["DTensor", "LaunchError", "build_engine"]
 
 SEED = 3
-KINDS = ("ddp", "fsdp", "fsdp host", "zero0", "zero1", "zero2", "zero3")
+KINDS = ("ddp", "fsdp", "fsdp host", "fsdp keep", "zero0", "zero1", "zero2", "zero3")
 
 
 def toy_config(
     kind: str, *, precision: str = "fp32", recompute: bool = False, device: str = "cpu", **optim: Any
 ) -> Config:
-    """Configuration for engine `kind` ("ddp", "fsdp", "fsdp host", "zero0" .. "zero3").
+    """Configuration for engine `kind` ("ddp", "fsdp", "fsdp host", "fsdp keep", "zero0" .. "zero3").
 
     The learning rate keeps 20 steps well conditioned: at 0.01 float32 and float64 already part by 1e-3.
     """
-    kind, _, optimizer = kind.partition(" ")
+    kind, _, setting = kind.partition(" ")
     name = kind.rstrip("0123")
     engine: dict[str, Any] = {"name": name, "precision": precision}
     if name == "zero":
@@ -49,7 +49,11 @@ def toy_config(
             "run": run,
             "data": {"seq_len": 64},
             "engine": engine,
-            "memory": {"recompute": recompute, "optimizer": optimizer or "device"},
+            "memory": {
+                "recompute": recompute,
+                "optimizer": "host" if setting == "host" else "device",
+                "weights": "keep" if setting == "keep" else "regather",
+            },
             "optim": rows,
             "parallel": {"cp": 1},
         }
