@@ -304,7 +304,8 @@ def graph_bytes(case: MemoryCase) -> float:
     queries = inner.longest_shard * shape.heads / case.ulysses * shape.score_dim * case.element_bytes
     selection = case.model.selection
     none = selection is None or selection.guide or shape.payload_flops > 0  # see `ringattn.passes`
-    if none or not _copies(case) or queries > GRAPH_BYTES:
+    over_copy_engines = case.on_gpu and 1 < inner.cp_size == _near_ranks(case)
+    if none or not over_copy_engines or queries > GRAPH_BYTES:
         return 0.0
     # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Out is in fp32.
     payload = inner.longest_shard * shape.payload / case.ulysses * case.element_bytes
@@ -329,17 +330,16 @@ def end_items(case: MemoryCase) -> Iterator[Item]:
 
 def peer_bytes(case: MemoryCase) -> float:
     """Own payload and inbox slots, where GPUs of one node copy from each other."""
-    ring = inner_plan(case.plan, case.ulysses).cp_size
-    if not _copies(case):
+    ring, near = inner_plan(case.plan, case.ulysses).cp_size, _near_ranks(case)
+    if not case.on_gpu or near == 1 or ring % near:
         return 0.0
     # of the deepest layer, whose payload has the keys of all others' votes
     voting = (case.model.layers - 1) * case.tokens * votes_bytes_per_token(case.model, case.element_bytes) / 2
     return (1 + min(_INBOX_SLOTS, ring - 1)) * (_group_bytes(case)[1] + voting)
 
 
-def _copies(case: MemoryCase) -> bool:
-    """Whether there is a ring, and over copy engines: all of each ring's GPUs in one node."""
-    ring = inner_plan(case.plan, case.ulysses).cp_size
-    # A ring has one rank of every team, and teams are neighbours, but in the striped layout: see `ringattn.teams`.
-    reach = ring if case.plan.layout == "striped" else case.plan.cp_size
-    return case.on_gpu and ring > 1 and reach <= case.per_node
+def _near_ranks(case: MemoryCase) -> int:
+    """Of an (inner) ring, on one node."""
+    # It has one rank of every team, and teams are neighbours, but in the striped layout: see `ringattn.teams`.
+    apart = 1 if case.plan.layout == "striped" else case.ulysses
+    return min(inner_plan(case.plan, case.ulysses).cp_size, max(1, case.per_node // apart))

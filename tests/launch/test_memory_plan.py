@@ -1,6 +1,7 @@
 """Predicted memory against numbers by hand, against what autograd and the host store really keep, and against what was
 measured on GPUs; what is picked for the runs that matter."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -106,26 +107,32 @@ def test_kinds_measured_on_gpus(seq_len: int, processes: int, model: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("changes", "copied"),
+    ("changes", "regions", "graphs"),
     [
-        ({}, True),
-        ({"per_node": 2}, False),
-        ({"ulysses": 2}, True),
-        ({"ulysses": 4}, False),  # no ring is left
-        # One GPU of each node is in every ring of 2, and only in a striped plan are both of the same.
-        ({"ulysses": 2, "per_node": 2}, False),
-        ({"ulysses": 2, "per_node": 2, "layout": "striped"}, True),
+        ({}, True, True),
+        ({"per_node": 2}, True, False),  # hybrid
+        ({"per_node": 3}, False, False),  # nodes have not equally many, so it is NCCL
+        ({"per_node": 1}, False, False),
+        ({"ulysses": 2}, True, True),
+        ({"ulysses": 4}, False, False),  # no ring is left
+        # Every ring of 2 has one GPU of each node; in a striped plan both are of one.
+        ({"ulysses": 2, "per_node": 2}, False, False),
+        ({"ulysses": 2, "per_node": 2, "layout": "striped"}, True, True),
     ],
 )
-def test_regions_and_graphs_are_those_of_rings_inside_a_node(changes: dict[str, Any], copied: bool) -> None:
+def test_regions_and_graphs_are_those_of_rings_inside_a_node(
+    changes: dict[str, Any], regions: bool, graphs: bool
+) -> None:
     layout = changes.get("layout", "zigzag")
     sizes = {name: size for name, size in changes.items() if name != "layout"}
     case = kind_case(32_768, 4, LAGGED)
     case = replace(case, plan=replace(case.plan, layout=layout), **sizes)
-    assert (peer_bytes(case) > 0) == (graph_bytes(case) > 0) == copied
-    if case.ulysses < 4:
-        nodes = [{other // case.per_node for other in ring_of(layout, 4, case.ulysses, rank)} for rank in range(4)]
-        assert all(len(node) == 1 for node in nodes) == copied
+    assert (peer_bytes(case) > 0, graph_bytes(case) > 0) == (regions, graphs)
+    # Of every ring, how many ranks each of its nodes has.
+    rings = [ring_of(layout, 4, case.ulysses, rank) for rank in range(4)]
+    nodes = [sorted(Counter(rank // case.per_node for rank in ring).values()) for ring in rings]
+    assert all(len(counts) == 1 < counts[0] for counts in nodes) == graphs
+    assert all(len(set(counts)) == 1 < counts[0] for counts in nodes) == regions
 
 
 def test_only_layers_that_are_alike_share_graphs() -> None:
