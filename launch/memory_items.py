@@ -302,8 +302,10 @@ def graph_bytes(case: MemoryCase) -> float:
     """What the graphs of selection's passes read and write, at short shards: see `CopyEngineTransport.captures`."""
     shape, inner = attention_shape(case.model), inner_plan(case.plan, case.ulysses)
     queries = inner.longest_shard * shape.heads / case.ulysses * shape.score_dim * case.element_bytes
-    alone = inner.cp_size == 1 or inner.cp_size > case.per_node
-    if case.model.selection is None or not case.on_gpu or alone or shape.payload_flops or queries > GRAPH_BYTES:
+    selection = case.model.selection
+    none = selection is None or selection.guide or shape.payload_flops > 0  # see `ringattn.passes`
+    over_copy_engines = case.on_gpu and 1 < inner.cp_size == _near_ranks(case)
+    if none or not over_copy_engines or queries > GRAPH_BYTES:
         return 0.0
     # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Out is in fp32.
     payload = inner.longest_shard * shape.payload / case.ulysses * case.element_bytes
@@ -328,9 +330,16 @@ def end_items(case: MemoryCase) -> Iterator[Item]:
 
 def peer_bytes(case: MemoryCase) -> float:
     """Own payload and inbox slots, where GPUs of one node copy from each other."""
-    ring = inner_plan(case.plan, case.ulysses).cp_size
-    if not case.on_gpu or ring == 1 or ring > case.per_node:
+    ring, near = inner_plan(case.plan, case.ulysses).cp_size, _near_ranks(case)
+    if not case.on_gpu or near == 1 or ring % near:
         return 0.0
     # of the deepest layer, whose payload has the keys of all others' votes
     voting = (case.model.layers - 1) * case.tokens * votes_bytes_per_token(case.model, case.element_bytes) / 2
     return (1 + min(_INBOX_SLOTS, ring - 1)) * (_group_bytes(case)[1] + voting)
+
+
+def _near_ranks(case: MemoryCase) -> int:
+    """Of an (inner) ring, on one node."""
+    # It has one rank of every team, and teams are neighbours, but in the striped layout: see `ringattn.teams`.
+    apart = 1 if case.plan.layout == "striped" else case.ulysses
+    return min(inner_plan(case.plan, case.ulysses).cp_size, max(1, case.per_node // apart))

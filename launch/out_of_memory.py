@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 # Settings are advised that need so much less than those with which memory ran out, whatever the estimate says.
 _LESS = 0.9
 # How memory of a GPU that others than torch's allocator ask for cannot be had: graphs, peer memory, cuBLAS, NCCL.
+# And torch's allocator's own words, where another rank's error is told.
 _GPU_WORDS = (
+    "cuda out of memory",
     "cuda error: out of memory",
     "cuda driver error: out of memory",
     "cublas_status_alloc_failed",

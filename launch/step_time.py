@@ -103,7 +103,8 @@ def _host_seconds(case: MemoryCase, step: StepRates, again: _Again) -> float:
     """Of all layers of a row; passes with `expand` are no CUDA graphs. CPUs compute and do the host's work in one."""
     if not case.on_gpu:
         return 0.0
-    expanded = case.plan.cp_size > 1 and attention_shape(case.model).payload_flops > 0
+    # Where heads are exchanged, they are expanded at home.
+    expanded = case.plan.cp_size > 1 and case.ulysses == 1 and attention_shape(case.model).payload_flops > 0
     return (case.model.layers + again.rest / 3) * step.host_layer["expanded" if expanded else "plain"]
 
 

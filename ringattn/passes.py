@@ -98,6 +98,10 @@ def _run_selective(
 
     In a graph documents are a tensor among the inputs, and all of the row travels: so a graph serves any documents.
     """
+    # Each guided layer would need graphs of its own: the memory of one many times, and from 17 layers on they push each
+    # other out and are captured over and over.
+    if work.terms.guided:
+        return step(work, *inputs)
     channel, plan, starts = work.ring.transport, work.ring.plan, work.starts
     if starts is None or channel is None or not channel.captures(plan.undivided, inputs, ()):
         return _run(work, name, lambda *given: step(work, *given[:-1]), inputs, ())

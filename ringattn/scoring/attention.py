@@ -31,7 +31,11 @@ from ringattn.transport import Payload
 
 @dataclass(frozen=True, kw_only=True)
 class VoteTerms:
-    """What votes besides tensors: the selection head and its key head, lag, protection, the factor of each term."""
+    """What votes besides tensors: the selection head and its key head, lag, protection, the factor of each term.
+
+    Attributes:
+        guided: votes of shallower layers are among them, so that every layer has another number of terms.
+    """
 
     head: int
     key_head: int
@@ -39,6 +43,7 @@ class VoteTerms:
     protect_first: bool
     scales: tuple[float, ...]
     tau: float | None
+    guided: bool
 
 
 def selection_terms(selection: Selection, q: Tensor, keys: Tensor, scale: float) -> VoteTerms:
@@ -51,6 +56,7 @@ def selection_terms(selection: Selection, q: Tensor, keys: Tensor, scale: float)
         protect_first=selection.protect_first,
         scales=(scale, *(default if votes.scale is None else votes.scale for votes in selection.earlier)),
         tau=selection.memory_tau,
+        guided=bool(selection.earlier),
     )
 
 

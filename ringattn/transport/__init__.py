@@ -101,7 +101,10 @@ class Transport(Protocol):
         """
 
     def captures(self, plan: Plan, inputs: Sequence[Tensor], payload: Payload) -> bool:
-        """Whether `run` will come to take a graph for tensors of such shapes: the same answer on all ranks."""
+        """Whether `run` will come to take a graph for tensors of such shapes: the same answer on all ranks.
+
+        In a rehearsal and while the caller captures it is the same too: they launch what such calls launch.
+        """
 
     def open(self, plan: Plan, stops: Sequence[Stop], payload: Payload, what: str, *, returns: bool) -> Passage:
         """Begin a passage of payloads past these stops of this rank, all hops of the plan among them.

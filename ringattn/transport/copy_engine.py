@@ -120,6 +120,9 @@ class CopyEngineTransport:
     ) -> tuple[Tensor, ...]:
         if not self.captures(plan, inputs, payload) or not inputs[0].shape[1]:
             return step(*inputs, payload)
+        # A graph of launches that are left out; and where the caller captures, its graph holds it all.
+        if rehearsing.get() or torch.cuda.is_current_stream_capturing():
+            return step(*inputs, payload)
         self.turn.check()
         self.follow(self.memory.caller())
         # Of what a graph holds for good, all that shapes and dtypes do not tell. Not the plan itself, which keeps
@@ -138,13 +141,9 @@ class CopyEngineTransport:
         self._lane = main
 
     def captures(self, plan: Plan, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> bool:
-        """The same on all ranks."""
+        """The same on all ranks, and in a rehearsal or a caller's capture as in the calls that they are for."""
         like = inputs[0]
         if not self._capture or not like.is_cuda or plan.num_hops == 1:
-            return False
-        if rehearsing.get():  # a graph of launches that are left out
-            return False
-        if torch.cuda.is_current_stream_capturing():  # the caller's graph holds it all
             return False
         if plan.documents is not None:  # another plan with every row
             return False

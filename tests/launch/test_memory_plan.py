@@ -1,6 +1,7 @@
 """Predicted memory against numbers by hand, against what autograd and the host store really keep, and against what was
 measured on GPUs; what is picked for the runs that matter."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 import ringattn
 from launch.config import Config, MemoryConfig
 from launch.memory_choice import layer_memory
-from launch.memory_items import MemoryCase, kept_items
+from launch.memory_items import MemoryCase, graph_bytes, kept_items, peer_bytes
 from launch.memory_plan import GIB, case_of, estimate_memory
 from launch.memory_search import LADDER, DeviceFacts
 from launch.memory_state import state_items
@@ -22,6 +23,7 @@ from model.config import ModelConfig, SelectionConfig, preset
 from model.decoder import Decoder
 from model.flops import count_parameters
 from ringattn.softmax import SoftmaxAttention
+from ringattn.teams import ring_of
 from ringattn.transport.copy_engine import GRAPH_BYTES
 from tests.model.dense import random_row, tiny
 
@@ -102,6 +104,49 @@ def test_kinds_measured_on_gpus(seq_len: int, processes: int, model: dict[str, A
     """docs/records/steps-4-h200.jsonl, allocator."""
     found = estimate_memory(kind_case(seq_len, processes, model), MemoryConfig())
     assert found.allocated / GIB == pytest.approx(allocated, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    ("changes", "regions", "graphs"),
+    [
+        ({}, True, True),
+        ({"per_node": 2}, True, False),  # hybrid
+        ({"per_node": 3}, False, False),  # nodes have not equally many, so it is NCCL
+        ({"per_node": 1}, False, False),
+        ({"ulysses": 2}, True, True),
+        ({"ulysses": 4}, False, False),  # no ring is left
+        # Every ring of 2 has one GPU of each node; in a striped plan both are of one.
+        ({"ulysses": 2, "per_node": 2}, False, False),
+        ({"ulysses": 2, "per_node": 2, "layout": "striped"}, True, True),
+    ],
+)
+def test_regions_and_graphs_are_those_of_rings_inside_a_node(
+    changes: dict[str, Any], regions: bool, graphs: bool
+) -> None:
+    layout = changes.get("layout", "zigzag")
+    sizes = {name: size for name, size in changes.items() if name != "layout"}
+    case = kind_case(32_768, 4, LAGGED)
+    case = replace(case, plan=replace(case.plan, layout=layout), **sizes)
+    assert (peer_bytes(case) > 0, graph_bytes(case) > 0) == (regions, graphs)
+    # Of every ring, how many ranks each of its nodes has.
+    rings = [ring_of(layout, 4, case.ulysses, rank) for rank in range(4)]
+    nodes = [sorted(Counter(rank // case.per_node for rank in ring).values()) for ring in rings]
+    assert all(len(counts) == 1 < counts[0] for counts in nodes) == graphs
+    assert all(len(set(counts)) == 1 < counts[0] for counts in nodes) == regions
+
+
+def test_only_layers_that_are_alike_share_graphs() -> None:
+    """And so only they run from graphs."""
+    assert graph_bytes(kind_case(32_768, 4, LAGGED)) > 0
+    assert graph_bytes(kind_case(32_768, 4, {**LAGGED, "selection_guide": True})) == 0
+
+
+def test_where_heads_are_exchanged_the_ring_expands_nothing() -> None:
+    ring = kind_case(8_192, 4, SAS)
+    step = RATES.step()
+    for ulysses, expected in ((1, "expanded"), (2, "plain"), (4, "plain")):
+        found = step_time(replace(ring, ulysses=ulysses), MemoryConfig(), RATES)
+        assert found.seconds == pytest.approx(ring.model.layers * step.host_layer[expected])
 
 
 @pytest.mark.parametrize(("model", "seconds"), [({}, 0.315), (LAGGED, 0.303), (SAS, 0.968)])

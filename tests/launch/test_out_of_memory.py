@@ -15,6 +15,7 @@ from launch.memory_search import DeviceFacts
 from launch.out_of_memory import as_out_of_memory
 from launch.status import read_status
 from launch.train import as_lost_peer
+from ringattn.errors import TopologyError
 from tests.launch.runs import settings, train_worker, write_corpus
 from tests.processes import run_ranks
 
@@ -190,6 +191,7 @@ def test_auto_says_what_it_chose_and_predicted_stands_beside_measured(corpus, tm
         (torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "GPU"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
         (RuntimeError("CUDA driver error: out of memory"), "GPU"),
+        (TopologyError(f"transport: copy_engine cannot map them: rank 1: OutOfMemoryError: {TORCH_SAYS}"), "GPU"),
         (torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), "GPU"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "host"),
         (MemoryError(), "host"),

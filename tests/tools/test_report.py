@@ -112,6 +112,15 @@ def test_the_longest_context_is_the_planners() -> None:
     assert 0 < (small.planned or 0) < four.planned
 
 
+def test_of_rows_whose_documents_are_kept_no_operations_are_told() -> None:
+    """Nor how long the planner's longest row takes: both would be those of one document."""
+    one, kept = (replace(GPU_ROWS[2], documents=documents) for documents in ("one", "kept"))
+    assert [row.tflops_per_unit_causal is None for row in derive_rows((one, kept))] == [False, True]
+    found = longest_contexts((one, kept), Limits())
+    assert [row.planned is not None for row in found] == [True, True]
+    assert [row.seconds is None for row in found] == [False, True]
+
+
 def test_the_summary_says_what_counts() -> None:
     text = "\n".join(summary_sentences(report(CPU_ROWS)))
     assert "Cost of cp 2, softmax: 0.0% against cp 1 as long a row (at 4,096 tokens)." in text

@@ -188,7 +188,8 @@ def model_at(step: StepRow) -> ModelConfig | None:
 def _measured(step: StepRow, common: Sequence[str]) -> Row:
     """All that one row says by itself."""
     seconds, units = step.seconds, step.units or step.num_ranks
-    model = model_at(step) if seconds else None
+    # Operations are counted for a row that is one document.
+    model = model_at(step) if seconds and step.documents == "one" else None
     flops = flops_per_token(model, step.tokens).causal * step.tokens if model is not None else None
     waited = step.exposed_seconds if step.num_ranks > 1 and not step.untimed_hops else None
     host = [size for size in (step.host_build, step.host_steps) if size is not None]

@@ -28,7 +28,7 @@ class Longest:
         too_long: Shortest row that ran out of memory or was refused; None if none was.
         planned: Longest row predicted to fit, with whatever memory settings; None where the machine is not known.
         memory: Those settings.
-        seconds: Predicted time of its step; None on CPUs.
+        seconds: Predicted time of its step; None on CPUs, and with documents kept, whose attention is shorter.
     """
 
     kind: str
@@ -93,6 +93,6 @@ def _longest(kind: str, cp: int, steps: Sequence[StepRow], limits: Limits) -> Lo
         picked = choose(case_at(case, planned), facts, RatesFile()) if planned else None
         if picked is None:
             return Longest(**known, planned=planned)  # type: ignore[arg-type]
-        seconds = picked.time.seconds if facts.device_bytes is not None else None
+        seconds = picked.time.seconds if facts.device_bytes is not None and step.documents == "one" else None
         return Longest(**known, planned=planned, memory=describe(picked.memory), seconds=seconds)  # type: ignore[arg-type]
     return Longest(**known, planned=None)  # type: ignore[arg-type]
