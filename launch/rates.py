@@ -30,7 +30,7 @@ class StepRates:
         link: Between GPUs.
         host_link: Between a GPU and host memory, each way.
         host_update: Parameters that one process updates on the host.
-        host_layer: Seconds of the host's own work for a layer and row: "plain", "expanded" (in a ring, with `expand`).
+        host_layer: Seconds of the host's own work for a layer and row: "plain", "launched" (many launches in a ring).
     """
 
     narrow_heads: dict[int, float]
@@ -110,7 +110,7 @@ class RatesFile:
             link=link[-1][1],
             host_link=self._positive("step.host_link_gbps") * 1e9,
             host_update=self._positive("step.host_update_gparams") * 1e9,
-            host_layer={name: self._positive(f"step.host_layer_ms.{name}") / 1e3 for name in ("plain", "expanded")},
+            host_layer={name: self._positive(f"step.host_layer_ms.{name}") / 1e3 for name in ("plain", "launched")},
         )
 
     def ulysses(self) -> UlyssesRates:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ringattn.arguments import Call
+from ringattn.kernels.selective import pick_selective
 from ringattn.schedule import plain_schedule
 from ringattn.scoring.attention import SelectiveAttention, selection_terms
 from ringattn.scoring.selection import Selection
@@ -84,23 +85,36 @@ def run_selective_forward(
     earlier = () if earlier_q is None or earlier_k is None else (earlier_q, earlier_k)
     name = ("selection forward", width, work.terms)
     with _no_autocast(q.device):
-        out, lse, *found = _run_selective(
-            work, name, partial(_selective_forward, width), (q, k, v, own_keys, weights, *earlier)
-        )
+        inputs = (q, k, v, own_keys, weights, *earlier)
+        graphs = _may_be_graphs(work, q, k, v)
+        out, lse, *found = _run_selective(work, name, partial(_selective_forward, width), inputs, graphs=graphs)
     cost = None if work.terms.tau is None else found.pop(0)
     return out, lse, cost, *found
 
 
+def _may_be_graphs(work: SelectiveAttention, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Not guided layers, each of which would need graphs of its own: the memory of one many times, and from 17 layers
+    on they would push each other out and be captured over and over. Nor, on a GPU, the tens of thousands of launches of
+    the tiled kernel.
+    """
+    if work.terms.guided or not work.expansion.plain:
+        return False
+    return not (q.is_cuda and pick_selective(work.kernel, q, k, v, q.shape[-1]).name == "tiled")
+
+
 def _run_selective(
-    work: SelectiveAttention, name: Hashable, step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
+    work: SelectiveAttention,
+    name: Hashable,
+    step: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    *,
+    graphs: bool,
 ) -> tuple[Tensor, ...]:
     """`step(work, *inputs)` by `_run`. What travels is no payload of the step: its passages bring different things.
 
     In a graph documents are a tensor among the inputs, and all of the row travels: so a graph serves any documents.
     """
-    # Each guided layer would need graphs of its own: the memory of one many times, and from 17 layers on they push each
-    # other out and are captured over and over.
-    if work.terms.guided:
+    if not graphs:
         return step(work, *inputs)
     channel, plan, starts = work.ring.transport, work.ring.plan, work.starts
     if starts is None or channel is None or not channel.captures(plan.undivided, inputs, ()):
@@ -159,7 +173,9 @@ def run_selective_backward(
     name = ("selection backward", len(costs), work.terms)
     with _no_autocast(q.device):
         inputs = (dout, q, k, v, own_keys, weights, out, lse, *costs, *earlier, *carries)
-        dq, dk, dv, dweights, *dearlier = _run_selective(work, name, partial(_selective_backward, len(costs)), inputs)
+        dq, dk, dv, dweights, *dearlier = _run_selective(
+            work, name, partial(_selective_backward, len(costs)), inputs, graphs=_may_be_graphs(work, q, k, v)
+        )
     dearlier_q, dearlier_k = dearlier or (None, None)
     return dq, dk, dv, dearlier_q, dearlier_k, dweights
 

@@ -22,6 +22,12 @@ from ringattn.groups import timeout_of
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _GRAIN = 2**21  # regions are multiples of this
+# What the steps of making them take.
+_ALLOCATED = "Expected that much free memory on every GPU, beside torch's own; free some, or shorten what travels"
+_MAPPED = (
+    "Expected every GPU of the ring to be reachable from every other one, as CUDA said it is; a container that hides "
+    "GPUs, or a path without peer access (nvidia-smi topo -p2p r), may be why"
+)
 
 
 class Mark(Protocol):
@@ -121,9 +127,9 @@ class CudaPeerMemory:
             self._kept.append((self._handle, self._regions))
         size = -(-size // _GRAIN) * _GRAIN
         with torch.inference_mode(False):  # training may come after an evaluation that came first
-            with all_or_none(self._group, f"allocate {size:,} bytes of peer memory"):
+            with all_or_none(self._group, f"allocate {size:,} bytes of peer memory", _ALLOCATED):
                 own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
-            with all_or_none(self._group, "map the other ranks' GPU memory"):
+            with all_or_none(self._group, "map the other ranks' GPU memory", _MAPPED):
                 self._handle = symmetric.rendezvous(own, self._group)
                 places = range(dist.get_world_size(self._group))
                 self._regions = [self._handle.get_buffer(place, [size], torch.uint8) for place in places]
@@ -219,16 +225,20 @@ def agree_on_rendezvous(group: dist.ProcessGroup, before: int) -> None:
 
 
 @contextmanager
-def all_or_none(group: dist.ProcessGroup, what: str) -> Iterator[None]:
+def all_or_none(group: dist.ProcessGroup, what: str, expected: str) -> Iterator[None]:
     """Around a step that every rank takes: where it fails on one, all are told. Collective.
+
+    Args:
+        what: the step, for "copy_engine cannot ...".
+        expected: what it takes, and what to look at.
 
     Raises:
         TopologyError: on all ranks, with the first one's error; a rank that is out of memory raises that itself.
     """
-    failed: RuntimeError | AttributeError | None = None  # the latter where torch got no handle, with a warning only
+    failed: Exception | None = None
     try:
         yield
-    except (RuntimeError, AttributeError) as error:
+    except Exception as error:  # whatever it is: the others wait to be told
         failed = error
     told = None if failed is None else f"{type(failed).__name__}: {str(failed).strip().splitlines()[0]}"
     reasons: list[str | None] = [told] * dist.get_world_size(group)
@@ -238,9 +248,7 @@ def all_or_none(group: dist.ProcessGroup, what: str) -> Iterator[None]:
     first = next((f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None), None)
     if first is not None:
         raise TopologyError(
-            f"transport: copy_engine cannot {what}: {first}. Expected every GPU of the ring to be reachable from every "
-            "other one, as CUDA said it is; a container that hides GPUs, or a path without peer access (nvidia-smi "
-            "topo -p2p r), may be why. Use transport='p2p'"
+            f"transport: copy_engine cannot {what}: {first}. {expected}; use transport='p2p', which needs none"
         ) from failed
 
 

@@ -119,7 +119,7 @@ def test_calls_from_graphs(world_size):
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")
     results, graphs, replayed = run_ranks(graphs_worker, world_size, timeout=300)[0]
-    assert graphs == 2 * len(CASES)  # forward and backward
+    assert graphs == 2 * sum(case[5] != torch.float64 for case in CASES)  # fp64 is the tiled kernel's
     assert replayed > 0
     for (case, number), found in zip(((case, n) for case in CASES for n in range(4)), results, strict=True):
         check(case, found, oracle(of_call(case, number), number))

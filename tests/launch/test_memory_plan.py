@@ -144,9 +144,11 @@ def test_only_layers_that_are_alike_share_graphs() -> None:
 def test_where_heads_are_exchanged_the_ring_expands_nothing() -> None:
     ring = kind_case(8_192, 4, SAS)
     step = RATES.step()
-    for ulysses, expected in ((1, "expanded"), (2, "plain"), (4, "plain")):
+    for ulysses, expected in ((1, "launched"), (2, "plain"), (4, "plain")):
         found = step_time(replace(ring, ulysses=ulysses), MemoryConfig(), RATES)
         assert found.seconds == pytest.approx(ring.model.layers * step.host_layer[expected])
+    guided = kind_case(8_192, 4, {**LAGGED, "selection_guide": True})  # without graphs
+    assert step_time(guided, MemoryConfig(), RATES).seconds == pytest.approx(28 * step.host_layer["launched"])
 
 
 @pytest.mark.parametrize(("model", "seconds"), [({}, 0.315), (LAGGED, 0.303), (SAS, 0.968)])

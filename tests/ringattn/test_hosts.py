@@ -108,7 +108,7 @@ def test_a_rendezvous_that_would_hang_is_refused_on_all_ranks(counts):
 def failing_worker(rank, world_size, failures):
     """What each rank raises when a step fails on some."""
     try:
-        with peer_memory.all_or_none(dist.group.WORLD, "map them"):
+        with peer_memory.all_or_none(dist.group.WORLD, "map them", "Expected GPUs"):
             if rank in failures:
                 raise failures[rank]
     except Exception as error:
@@ -123,8 +123,11 @@ def test_where_peer_memory_cannot_be_had_on_one_rank_all_are_told():
     assert len(set(found)) == 1
     kind, message = found[0]
     assert kind is ringattn.TopologyError
-    assert "copy_engine cannot map them: rank 1: RuntimeError: CUDA driver error: invalid device ordinal. " in message
-    assert message.endswith("Use transport='p2p'")
+    assert (
+        "copy_engine cannot map them: rank 1: RuntimeError: CUDA driver error: invalid device ordinal. Expected GPUs; "
+        in message
+    )
+    assert message.endswith("use transport='p2p', which needs none")
     first, second = run_ranks(failing_worker, 2, {1: torch.OutOfMemoryError("no room")})
     assert first[0] is ringattn.TopologyError
     assert second == (torch.OutOfMemoryError, "no room")
