@@ -129,9 +129,13 @@ def test_a_process_that_died_between_tasks_is_no_failure(pool: RankPool, tmp_pat
 def test_ctrl_c_ends_the_processes(pool: RankPool, tmp_path: Path) -> None:
     _pids(pool, tmp_path)
     began = time.monotonic()
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        pool.run(PAIR, {"folder": str(tmp_path), "what": "sleep"}, timeout=30)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts with &
+    try:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(PAIR, {"folder": str(tmp_path), "what": "sleep"}, timeout=30)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 10
     assert not multiprocessing.active_children()
 
