@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.graph import saved_tensors_hooks
 
 from ringattn.handles import new_token, owner_of
@@ -24,7 +24,7 @@ from ringattn.scoring.selection import Selection, Votes
 NO_OBJECT = 0
 
 
-@torch.library.custom_op("ringattn::attend", mutates_args=())
+@library.custom_op("ringattn::attend", mutates_args=())
 def attend(
     q: Tensor,
     k: Tensor,
@@ -99,7 +99,7 @@ def attend(
     return out, lse, lse.new_empty(0) if cost is None else cost, new_token(run)
 
 
-@torch.library.custom_op("ringattn::attend_backward", mutates_args=())
+@library.custom_op("ringattn::attend_backward", mutates_args=())
 def attend_backward(
     dout: Tensor | None,
     dcost: Tensor | None,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from torch import library
 
 FWD = (
     "fwd(Tensor q, Tensor k, Tensor v, Tensor(a!)? out=None, Tensor? seqused_k=None, float? softmax_scale=None, "
@@ -122,11 +123,11 @@ def flash3(calls=None, fwd=FWD, bwd=BWD):
             room.copy_(gradient)
         return lse.clone()
 
-    with torch.library._scoped_library("flash_attn_3", "FRAGMENT") as library:
+    with library._scoped_library("flash_attn_3", "FRAGMENT") as fragment:
         for name, schema, function in (("fwd", fwd, forward), ("bwd", bwd, backward)):
             if schema is not None:
-                library.define(schema)
-                library.impl(name, function, "CPU")
+                fragment.define(schema)
+                fragment.impl(name, function, "CPU")
         with modules(ModuleType("flash_attn_interface")):
             yield
     for name in ("fwd", "bwd"):  # the namespace keeps operators that it has handed out

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import library, nn
 
 import ringattn
 from ringattn import operator_calls
@@ -238,11 +238,11 @@ def test_the_operators_by_the_rules_of_torch(monkeypatch, kind, dtype):
     ((arguments, numbers),) = calls
     # not those that compare two runs: each call has a token of its own
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(attend, arguments, numbers, test_utils=names)
+    library.opcheck(attend, arguments, numbers, test_utils=names)
     out, lse, cost, token = (x.detach() for x in attend(*arguments, **numbers))
     given = [[y.detach() for y in x] if isinstance(x, list) else x.detach() for x in arguments[:5]]
     dcost = torch.ones_like(cost) if kind == "selection" else None
-    torch.library.opcheck(attend_backward, (torch.ones_like(out), dcost, *given, out, lse, token))
+    library.opcheck(attend_backward, (torch.ones_like(out), dcost, *given, out, lse, token))
 
 
 def retaining_worker(rank, world_size):
