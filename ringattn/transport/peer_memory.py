@@ -226,7 +226,7 @@ def agree_on_rendezvous(group: dist.ProcessGroup, before: int) -> None:
 
 @contextmanager
 def all_or_none(group: dist.ProcessGroup, what: str, expected: str) -> Iterator[None]:
-    """Around a step that every rank takes: where it fails on one, all are told. Collective.
+    """Around a step that every rank takes: where it fails on one, all of the group are told. Collective.
 
     Args:
         what: the step, for "copy_engine cannot ...".
@@ -240,7 +240,8 @@ def all_or_none(group: dist.ProcessGroup, what: str, expected: str) -> Iterator[
         yield
     except Exception as error:  # whatever it is: the others wait to be told
         failed = error
-    told = None if failed is None else f"{type(failed).__name__}: {str(failed).strip().splitlines()[0]}"
+    words = str(failed).strip().partition("\n")[0]  # perhaps none
+    told = None if failed is None else f"{type(failed).__name__}: {words}"
     reasons: list[str | None] = [told] * dist.get_world_size(group)
     dist.all_gather_object(reasons, told, group=group)
     if isinstance(failed, torch.OutOfMemoryError):

@@ -128,6 +128,8 @@ def test_where_peer_memory_cannot_be_had_on_one_rank_all_are_told():
         in message
     )
     assert message.endswith("use transport='p2p', which needs none")
+    wordless = run_ranks(failing_worker, 2, {1: AssertionError()})
+    assert all("cannot map them: rank 1: AssertionError: . Expected" in message for _, message in wordless)
     first, second = run_ranks(failing_worker, 2, {1: torch.OutOfMemoryError("no room")})
     assert first[0] is ringattn.TopologyError
     assert second == (torch.OutOfMemoryError, "no room")
