@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,11 +23,11 @@ from ringattn.transport.graphs import PassGraphs
 from tests.peer_memory import FilePeerMemory
 from tests.processes import run_ranks
 from tests.ringattn.test_graphs import recording_transport, without_copies_of_results, without_new_inputs
+from tools import bench_layer
 from tools.bench.layer import KINDS, Layers, documents_of
 from tools.bench.layer_run import LayerSettings, Pair, make_pair, run
 from tools.bench.problem import Point
 from tools.bench.ranks import Ranks
-from tools.bench_layer import app
 
 LITTLE = LayerSettings(
     tokens_per_rank=(12,),
@@ -187,7 +188,7 @@ def test_a_kind_that_fails_is_a_row_and_the_next_is_measured(tmp_path: Path) -> 
 def test_the_command_starts_its_own_ranks(tmp_path: Path) -> None:
     sizes = ("--tokens-per-rank", "8,16", "--heads", "4/2", "--head-dim", "8", "--dtype", "fp32", "--layers", "2")
     little = ("--repeat", "1", "--sample-seconds", "0.001", "--device", "cpu", "--kinds", "softmax,documents,lagged")
-    result = CliRunner().invoke(app, ["--nproc", "2", *sizes, *little, "--out", str(tmp_path / "new")])
+    result = CliRunner().invoke(bench_layer.app, ["--nproc", "2", *sizes, *little, "--out", str(tmp_path / "new")])
     assert result.exit_code == 0, result.output
     with open(tmp_path / "new/layer.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -211,9 +212,18 @@ def test_bad_options_are_refused(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    result = CliRunner().invoke(app, ["--tokens-per-rank", "16", "--out", str(tmp_path), *arguments])
+    result = CliRunner().invoke(bench_layer.app, ["--tokens-per-rank", "16", "--out", str(tmp_path), *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+
+
+@pytest.mark.parametrize(("status", "ended"), [("ok", 0), ("skipped", 0), ("wrong", 1), ("failed", 1)])
+def test_the_exit_status_tells_of_rows_that_are_wrong_or_failed(
+    status: str, ended: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine = SimpleNamespace(status="ok")
+    monkeypatch.setattr(bench_layer, "run", lambda *_: [fine, SimpleNamespace(status=status), fine])
+    assert bench_layer._measure(LITTLE, cast("Ranks", None)) == ended
 
 
 def test_every_row_has_other_documents() -> None:
