@@ -135,7 +135,7 @@ def test_a_row_that_waits_for_its_host_is_no_yardstick_of_costs() -> None:
     sentences = " ".join(summary_sentences(made))
     assert "Cost of cp" not in sentences
     percent = f"{made.rows[1].cost_same_tokens:.1%}"
-    told = f"1 below -10%: softmax cp 4 at 32,768 ({percent} against cp 1 with as many tokens per rank). There the row"
+    told = f"1 below -10%: softmax cp 4 at 32,768 ({percent} against cp 1 with as many tokens per rank). There "
     assert told in sentences
     assert told in render_markdown(made, [])
 

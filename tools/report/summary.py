@@ -134,7 +134,8 @@ def _no_costs(sound: Sequence[Row]) -> list[str]:
         return []
     return [
         f"Left out of the costs of cp, though in the table: {len(listed)} below {_NO_COST:.0%}: {', '.join(listed)}. "
-        "There the row of cp 1 waits for its host, which is no yardstick of what cutting a row costs."
+        "There something else holds the row of cp 1 back, its host or settings of memory that it needs: it is no "
+        "yardstick of what cutting a row costs."
     ]
 
 
