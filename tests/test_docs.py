@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 TYPER_TOOLS = (
     "tools.bench_attention",
     "tools.bench_kernels",
+    "tools.bench_layer",
     "tools.bench_payload",
     "tools.bench_step",
     "tools.overwritten_variables",

@@ -12,17 +12,10 @@ Ends with 1 if there was such a one.
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
-import tempfile
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing
 import typer
 
 from tools.bench.device import pick_device
@@ -30,6 +23,7 @@ from tools.bench.measure import Effort
 from tools.bench.problem import DTYPES
 from tools.bench.ranks import Ranks
 from tools.bench.run import Settings, all_variants, chosen, run, show_again
+from tools.bench.start import command_line, head_pair, run_on_ranks, whole
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -79,7 +73,7 @@ def main(
         raise typer.BadParameter(f"--variants: {error}") from error
     if layout not in ("contiguous", "zigzag", "striped"):
         raise typer.BadParameter(f"--layout: expected contiguous, zigzag or striped, got {layout!r}")
-    lengths = sorted(_whole("--tokens-per-rank", part) for part in tokens_per_rank.split(","))
+    lengths = sorted(whole("--tokens-per-rank", part) for part in tokens_per_rank.split(","))
     shortest = min(lengths[0], check_tokens)
     if documents > shortest:
         raise typer.BadParameter(
@@ -87,7 +81,7 @@ def main(
         )
     settings = Settings(
         tokens_per_rank=tuple(lengths),
-        head_settings=tuple(_heads(part) for part in heads.split(",")),
+        head_settings=tuple(head_pair(part) for part in heads.split(",")),
         head_dim=head_dim,
         causal=not non_causal,
         layout=layout,
@@ -100,87 +94,14 @@ def main(
         budget_seconds=budget_seconds,
         timeout=timeout,
         out=out,
-        command=_command(),
+        command=command_line("tools.bench_attention"),
     )
-    place = pick_device(device)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if nproc is not None:
-            raise typer.BadParameter("--nproc: torchrun has started the ranks already; drop one of the two")
-        raise typer.Exit(_rank(int(os.environ["LOCAL_RANK"]), place, settings, None, 0))
-    if nproc is None:
-        raise typer.BadParameter("start this by torchrun, or say how many ranks to start with --nproc")
-    raise typer.Exit(_start(nproc, place, settings))
+    raise typer.Exit(run_on_ranks(partial(_measure, settings), nproc, pick_device(device), timeout))
 
 
-def _whole(option: str, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise typer.BadParameter(f"{option}: expected whole numbers of 1 or more, got {text!r}")
-    return value
-
-
-def _heads(text: str) -> tuple[int, int]:
-    parts = text.split("/")
-    if len(parts) != 2:
-        raise typer.BadParameter(f"--heads: expected pairs such as 32/8 (query/key heads), got {text!r}")
-    heads, kv_heads = (_whole("--heads", part) for part in parts)
-    if heads % kv_heads:
-        raise typer.BadParameter(f"--heads: query heads must be a multiple of key heads, got {text!r}")
-    return heads, kv_heads
-
-
-def _command() -> str:
-    start = ["python", "-m", "tools.bench_attention"]
-    if "RANK" in os.environ:
-        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "?"), "-m", "tools.bench_attention"]
-    return shlex.join([*start, *sys.argv[1:]])
-
-
-def _start(nproc: int, place: str, settings: Settings) -> int:
-    """Start the ranks here and wait for them."""
-    if place == "cuda" and nproc > torch.cuda.device_count():
-        raise typer.BadParameter(f"--nproc: {nproc} ranks need as many GPUs, there are {torch.cuda.device_count()}")
-    with tempfile.TemporaryDirectory(prefix="ringattn-bench-") as folder:
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "tools.bench.run"])
-        verdict = Path(folder) / "verdict"
-        store = (str(Path(folder) / "store"), nproc, str(verdict))
-        torch.multiprocessing.start_processes(
-            _started, args=(place, settings, store), nprocs=nproc, start_method="forkserver"
-        )
-        return int(verdict.read_text())
-
-
-def _started(rank: int, place: str, settings: Settings, store: tuple[str, int, str]) -> None:
-    file, size, verdict = store
-    if place == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
-    status = _rank(rank, place, settings, dist.FileStore(file, size), size)
-    if rank == 0:
-        Path(verdict).write_text(str(status))
-
-
-def _rank(local_rank: int, place: str, settings: Settings, store: dist.Store | None, size: int) -> int:
-    """One rank, from joining to leaving; the exit status."""
-    device = torch.device("cuda", local_rank) if place == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        # Multicast belongs to the whole NVLink switch, so nobody gets it here; `Ranks` itself watches for ranks that
-        # fail, and NCCL's watchdog would end the process over a group that is given up.
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        torch.cuda.set_device(device)
-    backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), timedelta(seconds=10 * settings.timeout)
-    if store is None:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=store, rank=local_rank, world_size=size, timeout=timeout)
-    rows = run(settings, Ranks(device, settings.timeout), chosen(settings.variants, all_variants()))
-    # Not after an error: leaving a broken group may hang.
-    dist.destroy_process_group()
+def _measure(settings: Settings, ranks: Ranks) -> int:
+    """What one rank does; the exit status."""
+    rows = run(settings, ranks, chosen(settings.variants, all_variants()))
     return 1 if any(row.status == "wrong" for row in rows) else 0
 
 

@@ -132,7 +132,21 @@ def test_a_row_that_waits_for_its_host_is_no_yardstick_of_costs() -> None:
     made = report((_row("softmax", 1, 8192, 0.264), _row("softmax", 4, 32768, 0.386)))
     assert made.rows[1].cost_same_tokens < -0.5
     assert not any("cost of cp" in figure.label for figure in key_figures(made))
-    assert "Cost of cp" not in " ".join(summary_sentences(made))
+    sentences = " ".join(summary_sentences(made))
+    assert "Cost of cp" not in sentences
+    percent = f"{made.rows[1].cost_same_tokens:.1%}"
+    told = f"1 below -10%: softmax cp 4 at 32,768 ({percent} against cp 1 with as many tokens per rank). There "
+    assert told in sentences
+    assert told in render_markdown(made, [])
+
+
+@pytest.mark.parametrize(("seconds", "left_out"), [(0.5, 0), (0.46, 0), (0.45, 1)])
+def test_what_is_left_out_of_the_costs_is_told(seconds: float, left_out: int) -> None:
+    """As long a row over four GPUs costs 0%, -8.7% or -11.1%."""
+    made = report((_row("softmax", 1, 8192, 4 * 0.48), _row("softmax", 4, 8192, seconds * 0.96)))
+    sentences = " ".join(summary_sentences(made))
+    assert sentences.count("Left out of the costs of cp") == left_out
+    assert sentences.count("Cost of cp 4") == 1 - left_out
 
 
 def test_headlines_are_of_the_preset_as_it_is() -> None:

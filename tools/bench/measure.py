@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,7 +88,7 @@ class Oracle:
         found = dict(zip(PARTS, _as_timed(case, q, k, v, dout), strict=True))
         ranks.synchronize()  # not by reading a number, which would wait for ever
         parts = PARTS if cut.owns_keys(self.point) else PARTS[:2]
-        return {name: _error(found[name], cut.take(self.answers[name], heads[name])) for name in parts}
+        return {name: token_error(found[name], cut.take(self.answers[name], heads[name])) for name in parts}
 
 
 def _as_timed(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
@@ -157,8 +157,9 @@ def time_case(case: Case, point: Point, effort: Effort, ranks: Ranks) -> Timing:
 
     extra, outside = ranks.together(lambda: _memory(both, effort, ranks))
     forward_ms, both_ms = (
-        _measure(ranks.together(partial(_captured, step, len(sets), effort)) if case.captured else step, effort, ranks)
+        measure_in_turn([timed], ranks, repeat=effort.repeat, sample_seconds=effort.sample_seconds)[0]
         for step in (forward, both)
+        for timed in [ranks.together(partial(_captured, step, len(sets), effort)) if case.captured else step]
     )
     most = ranks.largest([extra or 0, outside or 0])
     return Timing(
@@ -239,23 +240,30 @@ def _outside(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
-def _measure(step: Callable[[int], None], effort: Effort, ranks: Ranks) -> float:
-    """Median over samples of the slowest rank's milliseconds per call."""
-    _sample(step, 1, ranks)
-    # The shorter of two: with many calls in a row, launching hides behind the device.
-    once = min(ranks.largest([_sample(step, 2, ranks)])[0] for _ in range(2))
-    calls = max(1, min(_MAX_CALLS, math.ceil(effort.sample_seconds * 1e3 / max(once, 1e-6))))
-    own = [_sample(step, calls, ranks) for _ in range(effort.repeat)]
-    return statistics.median(ranks.largest(own))
+def measure_in_turn(
+    steps: Sequence[Callable[[int], object]], ranks: Ranks, *, repeat: int, sample_seconds: float
+) -> list[float]:
+    """For each step the median over samples of the slowest rank's milliseconds per call.
+
+    Samples of the steps alternate, and have as many calls each. Collective.
+    """
+    once = []
+    for step in steps:
+        _sample(step, 1, ranks)
+        # The shorter of two: with many calls in a row, launching hides behind the device.
+        once.append(min(ranks.largest([_sample(step, 2, ranks)])[0] for _ in range(2)))
+    calls = max(1, min(_MAX_CALLS, math.ceil(sample_seconds * 1e3 / max(min(once), 1e-6))))
+    own = [[_sample(step, calls, ranks) for step in steps] for _ in range(repeat)]
+    return [statistics.median(ranks.largest(list(samples))) for samples in zip(*own, strict=True)]
 
 
-def _sample(step: Callable[[int], None], calls: int, ranks: Ranks) -> float:
+def _sample(step: Callable[[int], object], calls: int, ranks: Ranks) -> float:
     """Milliseconds per call on this rank; all ranks start together, as they agreed on something just before."""
     ranks.gather(None)
     return ranks.together(lambda: _elapsed_ms(step, calls, ranks)) / calls
 
 
-def _elapsed_ms(step: Callable[[int], None], calls: int, ranks: Ranks) -> float:
+def _elapsed_ms(step: Callable[[int], object], calls: int, ranks: Ranks) -> float:
     if not ranks.on_cuda:
         began = time.perf_counter()
         for number in range(calls):
@@ -271,7 +279,7 @@ def _elapsed_ms(step: Callable[[int], None], calls: int, ranks: Ranks) -> float:
     return start.elapsed_time(stop)
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
+def token_error(found: Tensor, expected: Tensor) -> float:
     """Largest over tokens of |found - expected| / max(|expected|, its median over tokens); NaN counts as infinite."""
     if found.shape != expected.shape:
         return math.inf

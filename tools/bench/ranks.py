@@ -145,9 +145,11 @@ class Watchdog:
     Args:
         seconds: longest time between two beats while something is watched.
         last_words: called with the reason, in a thread of its own.
+        program: whose run it is, for the message.
     """
 
-    def __init__(self, seconds: float, last_words: Callable[[str], None]) -> None:
+    def __init__(self, seconds: float, last_words: Callable[[str], None], program: str = "bench_attention") -> None:
+        self._program = program
         self._seconds = seconds
         self._last_words = last_words
         self._stage = ""
@@ -174,7 +176,7 @@ class Watchdog:
                 reason = f"{self._stage}: stuck for {self._seconds:g} s; the run ends here"
                 with contextlib.suppress(Exception):
                     self._last_words(reason)
-                print(f"bench_attention: {reason}", file=sys.stderr, flush=True)
+                print(f"{self._program}: {reason}", file=sys.stderr, flush=True)
                 os._exit(EXIT_STUCK)
 
 

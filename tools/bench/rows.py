@@ -114,14 +114,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def write_files(rows: Sequence[Row], about: dict[str, Any], folder: Path) -> None:
-    """`attention.csv` and `attention.json`; the plot is drawn by `plot.py`."""
+def write_files(
+    rows: Sequence[Any], about: dict[str, Any], folder: Path, *, name: str = NAME, kind: type = Row
+) -> None:
+    """`attention.csv` and `attention.json` (or of another name, with another dataclass of rows)."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{NAME}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+    with open(folder / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    (folder / f"{NAME}.json").write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def read_file(path: Path) -> tuple[list[Row], dict[str, Any]]:
@@ -202,19 +204,19 @@ def _show_point(rows: list[Row], about: dict[str, Any], console: Console) -> Non
             note = f"{note + '; ' if note else ''}drift {row.drift_percent:+.1f}%"
         table.add_row(
             row.variant,
-            _number(row.forward_ms, ".3f"),
-            _number(row.forward_percent, ".0f"),
-            _number(row.both_ms, ".3f"),
-            _number(row.both_percent, ".0f"),
-            _number(row.both_tflops, ".0f" if (row.both_tflops or 0) >= 10 else ".2g"),
-            _number(row.extra_gib, ".2f"),
-            _number(row.outside_gib, ".2f"),
-            _number(max(errors) if errors else None, ".1e"),
+            number(row.forward_ms, ".3f"),
+            number(row.forward_percent, ".0f"),
+            number(row.both_ms, ".3f"),
+            number(row.both_percent, ".0f"),
+            number(row.both_tflops, ".0f" if (row.both_tflops or 0) >= 10 else ".2g"),
+            number(row.extra_gib, ".2f"),
+            number(row.outside_gib, ".2f"),
+            number(max(errors) if errors else None, ".1e"),
             Text(note),
         )
     console.print(table)
     console.print()
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)

@@ -11,7 +11,7 @@ from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import RIVAL
 from tools.report.model import Report
 
-_COSTS = ("cost_same_tokens", "cost_same_length")
+_YARDSTICKS = {"cost_same_tokens": "with as many tokens per rank", "cost_same_length": "as long a row"}
 _NO_COST = -0.1
 OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
 
@@ -52,7 +52,7 @@ def key_figures(report: Report) -> list[Figure]:
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
     for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
         priced = [row for row in sound if _is_told(row, name)]
-        if any(not row.changed for row in sound if any(_is_told(row, one) for one in _COSTS)):
+        if any(not row.changed for row in sound if any(_is_told(row, one) for one in _YARDSTICKS)):
             priced = [row for row in priced if not row.changed]
         if priced:
             row = max(priced, key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
@@ -79,6 +79,7 @@ def summary_sentences(report: Report) -> list[str]:
     sentences = [
         *_disturbed(measured),
         *_costs(sound),
+        *_no_costs(sound),
         *_kinds(sound),
         *_rival(sound),
         *_predictions(measured),
@@ -106,15 +107,12 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
 
 def _costs(sound: Sequence[Row]) -> list[str]:
     """Of the first kind that has any: the longest row of each ring that has its yardstick. The table has all."""
-    priced = [row for row in sound if any(_is_told(row, name) for name in _COSTS)]
+    priced = [row for row in sound if any(_is_told(row, name) for name in _YARDSTICKS)]
     kind = priced[0].kind if priced else ""
     sentences = []
     for cp in sorted({row.cp for row in priced if row.kind == kind}):
         told = []
-        for name, words in (
-            ("cost_same_tokens", "with as many tokens per rank"),
-            ("cost_same_length", "as long a row"),
-        ):
+        for name, words in _YARDSTICKS.items():
             own = [row for row in priced if (row.kind, row.cp) == (kind, cp) and _is_told(row, name)]
             if own:
                 row = max(own, key=lambda row: row.tokens)
@@ -124,13 +122,34 @@ def _costs(sound: Sequence[Row]) -> list[str]:
     return sentences
 
 
+def _no_costs(sound: Sequence[Row]) -> list[str]:
+    """What `_costs` and the key figures leave out, and why."""
+    listed = [
+        f"{_where(row)} ({getattr(row, name):.1%} against cp 1 {words})"
+        for row in sound
+        for name, words in _YARDSTICKS.items()
+        if name not in row.unsound and _is_no_cost(row, name)
+    ]
+    if not listed:
+        return []
+    return [
+        f"Left out of the costs of cp, though in the table: {len(listed)} below {_NO_COST:.0%}: {', '.join(listed)}. "
+        "There something else holds the row of cp 1 back, its host or settings of memory that it needs: it is no "
+        "yardstick of what cutting a row costs."
+    ]
+
+
+def _is_no_cost(row: Row, name: str) -> bool:
+    value = getattr(row, name)
+    return name in _YARDSTICKS and value is not None and value < _NO_COST
+
+
 def _is_told(row: Row, name: str) -> bool:
     """Whether the row has this comparison, with an undisturbed one.
 
     A shorter row that loses far more than the longer one waits for its host: no yardstick for what cutting a row costs.
     """
-    value = getattr(row, name)
-    return value is not None and name not in row.unsound and not (name in _COSTS and value < _NO_COST)
+    return getattr(row, name) is not None and name not in row.unsound and not _is_no_cost(row, name)
 
 
 def _gpus(row: Row, name: str) -> str:
