@@ -65,7 +65,8 @@ def ring_attention(
             logs which it is and why, as "ringattn").
         ulysses: exchange heads for tokens in teams of this many ranks, and let the teams form the ring: a divisor of
             cp_size, cp_size itself for no ring at all, or what `ringattn.make_ulysses` made once (with a transport of
-            its own). Pays where a ring's blocks are short and there are heads enough for every rank.
+            its own). Pays where a ring's blocks are short and there are heads enough for every rank; the trainer's
+            `parallel.ulysses: auto` has the measured rule.
 
     Returns:
         [B, S, H, Dv] in q's dtype. If `selection.memory_tau` is set: a pair of that and the tokens' memory cost [B, S].
@@ -77,7 +78,9 @@ def ring_attention(
             documents, scale, scoring, transport or ulysses. If one rank changes shapes in a later call it raises at
             once, and its neighbours a PeerError when it ends or their time is up; if it comes with another scoring, all
             of them do.
-        PeerError: when a neighbour dies or does not answer.
+        PeerError: over gloo, when a neighbour dies or does not answer. On CUDA this thread waits for nobody: NCCL's
+            watchdog, or a barrier of the copy engine, ends the process once their time is up; the trainer watches from
+            a thread beside it, and names rank, layer and hop before that (`launch/stall.py`).
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.
     """

@@ -46,6 +46,9 @@ def main(
     timeout: Annotated[float, typer.Option(help="seconds until a rank gives up waiting for another")] = 60.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     nproc: Annotated[int | None, typer.Option(help="start this many ranks here, without torchrun", min=2)] = None,
+    profile: Annotated[
+        bool, typer.Option(help="then profile some calls of each kind, as graphs if it took any")
+    ] = False,
 ) -> None:
     """Milliseconds per call of one layer, with the transport's CUDA graphs and without, and how far they differ."""
     if dtype not in DTYPES:
@@ -73,6 +76,7 @@ def main(
         sample_seconds=sample_seconds,
         budget_seconds=budget_seconds,
         timeout=timeout,
+        profile=profile,
         out=out,
         command=command_line("tools.bench_layer"),
     )

@@ -42,6 +42,7 @@ LITTLE = LayerSettings(
     sample_seconds=0.001,
     budget_seconds=60.0,
     timeout=10.0,
+    profile=False,
     out=Path(),
     command="made up",
 )
@@ -188,7 +189,8 @@ def test_a_kind_that_fails_is_a_row_and_the_next_is_measured(tmp_path: Path) -> 
 def test_the_command_starts_its_own_ranks(tmp_path: Path) -> None:
     sizes = ("--tokens-per-rank", "8,16", "--heads", "4/2", "--head-dim", "8", "--dtype", "fp32", "--layers", "2")
     little = ("--repeat", "1", "--sample-seconds", "0.001", "--device", "cpu", "--kinds", "softmax,documents,lagged")
-    result = CliRunner().invoke(bench_layer.app, ["--nproc", "2", *sizes, *little, "--out", str(tmp_path / "new")])
+    out = ("--profile", "--out", str(tmp_path / "new"))
+    result = CliRunner().invoke(bench_layer.app, ["--nproc", "2", *sizes, *little, *out])
     assert result.exit_code == 0, result.output
     with open(tmp_path / "new/layer.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -32,6 +32,7 @@ class LayerRow:
         difference: largest of a token's results with and without graphs, relative to that token's or the median
             token's length: of out, of all gradients and of all ranks.
         limit: for `difference`.
+        profile: shares of the time on each rank's GPU by kind of kernel, forward and backward, if asked for.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class LayerRow:
     both_share: float | None = None
     difference: float | None = None
     limit: float | None = None
+    profile: str = ""
 
     @property
     def place(self) -> tuple[int, ...]:

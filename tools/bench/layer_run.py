@@ -22,9 +22,11 @@ from tools.bench.problem import Point
 from tools.bench.ranks import Ranks, VariantError, Watchdog
 from tools.bench.rows import machine, write_files
 from tools.bench.run import wide_console
+from tools.bench.step_profile import profile_step
 
 # Of `LayerRow.difference`: both do the same work, but sums by atomic additions have another order every time.
 LIMIT = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4, "fp64": 1e-10}
+_PROFILED = 4  # rows in a profile
 _SHARE = 0.01  # the results that were compared came from graphs as the times did, but for this
 
 
@@ -44,6 +46,7 @@ class LayerSettings:
     sample_seconds: float
     budget_seconds: float
     timeout: float
+    profile: bool
     out: Path
     command: str
 
@@ -168,7 +171,24 @@ class _Bench:
                 "were compared"
             )
             return _row(name, point, layers, "wrong", note=note, **values)
+        if settings.profile:
+            values["profile"] = self._profile(name, point, ways[-1])
         return _row(name, point, layers, "ok", **values)
+
+    def _profile(self, name: str, point: Point, way: Layers) -> str:
+        """Where the time of some calls goes on each rank; rank 0 prints what it saw of its own."""
+
+        def calls() -> None:
+            for number in range(_PROFILED):
+                way.both(number)
+
+        summary = self._ranks.together(lambda: profile_step(calls))
+        if self._ranks.rank == 0:
+            heads = f"{point.heads}/{point.kv_heads}"
+            self._console.print(f"{name}, {point.tokens_per_rank:,} tokens, heads {heads}, {_PROFILED} rows, rank 0:")
+            self._console.print("\n".join(summary.lines()), markup=False, highlight=False)
+        told = self._ranks.gather(summary.brief())
+        return "; ".join(f"rank {rank}: {brief}" for rank, brief in enumerate(told) if brief)
 
     def _transports(self) -> Pair:
         if self._pair is None:
