@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.module import _has_any_global_hook  # type: ignore[attr-defined]
-from torch.nn.utils.parametrize import is_parametrized
 
 if TYPE_CHECKING:
     from ringattn.scoring.expansion import Expand
@@ -81,12 +80,9 @@ def _call(module: nn.Module, tensors: dict[str, Tensor], *payload: Tensor) -> tu
 def _may_differ(part: nn.Module) -> bool:
     """Whether more happens at a call than its class says."""
     own = vars(part)
-    return "forward" in own or any(own[name] for name in _HOOKS) or is_parametrized(part) or _compiled(part)
-
-
-def _compiled(part: nn.Module) -> bool:
-    """By `nn.Module.compile`."""
-    return part._compiled_call_impl is not None
+    compiled = own.get("_compiled_call_impl") is not None  # by `nn.Module.compile`
+    # What parametrizes a tensor is a part of this name.
+    return compiled or "forward" in own or "parametrizations" in own["_modules"] or any(own[one] for one in _HOOKS)
 
 
 def _switches() -> tuple[Hashable, ...]:
