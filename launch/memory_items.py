@@ -299,32 +299,36 @@ def _selection_working_set(case: MemoryCase) -> float:
     return tokens * heads * (sums * _FP32 + messages * case.element_bytes) + spans + votes
 
 
-def graph_bytes(case: MemoryCase) -> float:
-    """What the graphs of passes with selection or `expand` hold, at short shards: see `CopyEngineTransport.captures`.
+def graph_items(case: MemoryCase) -> Iterator[Item]:
+    """What CUDA graphs hold from one step to the next."""
+    held = graph_bytes(case)
+    yield Item(name="tensors of CUDA graphs", device=held)
+    if held and expands_in_ring(case):  # all layers' graphs have this memory in common
+        made = expanded_bytes(case.model, case.plan, case.element_bytes, fused=_fused(case))
+        yield Item(name="expanded keys and values", device=made)
 
-    Of plain attention it is little. Where documents of a row are kept apart, of which nothing is known here, passes
-    with `expand` and without selection have none.
+
+def graph_bytes(case: MemoryCase) -> float:
+    """What graphs of passes with selection or `expand` read and write, at short shards: see
+    `CopyEngineTransport.captures`. Of plain attention it is little, and not counted.
+
+    As if rows were one document. Where documents are kept apart, what expands has graphs with selection only.
     """
     shape, inner = attention_shape(case.model), inner_plan(case.plan, case.ulysses)
     selection, expanded = case.model.selection, expands_in_ring(case)
     tokens = inner.longest_shard * case.element_bytes
     queries = tokens * shape.heads / case.ulysses * shape.score_dim
     widest = max(queries, tokens * shape.expanded) if expanded else queries
-    plain = selection is None and not expanded
-    none = plain or (selection is not None and selection.guide)  # see `ringattn.passes`
+    none = (selection is None and not expanded) or (selection is not None and selection.guide)  # `ringattn.passes`
     over_copy_engines = case.on_gpu and 1 < inner.cp_size == _near_ranks(case)
     if none or not over_copy_engines or widest > GRAPH_BYTES:
         return 0.0
     # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Selection's out is in fp32.
     payload = tokens * shape.payload / case.ulysses
     wide = 1.0 if selection is None else _FP32 / case.element_bytes
-    held = queries * (4 + 2 * wide * shape.value_dim / shape.score_dim) + 3 * payload
-    if not expanded:
-        return held
-    # And what is made of a payload, and its gradients, in memory that all graphs have in common; parameters, those that
-    # are copied in and their gradients.
-    made = expanded_bytes(case.model, case.plan, case.element_bytes, fused=_fused(case))
-    return held + made + 3 * shape.expansions * _FP32
+    # Parameters that expand are copied in for both passes, and have gradients.
+    parameters = 3 * _FP32 * shape.expansions if expanded else 0
+    return queries * (4 + 2 * wide * shape.value_dim / shape.score_dim) + 3 * payload + parameters
 
 
 def expands_in_ring(case: MemoryCase) -> bool:

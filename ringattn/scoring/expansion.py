@@ -11,51 +11,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ringattn.handles import give_handle
 from ringattn.kernels import accumulator_dtype
 from ringattn.merge import RowSum
 from ringattn.plan import Plan
 from ringattn.schedule import Stop
+from ringattn.scoring.expansion_module import launch_key
 from ringattn.scoring.graph_inputs import GraphInputs, computing_with, graph_inputs
 
 Expand = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(k [B, S, ...], v [B, S, ...], positions [S]) -> (keys [B, S, G, D], values [B, S, G, Dv])."""
-
-
-class ExpansionModule(nn.Module):
-    """A module to be given as `expand` that torch.compile takes as an input: one graph serves all that are alike.
-
-    Any module can be given; others are compiled for one by one. With a `launch_key` it runs in CUDA graphs, too.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        give_handle(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of copies and pickles: they have handles of their own."""
-        super().__setstate__(state)
-        give_handle(self)
-
-    def value_width(self, v: Tensor) -> int:
-        """Dv of the values that it makes of a payload `v`."""
-        raise NotImplementedError
-
-    def launch_key(self) -> Hashable | None:
-        """What shapes its launches, besides the shapes and dtypes of payload and parameters: sizes, rope, kernel.
-
-        None, as here: they may differ from call to call. What has a key makes keys and values of payload, positions and
-        parameters alone, by the same launches whenever shapes are the same, and does not wait for the device. Modules
-        of one class with equal keys may then share CUDA graphs. It must be the same on all ranks. A class that
-        overrides `forward` only has none, whatever its base says.
-        """
-        return None
 
 
 class Visiting:
@@ -269,14 +238,6 @@ def expand_checked(expand: Expand, k: Tensor, v: Tensor, positions: Tensor) -> t
     if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
         return k, v, f"expand: expected a pair of tensors (keys, values), got {type(result).__name__}"
     return *result, None
-
-
-def launch_key(expand: Expand | None) -> Hashable | None:
-    """What `expand` says of its launches, if the class that says it is the one that computes."""
-    if not isinstance(expand, ExpansionModule):
-        return None
-    saying = next(one for one in type(expand).__mro__ if not {"forward", "launch_key"}.isdisjoint(vars(one)))
-    return expand.launch_key() if "launch_key" in vars(saying) else None
 
 
 def owner_module(expand: Expand | None) -> nn.Module | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ringattn.scoring.cost import check_sizes
-from ringattn.scoring.expansion import ExpansionModule
+from ringattn.scoring.expansion_module import ExpansionModule
 from ringattn.scoring.rotary import RotaryFn, check_rotary, launches_alike
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ringattn.scoring.cost import check_simulated
-from ringattn.scoring.expansion import ExpansionModule
+from ringattn.scoring.expansion_module import ExpansionModule
 from ringattn.scoring.rotary import Rope, RotaryFn, check_rotary, launches_alike
 from ringattn.scoring.simulated_layers import KERNELS, FeatureExpansion, HeadExpansion, expand
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import ringattn
-from ringattn.scoring.expansion import Expansion, ExpansionModule, launch_key
+from ringattn.scoring.expansion import Expansion
+from ringattn.scoring.expansion_module import ExpansionModule, launch_key
 from ringattn.scoring.rotary import Rope
 from ringattn.testing import error
 from tests.processes import run_ranks
