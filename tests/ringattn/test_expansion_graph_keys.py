@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import ringattn
+from ringattn.rehearsing import rehearsing
 from ringattn.scoring.expansion import Expansion
 from ringattn.scoring.expansion_module import ExpansionModule, launch_key
 from ringattn.scoring.rotary import Rope
@@ -164,6 +165,27 @@ def test_who_says_nothing_of_its_launches_has_no_graphs():
         assert given(module) is None
 
 
+def beside_worker(rank, world_size, folder):
+    """Bytes sent by calls as they come, in a rehearsal and while the caller captures; and calls that were counted."""
+    transport, module, sent, worst = recording_transport(folder), Mixed(), [], 0.0
+    plan = ringattn.Plan(TOKENS, world_size)
+    for rehearses, captured in ((False, False), (True, False), (False, True)):
+        token = rehearsing.set(rehearses)
+        torch.cuda.is_current_stream_capturing = lambda captured=captured: captured
+        worst = max(worst, compared(module, plan.with_documents((0, 5, 6, TOKENS)), rank, transport, 0, lag=1))
+        worst = max(worst, compared(module, plan, rank, transport, 0))
+        rehearsing.reset(token)
+        sent.append(transport.stats.take().bytes_sent)
+    return worst, sent, list(transport._graphs._calls.values())
+
+
+def test_a_rehearsal_and_a_capture_by_the_caller_launch_what_other_calls_launch(tmp_path):
+    for worst, sent, calls in run_ranks(beside_worker, 2, str(tmp_path)):
+        assert worst <= 1e-5
+        assert len(set(sent)) == 1
+        assert calls == [1] * 4  # forward and backward; neither of the others leads to a graph
+
+
 def refused_worker(rank, world_size, folder, again):
     """A rank's module makes wider keys of the same payload, after calls that were right."""
     transport, plan, module = recording_transport(folder), ringattn.Plan(TOKENS, world_size), Mixed()
@@ -181,6 +203,34 @@ def test_what_a_module_makes_is_looked_at_anew_if_its_parameters_have_other_size
     assert "expand: expected keys of q's width 8, got 9" in str(outcomes[0].error)
     if not again:  # under another plan all ranks are asked
         assert "arguments refused there" in str(outcomes[1].error)
+
+
+class Hiding(Mixed):
+    """Claims to compute with its parameters alone."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+    def forward(self, k, v, positions):
+        return k * self.other, v
+
+    def launch_key(self):
+        return ()
+
+
+def test_every_payload_and_every_module_is_looked_at():
+    plan = ringattn.Plan(TOKENS, 1)
+
+    def attend(expand, *widths):
+        tensors = [torch.randn(1, TOKENS, 4, width, requires_grad=True) for width in widths]
+        return ringattn.ring_attention(*tensors, plan.with_documents(None), expand=expand)
+
+    for width in (8, 12):
+        attend(ringattn.FactorExpansion(heads=4), width, 4 + width, 4 + width)
+    attend(Hiding(torch.ones(1)), 8, 8, 8)
+    with pytest.raises(ValueError, match="it uses 1 tensors with gradients that the ring cannot see"):
+        attend(Hiding(torch.ones(1, requires_grad=True)), 8, 8, 8)
 
 
 def self_check_worker(rank, world_size, folder):

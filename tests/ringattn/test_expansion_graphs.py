@@ -180,6 +180,13 @@ def test_other_ways_to_call_take_graphs_too(tmp_path):
     check(OTHER_WAYS, run_ranks(worker, 2, str(tmp_path), OTHER_WAYS, None, timeout=120))
 
 
+def test_plain_attention_of_several_documents_has_none(tmp_path):
+    (case,) = cases = [Case("sas", documents=True)]
+    for ((worst, graphs, _, replayed),) in run_ranks(worker, 2, str(tmp_path), cases, None, timeout=120):
+        assert worst <= 1e-10, case
+        assert (graphs, replayed) == (0, 0)
+
+
 def parameters_where_they_lie(transport_graphs):
     expansion.computing_with = lambda module, given, tensors: module
 
