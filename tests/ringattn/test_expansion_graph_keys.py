@@ -226,8 +226,9 @@ def test_every_payload_and_every_module_is_looked_at():
         tensors = [torch.randn(1, TOKENS, 4, width, requires_grad=True) for width in widths]
         return ringattn.ring_attention(*tensors, plan.with_documents(None), expand=expand)
 
+    factors = ringattn.FactorExpansion(heads=4)
     for width in (8, 12):
-        attend(ringattn.FactorExpansion(heads=4), width, 4 + width, 4 + width)
+        attend(factors, width, 4 + width, 4 + width)
     attend(Hiding(torch.ones(1)), 8, 8, 8)
     with pytest.raises(ValueError, match="it uses 1 tensors with gradients that the ring cannot see"):
         attend(Hiding(torch.ones(1, requires_grad=True)), 8, 8, 8)
