@@ -28,13 +28,13 @@ class RecordedGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         found = operator(*args, **(kwargs or {}))
-        if operator.namespace == "c10d":
-            return found  # of a barrier, which is recorded as a whole
         self.launches.append((operator, args, kwargs or {}, found))
         return found
 
     def replay(self):
         for operator, args, kwargs, found in self.launches:
+            if getattr(operator, "namespace", None) == "c10d":
+                continue  # of a barrier, which is recorded as a whole
             again = operator(*args, **kwargs)
             for x, new in zip(tree_leaves(found), tree_leaves(again), strict=True):
                 if isinstance(x, torch.Tensor) and x.data_ptr() != new.data_ptr():
