@@ -233,7 +233,8 @@ def _ring_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
         yield Item(name="exchange of heads", device=exchanged.memory - exchanged.ring.memory)
         expanded = expanded_at_home(model, plan, size, recompute=True) if memory.recompute else 0  # else it is kept
     else:
-        expanded = expanded_bytes(model, plan, size, fused=_fused(case))
+        in_graphs = expands_in_ring(case) and graph_bytes(case) > 0  # and counted there
+        expanded = 0 if in_graphs else expanded_bytes(model, plan, size, fused=_fused(case))
     if expanded:
         yield Item(name="expanded keys and values", device=expanded)
     if model.selection is None:
@@ -298,18 +299,42 @@ def _selection_working_set(case: MemoryCase) -> float:
     return tokens * heads * (sums * _FP32 + messages * case.element_bytes) + spans + votes
 
 
+def graph_items(case: MemoryCase) -> Iterator[Item]:
+    """What CUDA graphs hold from one step to the next."""
+    held = graph_bytes(case)
+    yield Item(name="tensors of CUDA graphs", device=held)
+    if held and expands_in_ring(case):  # all layers' graphs have this memory in common
+        made = expanded_bytes(case.model, case.plan, case.element_bytes, fused=_fused(case))
+        yield Item(name="expanded keys and values", device=made)
+
+
 def graph_bytes(case: MemoryCase) -> float:
-    """What the graphs of selection's passes read and write, at short shards: see `CopyEngineTransport.captures`."""
+    """What graphs of passes with selection or `expand` read and write, at short shards: see
+    `CopyEngineTransport.captures`. Of plain attention it is little, and not counted.
+
+    As if rows were one document. Where documents are kept apart, what expands has graphs with selection only.
+    """
     shape, inner = attention_shape(case.model), inner_plan(case.plan, case.ulysses)
-    queries = inner.longest_shard * shape.heads / case.ulysses * shape.score_dim * case.element_bytes
-    selection = case.model.selection
-    none = selection is None or selection.guide or shape.payload_flops > 0  # see `ringattn.passes`
+    selection, expanded = case.model.selection, expands_in_ring(case)
+    tokens = inner.longest_shard * case.element_bytes
+    queries = tokens * shape.heads / case.ulysses * shape.score_dim
+    widest = max(queries, tokens * shape.expanded) if expanded else queries
+    none = (selection is None and not expanded) or (selection is not None and selection.guide)  # `ringattn.passes`
     over_copy_engines = case.on_gpu and 1 < inner.cp_size == _near_ranks(case)
-    if none or not over_copy_engines or queries > GRAPH_BYTES:
+    if none or not over_copy_engines or widest > GRAPH_BYTES:
         return 0.0
-    # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Out is in fp32.
-    payload = inner.longest_shard * shape.payload / case.ulysses * case.element_bytes
-    return queries * (4 + 2 * _FP32 / case.element_bytes * shape.value_dim / shape.score_dim) + 3 * payload
+    # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Selection's out is in fp32.
+    payload = tokens * shape.payload / case.ulysses
+    wide = 1.0 if selection is None else _FP32 / case.element_bytes
+    # Parameters that expand are copied in for both passes, and have gradients.
+    parameters = 3 * _FP32 * shape.expansions if expanded else 0
+    return queries * (4 + 2 * wide * shape.value_dim / shape.score_dim) + 3 * payload + parameters
+
+
+def expands_in_ring(case: MemoryCase) -> bool:
+    """Whether payloads are expanded where they arrive. Where heads are exchanged, they are at home."""
+    ring = inner_plan(case.plan, case.ulysses).cp_size > 1
+    return ring and case.ulysses == 1 and attention_shape(case.model).payload_flops > 0
 
 
 def _gradient_items(case: MemoryCase) -> Iterator[Item]:

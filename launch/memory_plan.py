@@ -26,7 +26,7 @@ from launch.memory_items import (
     attention_items,
     end_items,
     feed_forward_items,
-    graph_bytes,
+    graph_items,
     kept_items,
     loss_items,
     peer_bytes,
@@ -199,7 +199,7 @@ def estimate_memory(case: MemoryCase, memory: MemoryConfig) -> MemoryEstimate:
         *(item for name, item in found.items() if name not in passing),
         Item(name="positions, labels, rotary tables", device=case.tokens * table_bytes_per_token(case.model)),
         Item(name="copies for asynchronous saves", host=copies),
-        Item(name="tensors of CUDA graphs", device=graph_bytes(case)),
+        *graph_items(case),
     )
     # To lay its part of the weights out in one piece, stage 3 takes it from the GPU to the host, once.
     through_host = case.engine == "zero" and case.zero_stage == 3 and case.on_gpu

@@ -17,6 +17,7 @@ import yaml
 H100 = Path(__file__).parent / "h100.yaml"
 PASSES = ("forward", "backward")
 BLOCKS = ("full", "causal", "masked")
+_HOST_LAYERS = ("plain", "expanding", "launched")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class StepRates:
         link: Between GPUs.
         host_link: Between a GPU and host memory, each way.
         host_update: Parameters that one process updates on the host.
-        host_layer: Seconds of the host's own work for a layer and row: "plain", "launched" (many launches in a ring).
+        host_layer: Seconds of the host's own work for a layer and row: "plain", "expanding" (graphs of passes that
+            expand), "launched" (many launches in a ring).
     """
 
     narrow_heads: dict[int, float]
@@ -110,7 +112,7 @@ class RatesFile:
             link=link[-1][1],
             host_link=self._positive("step.host_link_gbps") * 1e9,
             host_update=self._positive("step.host_update_gparams") * 1e9,
-            host_layer={name: self._positive(f"step.host_layer_ms.{name}") / 1e3 for name in ("plain", "launched")},
+            host_layer={name: self._positive(f"step.host_layer_ms.{name}") / 1e3 for name in _HOST_LAYERS},
         )
 
     def ulysses(self) -> UlyssesRates:

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import ringattn
 from launch.config import MemoryConfig
-from launch.memory_items import MemoryCase, graph_bytes, layers_keeping, layers_offloading
+from launch.memory_items import MemoryCase, expands_in_ring, graph_bytes, layers_keeping, layers_offloading
 from launch.plan_ulysses import inner_plan
 from launch.rates import PASSES, RatesFile, StepRates, by_size
 from model.flops import (
@@ -101,16 +101,16 @@ def _total(seconds: dict[str, float]) -> float:
 
 
 def _host_seconds(case: MemoryCase, step: StepRates, again: _Again) -> float:
-    """Of all layers of a row: those of plain attention are few launches, or CUDA graphs at short shards; passes of
-    selection are graphs at short shards, passes with `expand` never. CPUs compute and do the host's work in one.
+    """Of all layers of a row: those of plain attention are few launches, or CUDA graphs at short shards; in a ring
+    passes of selection and passes that expand are graphs, or many launches. CPUs compute and do the host's work in one.
     """
     if not case.on_gpu:
         return 0.0
-    # Where heads are exchanged, they are expanded at home.
-    expanded = case.ulysses == 1 and attention_shape(case.model).payload_flops > 0
-    ring = inner_plan(case.plan, case.ulysses).cp_size > 1
-    launched = ring and (expanded or (case.model.selection is not None and not graph_bytes(case)))
-    return (case.model.layers + again.rest / 3) * step.host_layer["launched" if launched else "plain"]
+    expands, selects = expands_in_ring(case), case.model.selection is not None
+    kind = "expanding" if expands else "plain"
+    if (expands or selects) and inner_plan(case.plan, case.ulysses).cp_size > 1 and not graph_bytes(case):
+        kind = "launched"
+    return (case.model.layers + again.rest / 3) * step.host_layer[kind]
 
 
 @dataclass(frozen=True, kw_only=True)

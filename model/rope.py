@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class Rope:
     """RoPE of a configuration as a function: what turns the keys of a visiting block by its own positions."""
 
     config: ModelConfig
+    launches_alike: ClassVar[bool] = True  # see `ringattn.scoring.rotary.RotaryFn`
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn the heads of x [B, S, heads, D] by global positions [S], in fp32 or wider; x's shape and dtype."""

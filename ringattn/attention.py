@@ -196,7 +196,7 @@ class _SelectiveRingAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        own_keys: Tensor,
+        own_keys: Tensor | None,
         earlier_q: Tensor | None,
         earlier_k: Tensor | None,
         weights: Tensor,
@@ -204,8 +204,9 @@ class _SelectiveRingAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         inputs = (q, k, v, own_keys, earlier_q, earlier_k, weights)
         forward = partial(run_selective_forward, work, width, *inputs)
-        out, lse, cost, *carries = kept_or_run(work.expansion, forward)
-        ctx.save_for_backward(*inputs, out, lse, *carries)
+        out, lse, cost, made, *carries = kept_or_run(work.expansion, forward)
+        own_keys = made if own_keys is None else own_keys
+        ctx.save_for_backward(q, k, v, own_keys, earlier_q, earlier_k, weights, out, lse, *carries)
         ctx.work = work
         ctx.set_materialize_grads(False)
         return out.to(q.dtype), cost

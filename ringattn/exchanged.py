@@ -104,7 +104,7 @@ class ExchangedSelection:
         earlier = torch.cat(votes[::2], dim=2), torch.cat(votes[1::2], dim=2)
         inputs = (q, k, v, k[:, :, 0], *earlier, torch.cat((weights.new_zeros(1), weights)))
         forward = partial(run_selective_forward, self.work, self.width, *inputs)
-        out, lse, cost, *carries = kept_or_run(self.work.expansion, forward)
+        out, lse, cost, _, *carries = kept_or_run(self.work.expansion, forward)
         (home,) = self.exchange.to_tokens(self.back, (out.to(q.dtype),))
         self.exchange.turn.end()
         return home, cost, (*inputs, out, lse, *carries)

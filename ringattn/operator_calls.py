@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ringattn import handles
 from ringattn.kernels import accumulator_dtype
 from ringattn.operators import NO_OBJECT, attend
-from ringattn.scoring.expansion import Expand, ExpansionModule, owner_module, trainable_parameters
+from ringattn.scoring.expansion import Expand, owner_module, trainable_parameters
+from ringattn.scoring.expansion_module import ExpansionModule
 from ringattn.scoring.selection import Selection
 
 if TYPE_CHECKING:

@@ -98,8 +98,9 @@ def run_ring(
             work = SoftmaxAttention(call.ring, call.expansion, kernel, call.scale)
             return (*run_forward(work, width, q, k, v), None), RingRun(work=work)
         selective, own_keys = selective_work(call, selection, q, kernel)
-        out, lse, cost, *carries = run_selective_forward(selective, width, q, k, v, own_keys, *_stacked(votes))
-    kept = None if call.expansion.plain else own_keys
+        found = run_selective_forward(selective, width, q, k, v, own_keys, *_stacked(votes))
+        out, lse, cost, made, *carries = found
+    kept = None if call.expansion.plain else made if own_keys is None else own_keys
     return (out, lse, cost), RingRun(work=selective, own_keys=kept, carries=tuple(carries))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,17 +13,19 @@ from torch import Tensor
 
 from ringattn.arguments import Call
 from ringattn.kernels.selective import pick_selective
-from ringattn.schedule import plain_schedule
+from ringattn.schedule import Stop, plain_schedule
 from ringattn.scoring.attention import SelectiveAttention, selection_terms
 from ringattn.scoring.selection import Selection
 from ringattn.softmax import SoftmaxAttention
-from ringattn.transport import Payload, Step
+from ringattn.transport import Payload
+
+_Work = SoftmaxAttention | SelectiveAttention
 
 
 def run_forward(work: SoftmaxAttention, width: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Out [B, S, H, Dv = width] in q's dtype, and lse [B, H, S] in the accumulator dtype."""
     with _no_autocast(q.device):
-        out, lse = _run(work, ("forward", width), partial(work.forward, width), (q,), (k, v))
+        out, lse = _run(work, ("forward", width), partial(_softmax_forward, width), (q,), (k, v))
     return out, lse
 
 
@@ -31,21 +34,56 @@ def run_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k and v, in their dtypes."""
     with _no_autocast(q.device):
-        return _run(work, "backward", work.backward, (dout.to(q.dtype), q, out, lse), (k, v))
+        inputs = (dout.to(q.dtype), q, out, lse)
+        return _run(work, "backward", SoftmaxAttention.backward, inputs, (k, v), backward=True)
+
+
+def _softmax_forward(width: int, work: SoftmaxAttention, *tensors: Any) -> tuple[Tensor, ...]:
+    return work.forward(width, *tensors)
 
 
 def _run(
-    work: SoftmaxAttention | SelectiveAttention,
+    work: _Work,
     name: Hashable,
-    step: Step,
+    step: Callable[..., tuple[Tensor, ...]],
     inputs: tuple[Tensor, ...],
     payload: Payload,
+    *,
+    backward: bool = False,
 ) -> tuple[Tensor, ...]:
-    """A pass, by the transport's leave as a captured graph. What `expand` does may differ from call to call."""
-    channel = work.ring.transport
-    if channel is None or not work.expansion.plain:
-        return step(*inputs, payload)
-    return channel.run((name, work.kernel, work.scale), work.ring.plan, step, inputs, payload)
+    """`step(work, *inputs, payload)`, by the transport's leave as a captured graph."""
+    channel, expansion, plan = work.ring.transport, work.expansion, work.ring.plan
+    if channel is None:
+        return step(work, *inputs, payload)
+    key = (name, work.kernel, work.scale)
+    if expansion.plain:
+        return channel.run(key, plan, partial(step, work), inputs, payload)
+    # Nothing of a graph that expands tells documents apart: where they are no tensor among the inputs it has one.
+    graphs = plan.documents is None and channel.captures(plan, inputs, _widest(work, payload))
+    given = expansion.graph_inputs() if graphs else None
+    if given is None:
+        return step(work, *inputs, payload)
+
+    def expanding(*tensors: Any) -> tuple[Tensor, ...]:
+        """Of the inputs, the parameters and the payload: the results, and backward the parameters' gradients."""
+        own, parameters = tensors[: len(inputs)], tensors[len(inputs) : -1]
+        other = copy.copy(work)
+        other.expansion = expansion.computing_with(given, parameters, backward=backward)
+        found = step(other, *own, tensors[-1])
+        return (*found, *other.expansion.finished_parameter_gradients()) if backward else found
+
+    expansion.forget_own()  # in a graph it would be read for good
+    found = channel.run((*key, expansion.graph_key(given)), plan, expanding, (*inputs, *given.tensors), payload)
+    if not backward:
+        return found
+    results = len(found) - len(expansion.parameters)
+    expansion.parameter_gradients = list(found[results:])
+    return found[:results]
+
+
+def _widest(work: _Work, payload: Payload) -> tuple[Tensor, ...]:
+    """What is widest of all that a pass makes of a payload; stand-ins of the shapes that it has on this rank."""
+    return payload if work.expansion.plain else work.expansion.like
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -55,13 +93,21 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def selective_work(call: Call, selection: Selection, q: Tensor, kernel: str) -> tuple[SelectiveAttention, Tensor]:
-    """Selective attention of a call, and the own keys [B, S, Dz] of the selection head, without a graph."""
+def selective_work(
+    call: Call, selection: Selection, q: Tensor, kernel: str
+) -> tuple[SelectiveAttention, Tensor | None]:
+    """Selective attention of a call, and the own keys [B, S, Dz] of the selection head, without a graph.
+
+    None where passes may be captured graphs: then the forward pass makes these keys.
+    """
     terms = selection_terms(selection, q, call.keys, call.scale)
+    work = SelectiveAttention(call.ring, call.expansion, kernel, call.scale, terms)
+    if call.expansion.has_launch_key:
+        return work, None
     own_keys = call.keys[:, :, terms.key_head].detach()
     if not call.expansion.plain:
         own_keys = own_keys.clone()  # a view would keep the expanded keys of all heads until the backward
-    return SelectiveAttention(call.ring, call.expansion, kernel, call.scale, terms), own_keys
+    return work, own_keys
 
 
 def run_selective_forward(
@@ -70,36 +116,40 @@ def run_selective_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    own_keys: Tensor,
+    own_keys: Tensor | None,
     earlier_q: Tensor | None,
     earlier_k: Tensor | None,
     weights: Tensor,
 ) -> tuple[Any, ...]:
-    """Out [B, S, H, Dv = width] and lse [B, H, S] in the accumulator dtype, cost [B, S] (or None), and the carries.
+    """Out [B, S, H, Dv = width] and lse [B, H, S] in the accumulator dtype, cost [B, S] (or None), own keys, carries.
 
     Args:
-        own_keys: of the selection head, [B, S, Dz].
+        own_keys: of the selection head, [B, S, Dz]; None: they are made here, and returned (else None is).
         earlier_q, earlier_k: [B, S, R - 1, Dz], votes of earlier layers, or None.
         weights: [R].
     """
     earlier = () if earlier_q is None or earlier_k is None else (earlier_q, earlier_k)
+    own = () if own_keys is None else (own_keys,)
     name = ("selection forward", width, work.terms)
     with _no_autocast(q.device):
-        inputs = (q, k, v, own_keys, weights, *earlier)
+        inputs = (q, k, v, weights, *own, *earlier)
         graphs = _may_be_graphs(work, q, k, v)
-        out, lse, *found = _run_selective(work, name, partial(_selective_forward, width), inputs, graphs=graphs)
+        step = partial(_selective_forward, width, len(own))
+        out, lse, *found = _run_selective(work, name, step, inputs, graphs=graphs)
     cost = None if work.terms.tau is None else found.pop(0)
-    return out, lse, cost, *found
+    made = None if own else found.pop(0)
+    return out, lse, cost, made, *found
 
 
 def _may_be_graphs(work: SelectiveAttention, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Not guided layers, each of which would need graphs of its own: the memory of one many times, and from 17 layers
     on they would push each other out and be captured over and over. Nor, on a GPU, the tens of thousands of launches of
-    the tiled kernel.
+    the tiled kernel. The same on all ranks.
     """
-    if work.terms.guided or not work.expansion.plain:
+    if work.terms.guided or not (work.expansion.plain or work.expansion.has_launch_key):
         return False
-    return not (q.is_cuda and pick_selective(work.kernel, q, k, v, q.shape[-1]).name == "tiled")
+    keys, values = (k, v) if work.expansion.plain else work.expansion.like
+    return not (q.is_cuda and pick_selective(work.kernel, q, keys, values, q.shape[-1]).name == "tiled")
 
 
 def _run_selective(
@@ -109,6 +159,7 @@ def _run_selective(
     inputs: tuple[Tensor, ...],
     *,
     graphs: bool,
+    backward: bool = False,
 ) -> tuple[Tensor, ...]:
     """`step(work, *inputs)` by `_run`. What travels is no payload of the step: its passages bring different things.
 
@@ -117,34 +168,44 @@ def _run_selective(
     if not graphs:
         return step(work, *inputs)
     channel, plan, starts = work.ring.transport, work.ring.plan, work.starts
-    if starts is None or channel is None or not channel.captures(plan.undivided, inputs, ()):
-        return _run(work, name, lambda *given: step(work, *given[:-1]), inputs, ())
-    whole = work.in_any_documents()
+    if starts is None or channel is None or not channel.captures(plan.undivided, inputs, _widest(work, ())):
+        return _run(work, name, lambda one, *given: step(one, *given[:-1]), inputs, (), backward=backward)
     return _run(
-        whole,
+        work.in_any_documents(),
         ("documents", name),
-        lambda *given: step(work.in_any_documents(given[-2]), *given[:-2]),
+        lambda one, *given: step(one.in_any_documents(given[-2]), *given[:-2]),
         (*inputs, starts),
         (),
+        backward=backward,
     )
 
 
 def _selective_forward(
     width: int,
+    num_own: int,
     work: SelectiveAttention,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    own_keys: Tensor,
     weights: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """Out, lse, cost if there is any, carries; `rest`: earlier votes."""
-    earlier_q, earlier_k = rest or (None, None)
+    """Out, lse, cost if there is any, own keys if they are made here, carries; `rest`: own keys, earlier votes."""
+    earlier_q, earlier_k = rest[num_own:] or (None, None)
+    made: tuple[Tensor, ...] = () if num_own else (_own_keys(work, (k, v)),)
     payload = (k, v) if earlier_k is None else (k, v, earlier_k)
+    (own_keys,) = made or rest[:1]
     ballots = _ballot(q[:, :, work.terms.head], earlier_q), _ballot(own_keys, earlier_k)
     out, lse, cost, carries = work.forward(q, payload, *ballots, weights, width)
-    return out, lse, *(() if cost is None else (cost,)), *carries
+    return out, lse, *(() if cost is None else (cost,)), *made, *carries
+
+
+def _own_keys(work: SelectiveAttention, payload: Payload) -> Tensor:
+    return work.expansion.own_keys(_own_stop(work), payload, work.terms.key_head)
+
+
+def _own_stop(work: SelectiveAttention) -> Stop:
+    return plain_schedule(work.ring.plan, work.ring.rank)[0]
 
 
 def run_selective_backward(
@@ -174,7 +235,12 @@ def run_selective_backward(
     with _no_autocast(q.device):
         inputs = (dout, q, k, v, own_keys, weights, out, lse, *costs, *earlier, *carries)
         dq, dk, dv, dweights, *dearlier = _run_selective(
-            work, name, partial(_selective_backward, len(costs)), inputs, graphs=_may_be_graphs(work, q, k, v)
+            work,
+            name,
+            partial(_selective_backward, len(costs)),
+            inputs,
+            graphs=_may_be_graphs(work, q, k, v),
+            backward=True,
         )
     dearlier_q, dearlier_k = dearlier or (None, None)
     return dq, dk, dv, dearlier_q, dearlier_k, dweights
@@ -207,8 +273,7 @@ def _selective_backward(
         dk[:, :, key_head] += found.ballot_k[:, :, 0]
     elif len(work.pieces) > 1:
         # These keys were made from the own payload here: their late gradients go back through that.
-        local = plain_schedule(work.ring.plan, work.ring.rank)[0]
-        with work.expansion.backward(local, payload) as visiting:
+        with work.expansion.backward(_own_stop(work), payload) as visiting:
             visiting.sums[0].running()[:, :, key_head] += found.ballot_k[:, :, 0]
         dk, dv = (x + late for x, late in zip((dk, dv), visiting.payload_gradients, strict=True))
     found.q[:, :, head] += found.ballot_q[:, :, 0]

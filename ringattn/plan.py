@@ -28,7 +28,7 @@ from ringattn.mask import Block, Mask, Relation, chunk_blocks, coalesce
 _Pair = tuple[int, int]
 """A rank and a source."""
 
-_OF_A_RUN = ("_positions", "_checked", "_transports")  # the same for all rows of a run
+_OF_A_RUN = ("_positions", "_checked", "_expanded", "_transports")  # the same for all rows of a run
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Plan:
     _positions: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     # What `expand` functions were looked at for hidden gradients.
     _checked: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, init=False, repr=False, compare=False)
+    # Stand-ins for what payloads of a kind become, once such a payload was expanded and looked at.
+    _expanded: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
     # Transports that were asked for by name, by group (its id) and name.
     _transports: dict[tuple[int, str], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     # By which an operator finds this plan (see handles.py): every plan has its own.

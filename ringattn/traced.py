@@ -12,7 +12,8 @@ from torch import Tensor
 from ringattn import handles, operator_calls
 from ringattn.attention import eager_attention
 from ringattn.plan import Plan
-from ringattn.scoring.expansion import Expand, ExpansionModule
+from ringattn.scoring.expansion import Expand
+from ringattn.scoring.expansion_module import ExpansionModule
 from ringattn.scoring.selection import Selection
 
 if TYPE_CHECKING:

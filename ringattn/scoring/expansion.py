@@ -8,42 +8,23 @@ the usual reduction over ranks completes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ringattn.handles import give_handle
 from ringattn.kernels import accumulator_dtype
 from ringattn.merge import RowSum
 from ringattn.plan import Plan
 from ringattn.schedule import Stop
+from ringattn.scoring.expansion_module import launch_key
+from ringattn.scoring.graph_inputs import GraphInputs, computing_with, graph_inputs
 
 Expand = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(k [B, S, ...], v [B, S, ...], positions [S]) -> (keys [B, S, G, D], values [B, S, G, Dv])."""
-
-
-class ExpansionModule(nn.Module):
-    """A module to be given as `expand` that torch.compile takes as an input: one graph serves all that are alike.
-
-    Any module can be given; others are compiled for one by one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        give_handle(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of copies and pickles: they have handles of their own."""
-        super().__setstate__(state)
-        give_handle(self)
-
-    def value_width(self, v: Tensor) -> int:
-        """Dv of the values that it makes of a payload `v`."""
-        raise NotImplementedError
 
 
 class Visiting:
@@ -72,6 +53,11 @@ class Expansion:
         expand: the caller's function or module, or None.
         plan: gives the positions of a source's tokens.
         device: of the tensors.
+
+    Attributes:
+        like: stand-ins, without memory, for the own keys and values, once `own` has seen what they are.
+        parameters: of `expand`, those that take gradients.
+        parameter_gradients: their sums so far, of the backward that runs.
     """
 
     def __init__(self, expand: Expand | None, plan: Plan, device: torch.device) -> None:
@@ -80,6 +66,8 @@ class Expansion:
         self.device = device
         self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
         self._own: tuple[int, tuple[Tensor, Tensor]] | None = None
+        self._launch_key = launch_key(expand)
+        self.like: tuple[Tensor, ...] = ()
         owner = owner_module(expand)
         self.parameters = () if owner is None else trainable_parameters(owner)
         self.parameter_gradients: list[Tensor | None] = []
@@ -88,18 +76,23 @@ class Expansion:
         """Expand the own payload before any hop, so that a wrong shape is found there; hop 0 uses the result.
 
         The first time with gradients on, also look for tensors with gradients that it uses but the ring cannot see.
+        What has a launch key is expanded for the first call of a kind only: later ones know what comes of it.
 
         Args:
             rank: the own rank.
             k, v: the own payload.
 
         Returns:
-            Keys, values (without a graph), and a problem or None.
+            Keys, values (without a graph; stand-ins, without memory, if there is a launch key), and a problem or None.
         """
         if self._expand is None:
             return k, v, None
         owner = getattr(self._expand, "__self__", self._expand)  # a bound method is a new object every time
         check = torch.is_grad_enabled() and owner not in self._plan._checked
+        kind = self._kind(k, v)
+        if kind in self._plan._expanded and not check:
+            self.like = self._plan._expanded[kind]
+            return *self._plan._expanded[kind], None
         # This graph is looked at and dropped; a checkpoint around the call must not count what it would save.
         with torch.set_grad_enabled(check), self._as_called(), saved_tensors_hooks(_same, _same):
             positions = self._plan.positions(rank, self.device)
@@ -111,7 +104,57 @@ class Expansion:
         if check:
             self._plan._checked.add(owner)
         self._own = (rank, (keys.detach(), values.detach()))
-        return *self._own[1], None
+        if not self.has_launch_key:
+            return *self._own[1], None
+        self.like = keys, values = _without_memory(keys), _without_memory(values)
+        if kind is not None:
+            self._plan._expanded[kind] = keys, values
+        return keys, values, None
+
+    def own_keys(self, stop: Stop, payload: tuple[Tensor, ...], head: int) -> Tensor:
+        """[B, S, D]: the keys of one head of the own payload, whose tokens are those of `stop`; hop 0 uses the rest."""
+        expanded = self.forward(stop, payload)
+        self._own = (stop.only[0], expanded)
+        return expanded[0][:, :, head].clone()  # a view would keep the keys of all heads
+
+    @property
+    def has_launch_key(self) -> bool:
+        """See `ExpansionModule.launch_key`. The same on all ranks, so what travels may follow from it."""
+        return self._launch_key is not None
+
+    def graph_inputs(self) -> GraphInputs | None:
+        """The parameters as inputs of a graph; None if a graph cannot stand for what this rank's module does now."""
+        if self._launch_key is None:
+            return None
+        assert isinstance(self._expand, nn.Module)
+        given = graph_inputs(self._expand, self.device)
+        if given is None or [x.shape for x in given.trained] != [x.shape for x in self.parameters]:
+            return None  # other parameters take gradients than at the forward
+        return given
+
+    def graph_key(self, given: GraphInputs) -> Hashable:
+        """What a graph of this expansion holds for good."""
+        return self._launch_key, given.key, self._autocast
+
+    def computing_with(self, given: GraphInputs, tensors: tuple[Tensor, ...], *, backward: bool) -> Expansion:
+        """The same with these tensors for parameters, at the beginning of a pass."""
+        assert isinstance(self._expand, nn.Module)
+        other = copy.copy(self)
+        wanted = [x.requires_grad for x in given.tensors]
+        if backward:
+            tensors = tuple(x.detach().requires_grad_(grad) for x, grad in zip(tensors, wanted, strict=True))
+        other._expand = computing_with(self._expand, given, tensors)
+        other.parameters = tuple(x for x, grad in zip(tensors, wanted, strict=True) if grad)  # type: ignore[misc]
+        other.start_backward()
+        return other
+
+    def _kind(self, k: Tensor, v: Tensor) -> Hashable | None:
+        """What shapes and dtypes of keys and values follow from; None if nobody knows."""
+        given = self.graph_inputs()
+        if given is None:
+            return None
+        payload = tuple((x.shape, x.dtype, x.device) for x in (k, v))
+        return self.graph_key(given), given.kinds, payload
 
     def forget_own(self) -> None:
         """Drop what `own` expanded: no forward will use it."""
@@ -212,6 +255,11 @@ def trainable_parameters(owner: nn.Module) -> tuple[nn.Parameter, ...]:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def _without_memory(x: Tensor) -> Tensor:
+    """Of the same shape, dtype and device."""
+    return x.detach().new_empty(()).expand(x.shape)
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ Sources: MLA, DeepSeek-V2, arXiv 2405.04434, section 2.1; TPA, arXiv 2501.06425,
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ringattn.scoring.cost import check_sizes
-from ringattn.scoring.expansion import ExpansionModule
-from ringattn.scoring.rotary import RotaryFn, check_rotary
+from ringattn.scoring.expansion_module import ExpansionModule
+from ringattn.scoring.rotary import RotaryFn, check_rotary, launches_alike
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,6 +84,10 @@ class LatentExpansion(ExpansionModule):
         """See `ExpansionModule`."""
         return self.value.out_features // self.heads
 
+    def launch_key(self) -> Hashable | None:
+        """See `ExpansionModule`."""
+        return (self.heads, self.latent_dim, self.rotary_dim, self.rope) if launches_alike(self.rope) else None
+
 
 class FactorExpansion(ExpansionModule):
     """TPA: (factors of k, factors of v, positions) -> keys [B, S, H, D] and values [B, S, H, Dv]. No parameters.
@@ -116,6 +122,10 @@ class FactorExpansion(ExpansionModule):
     def value_width(self, v: Tensor) -> int:
         """See `ExpansionModule`."""
         return v.shape[-1] - self.heads
+
+    def launch_key(self) -> Hashable | None:
+        """See `ExpansionModule`."""
+        return (self.heads, self.rope) if launches_alike(self.rope) else None
 
 
 def combine_factors(

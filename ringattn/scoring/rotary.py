@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,14 @@ RotaryFn = Callable[[Tensor, Tensor], Tensor]
 """(x [B, S, heads, D], positions [S] long) -> x turned, same shape and dtype. `Rope` is one.
 
 One that also has `angles(positions, width, dtype) -> (cos, sin)`, [S, width/2] each in half-split pairing, can be fused
-into what comes before it.
+into what comes before it. With `launches_alike = True` it says that equal ones launch the same at every call, so that
+what uses it may run in CUDA graphs; it is hashable then, and has no tensors.
 """
+
+
+def launches_alike(rope: RotaryFn | None) -> bool:
+    """Whether it says so, see `RotaryFn`, or there is none."""
+    return rope is None or getattr(rope, "launches_alike", False) is True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,7 @@ class Rope:
     """
 
     theta: float = 10_000.0
+    launches_alike: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.theta > 1:

@@ -18,12 +18,14 @@ Every token is on its own, so in a ring the compact k and v travel and each rank
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, nn
 
 from ringattn.scoring.cost import check_simulated
-from ringattn.scoring.expansion import ExpansionModule
-from ringattn.scoring.rotary import Rope, RotaryFn, check_rotary
+from ringattn.scoring.expansion_module import ExpansionModule
+from ringattn.scoring.rotary import Rope, RotaryFn, check_rotary, launches_alike
 from ringattn.scoring.simulated_layers import KERNELS, FeatureExpansion, HeadExpansion, expand
 
 ROPE = Rope()
@@ -165,6 +167,11 @@ class _KeyValueExpansion(ExpansionModule):
     def value_width(self, v: Tensor) -> int:
         """See `ExpansionModule`."""
         return v.shape[-1]
+
+    def launch_key(self) -> Hashable | None:
+        """See `ExpansionModule`. All other sizes are those of parameters."""
+        sizes = self.key_heads.channels, self.key_features.width
+        return (*sizes, self.rope, self.kernel) if launches_alike(self.rope) else None
 
 
 def _check(what: str, *, heads: int, width: int, positions: Tensor, **tensors: Tensor) -> None:

@@ -87,7 +87,8 @@ def _switches() -> tuple[bool, bool]:
     inputs and masked blocks. Read here is what it reads itself, whichever of torch's names set it; asked for the older
     ones torch raises if both kinds were used. Others decide nothing here: those of `torch.backends.cudnn` are for
     convolutions and recurrent layers (its attention sums in fp32), those of scaled_dot_product_attention for calls that
-    name no kernel, and no bf16 or fp16 product is cuBLAS's.
+    name no kernel, and no bf16 or fp16 product is cuBLAS's. What expands has products and convolutions of its own, and
+    more switches in its key: see `ringattn.scoring.graph_inputs`.
     """
     return torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision == "tf32"
 

@@ -13,7 +13,7 @@ from torch import library, nn
 import ringattn
 from ringattn import operator_calls
 from ringattn.operators import attend, attend_backward
-from ringattn.scoring.expansion import ExpansionModule
+from ringattn.scoring.expansion_module import ExpansionModule
 from ringattn.testing import error
 from tests.processes import run_ranks
 from tests.ringattn import test_selection_ring as selective
