@@ -25,6 +25,7 @@ from ringattn.rehearsing import rehearsing
 from ringattn.schedule import GROUP_BYTES, MOST_JOINED, Stop, own_tokens
 from ringattn.transport.graphs import CALLS_BEFORE, PassGraphs, Step
 from ringattn.transport.peer_memory import Lane, Mark, PeerMemory
+from ringattn.transport.row_graphs import WORTH_CALLS
 from ringattn.transport.stats import RingStats
 from ringattn.transport.turns import Turn
 
@@ -113,7 +114,7 @@ class CopyEngineTransport:
         self._lane: Lane | None = None  # of the caller, last time
         self._graphs = PassGraphs(self.stats)
         self._capture = graphs
-        self.calls_before = CALLS_BEFORE + 1 if graphs else 0  # and the one that is captured
+        self.calls_before = max(CALLS_BEFORE + 1, WORTH_CALLS) if graphs else 0  # and the one that is captured
 
     def run(
         self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]
