@@ -59,6 +59,7 @@ class MemoryCase:
         element_bytes: Of activations: 2 (bf16) or 4 (fp32).
         ulysses: Degree of the exchange of heads; 1 is none.
         rows: Of a step, per ring.
+        documents: Rows may hold several that do not see each other.
         compiled: Norms, RoPE and gates are, see `engine.compile`.
         on_gpu: Whether `device` is a GPU; else its items are host memory too.
     """
@@ -73,6 +74,7 @@ class MemoryCase:
     ulysses: int
     loss_tile: int
     rows: int
+    documents: bool
     asynchronous_saves: bool
     compiled: bool
     on_gpu: bool
@@ -299,17 +301,28 @@ def _selection_working_set(case: MemoryCase) -> float:
 
 
 def graph_bytes(case: MemoryCase) -> float:
-    """What the graphs of selection's passes read and write, at short shards: see `CopyEngineTransport.captures`."""
+    """What the graphs of passes read and write, at short shards: see `CopyEngineTransport.captures`.
+
+    Plain attention of several documents in a row has graphs of that row alone (the next row's take their memory), which
+    rows of one document beside them do not use; and what a pass works with is theirs, while calls that come before
+    have as much of their own.
+    """
     shape, inner = attention_shape(case.model), inner_plan(case.plan, case.ulysses)
-    queries = inner.longest_shard * shape.heads / case.ulysses * shape.score_dim * case.element_bytes
+    tokens, heads = inner.longest_shard, shape.heads / case.ulysses
+    queries, out = (tokens * heads * width * case.element_bytes for width in (shape.score_dim, shape.value_dim))
+    payload = tokens * shape.payload / case.ulysses * case.element_bytes
     selection = case.model.selection
-    none = selection is None or selection.guide or shape.payload_flops > 0  # see `ringattn.passes`
+    none = (selection is not None and selection.guide) or shape.payload_flops > 0  # see `ringattn.passes`
     over_copy_engines = case.on_gpu and 1 < inner.cp_size == _near_ranks(case)
-    if none or not over_copy_engines or queries > GRAPH_BYTES:
+    widest = queries if selection is not None else max(queries, out, payload)
+    if none or not over_copy_engines or widest > GRAPH_BYTES:
         return 0.0
-    # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Out is in fp32.
-    payload = inner.longest_shard * shape.payload / case.ulysses * case.element_bytes
-    return queries * (4 + 2 * _FP32 / case.element_bytes * shape.value_dim / shape.score_dim) + 3 * payload
+    if selection is not None:
+        # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Out is in fp32.
+        return queries * 4 + 2 * out * _FP32 / case.element_bytes + 3 * payload
+    # Forward q, out and lse; backward these, dout, dq and what the payload gets.
+    one = 3 * queries + 3 * out + 2 * tokens * heads * _FP32 + payload
+    return 2 * one + _ring_working_set(case) if case.documents else one
 
 
 def _gradient_items(case: MemoryCase) -> Iterator[Item]:

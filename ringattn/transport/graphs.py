@@ -25,9 +25,9 @@ Step = Callable[..., tuple[Tensor, ...]]
 
 CALLS_BEFORE = 2  # kernels are compiled and libraries find their plans in the first calls
 _MOST = 32  # graphs at a time; the one not used for longest goes
-# While a row's pass is captured torch's allocator can give nothing back to make room. No pass at short shards needs as
-# much: neither queries nor payload are more than 64 MiB.
-_ROOM = 2**30
+# Bytes that are free when a row's pass is captured: meanwhile torch's allocator can give nothing back to make room. A
+# backward pass of the longest short shards, with 64 MiB of queries and of payload, takes about half.
+_ROOM = 2**31
 
 
 class PassGraphs:
@@ -124,7 +124,9 @@ class PassGraphs:
         capture = _at_once if at_once else partial(torch.cuda.graph, capture_error_mode="thread_local")
         self.capturing = True
         try:
-            return _Captured(step, inputs, own, partial(capture, pool=self._pool, stream=self._stream), self._stats, kept)
+            return _Captured(
+                step, inputs, own, partial(capture, pool=self._pool, stream=self._stream), self._stats, kept
+            )
         finally:
             self.capturing = False
 

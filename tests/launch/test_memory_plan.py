@@ -33,7 +33,7 @@ RATES = RatesFile()
 def config(seq_len: int, name: str = "qwen3-0.6b", precision: str = "bf16", **sections: Any) -> Config:
     base: dict[str, Any] = {
         "run": {"dir": "unused"},
-        "data": {"seq_len": seq_len},
+        "data": {"seq_len": seq_len, "cross_document_attention": True},  # as in what was measured
         "optim": {"steps": 1},
         "model": {"preset": name},
         "engine": {"name": "fsdp", "precision": precision},
@@ -139,6 +139,21 @@ def test_only_layers_that_are_alike_share_graphs() -> None:
     """And so only they run from graphs."""
     assert graph_bytes(kind_case(32_768, 4, LAGGED)) > 0
     assert graph_bytes(kind_case(32_768, 4, {**LAGGED, "selection_guide": True})) == 0
+
+
+@pytest.mark.parametrize("kind", [{}, SAS, LAGGED])
+def test_graphs_of_plain_attention_are_the_row_s_where_there_are_documents(kind: dict[str, Any]) -> None:
+    case = kind_case(16_384, 4, kind)
+    one, several = (graph_bytes(replace(case, documents=kept)) for kept in (False, True))
+    # 4,096 tokens: q, out, dout and dq are 16 heads of 128 in 16 bits, what the payload gets is as much, lse 16 fp32.
+    plain = 7 * 4_096 * 16 * 128 * 2 + 2 * 4_096 * 16 * 4
+    if kind == {}:
+        assert one == plain
+        assert several > 2 * plain
+    else:
+        assert one == several == graph_bytes(case)
+    longest, longer = (graph_bytes(replace(kind_case(n, 4, kind), documents=True)) for n in (65_536, 65_544))
+    assert (longest > 0, longer) == (kind != SAS, 0)
 
 
 def test_where_heads_are_exchanged_the_ring_expands_nothing() -> None:

@@ -241,7 +241,7 @@ def test_graphs_of_a_row_that_is_over_go_once_they_are_done():
 def far_ahead_worker(rank, world_size):
     rows, waited = Rows(), []
     RecordedEvent.query = lambda self: self in waited
-    RecordedEvent.synchronize = lambda self: waited.append(self)  # noqa: PLW0108 - a method
+    RecordedEvent.synchronize = lambda self: waited.append(self)
     for row in range(graphs._MOST + 10):
         rows.call(str(row))
     assert (rows.alive(), len(waited)) == (graphs._MOST + 1, 9)
