@@ -59,6 +59,7 @@ class MemoryCase:
         element_bytes: Of activations: 2 (bf16) or 4 (fp32).
         ulysses: Degree of the exchange of heads; 1 is none.
         rows: Of a step, per ring.
+        documents: Rows may hold several that do not see each other.
         compiled: Norms, RoPE and gates are, see `engine.compile`.
         on_gpu: Whether `device` is a GPU; else its items are host memory too.
     """
@@ -73,6 +74,7 @@ class MemoryCase:
     ulysses: int
     loss_tile: int
     rows: int
+    documents: bool
     asynchronous_saves: bool
     compiled: bool
     on_gpu: bool
@@ -309,26 +311,33 @@ def graph_items(case: MemoryCase) -> Iterator[Item]:
 
 
 def graph_bytes(case: MemoryCase) -> float:
-    """What graphs of passes with selection or `expand` read and write, at short shards: see
-    `CopyEngineTransport.captures`. Of plain attention it is little, and not counted.
+    """What the graphs of passes read and write, at short shards: see `CopyEngineTransport.captures`.
 
-    As if rows were one document. Where documents are kept apart, what expands has graphs with selection only.
+    Plain attention of several documents in a row has graphs of that row alone (the next row's take their memory), which
+    rows of one document beside them do not use; and what a pass works with is theirs, while calls that come before
+    have as much of their own. What expands has none then, but with selection.
     """
     shape, inner = attention_shape(case.model), inner_plan(case.plan, case.ulysses)
     selection, expanded = case.model.selection, expands_in_ring(case)
-    tokens = inner.longest_shard * case.element_bytes
-    queries = tokens * shape.heads / case.ulysses * shape.score_dim
-    widest = max(queries, tokens * shape.expanded) if expanded else queries
-    none = (selection is None and not expanded) or (selection is not None and selection.guide)  # `ringattn.passes`
+    tokens, heads = inner.longest_shard, shape.heads / case.ulysses
+    queries, out = (tokens * heads * width * case.element_bytes for width in (shape.score_dim, shape.value_dim))
+    payload = tokens * shape.payload / case.ulysses * case.element_bytes
+    none = selection is not None and selection.guide  # see `ringattn.passes`
+    none = none or (selection is None and expanded and case.documents)
     over_copy_engines = case.on_gpu and 1 < inner.cp_size == _near_ranks(case)
+    widest = max(queries, tokens * shape.expanded * case.element_bytes) if expanded else queries
+    widest = widest if expanded or selection is not None else max(queries, out, payload)
     if none or not over_copy_engines or widest > GRAPH_BYTES:
         return 0.0
-    # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Selection's out is in fp32.
-    payload = tokens * shape.payload / case.ulysses
-    wide = 1.0 if selection is None else _FP32 / case.element_bytes
-    # Parameters that expand are copied in for both passes, and have gradients.
-    parameters = 3 * _FP32 * shape.expansions if expanded else 0
-    return queries * (4 + 2 * wide * shape.value_dim / shape.score_dim) + 3 * payload + parameters
+    if selection is not None or expanded:
+        # Forward q, payload and out; backward the same, dout, dq and what the payload gets. Selection's out is in fp32.
+        wide = 1.0 if selection is None else _FP32 / case.element_bytes
+        # Parameters that expand are copied in for both passes, and have gradients.
+        parameters = 3 * _FP32 * shape.expansions if expanded else 0
+        return queries * 4 + 2 * out * wide + 3 * payload + parameters
+    # Forward q, out and lse; backward these, dout, dq and what the payload gets.
+    one = 3 * queries + 3 * out + 2 * tokens * heads * _FP32 + payload
+    return 2 * one + _ring_working_set(case) if case.documents else one
 
 
 def expands_in_ring(case: MemoryCase) -> bool:

@@ -183,10 +183,10 @@ def _decide(lines: Sequence[UlyssesLine], tokens: int, count: float | None) -> U
 
 def _known(lines: Sequence[UlyssesLine], tokens: int, count: int) -> UlyssesChoice:
     """With `count` documents in a row: what the lines with next fewer and next more of them have in common."""
-    graphs = count == 1
+    graphs = count == 1 or any(line.graphs and line.documents > 1 for line in lines)
     counts = {line.documents for line in lines if line.graphs == graphs}
     fewer, more = [n for n in counts if n <= count], [n for n in counts if n >= count]
-    rows = f"rows of {'one document' if graphs else f'about {count} documents'}"
+    rows = f"rows of {'one document' if count == 1 else f'about {count} documents'}"
     if not fewer or not more:
         return UlyssesChoice(degree=1, reason=f"nothing was measured with {rows}")
     found = [
@@ -194,7 +194,7 @@ def _known(lines: Sequence[UlyssesLine], tokens: int, count: int) -> UlyssesChoi
         for n in {max(fewer), min(more)}
     ]
     degrees = {degree for degree, _ in found}
-    what = f"{tokens:,} tokens per rank in {rows} ({'with' if graphs else 'without'} CUDA graphs)"
+    what = f"{tokens:,} tokens per rank in {rows} ({'with' if graphs else 'measured without'} CUDA graphs)"
     if len(degrees) > 1 or degrees == {1}:
         return UlyssesChoice(degree=1, reason=f"no exchange of heads was measured to be faster at {what}")
     until = min(until for _, until in found)

@@ -66,13 +66,16 @@ class Mask:
     sinks: int
     documents: tuple[int, ...] | None
 
-    def visible(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """Bool [len(q), len(k)]: may query i see key j? From positions ([len] long, on one device) alone."""
+    def visible(self, q_positions: Tensor, k_positions: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Bool [len(q), len(k)]: may query i see key j? From positions ([len] long, on one device) alone.
+
+        starts: the documents as a tensor on that device, where there is one.
+        """
         q, k = q_positions[:, None], k_positions[None, :]
         allowed = torch.ones(q.shape[0], k.shape[1], dtype=torch.bool, device=q.device)
         first_key = torch.zeros_like(q)  # start of the query's document
         if self.documents is not None:
-            starts = torch.tensor(self.documents, device=q.device)
+            starts = torch.tensor(self.documents, device=q.device) if starts is None else starts
             q_document = torch.searchsorted(starts, q_positions, right=True)[:, None]
             k_document = torch.searchsorted(starts, k_positions, right=True)[None, :]
             allowed &= q_document == k_document

@@ -45,9 +45,13 @@ class Pack:
         return q, k
 
     def starts(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`q_starts` and `k_starts` of `batch` rows laid end to end, int32; made once per device, without a wait."""
+        """`q_starts` and `k_starts` of `batch` rows laid end to end, int32; made once per device, without a wait.
+
+        They come from the host, and so not into a graph: before a capture is a call that is none.
+        """
         key = (batch, device)
         if key not in self._tensors:
+            assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "asked for before a capture"
             rows = [_repeated(starts, batch) for starts in (self.q_starts, self.k_starts)]
             with torch.inference_mode(False):
                 made = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -64,7 +64,7 @@ class Plan:
     _blocks: dict[_Pair, tuple[Block, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _columns: dict[_Pair, range] = field(default_factory=dict, init=False, repr=False, compare=False)
     _schedules: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _starts: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _starts: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _agreed: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     # What Ulysses made of it, with whom and for which shapes (see ulysses.py).
     _exchanged: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -168,6 +168,16 @@ class Plan:
             whole = torch.repeat_interleave(torch.tensor(documents[:-1], dtype=torch.int32), sizes)
             self._starts[device] = whole.to(device)
         return self._starts[device]
+
+    def documents_on(self, device: torch.device) -> Tensor | None:
+        """LongTensor: `documents`, on `device`; made once, and not to be written to."""
+        if self.documents is None:
+            return None
+        key = ("documents", device)
+        if key not in self._starts:
+            with torch.inference_mode(False):  # of use to any later caller
+                self._starts[key] = torch.tensor(self.documents, device=device)
+        return self._starts[key]
 
     def source(self, rank: int, hop: int) -> int:
         """The rank whose payload `rank` attends to at `hop`."""

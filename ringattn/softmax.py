@@ -156,8 +156,9 @@ class SoftmaxAttention:
         """What takes many small documents in one call, if there are any and something does."""
         if self.ring.plan.documents is None:
             return None
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None  # the caller's graph; packs come with small tensors from the host
+        channel = self.ring.transport
+        if q.is_cuda and torch.cuda.is_current_stream_capturing() and not (channel is not None and channel.capturing):
+            return None  # the caller's graph; packs come with small tensors from the host, which a graph of ours keeps
         return pick_packed(self.kernel, q, k, v)
 
     def _blocks(
@@ -218,7 +219,7 @@ class SoftmaxAttention:
         plan, (source, columns) = self.ring.plan, stop.only
         q_positions = plan.positions(self.ring.rank, device)[block.q_start : block.q_stop]
         k_positions = plan.positions(source, device)[columns.start : columns.stop][block.k_start : block.k_stop]
-        return plan.mask.visible(q_positions, k_positions)
+        return plan.mask.visible(q_positions, k_positions, plan.documents_on(device))
 
     def _head_groups(self, q: Tensor, payload: Payload) -> Iterator[tuple[slice, slice]]:
         """(query heads, key/value heads) that go around together: what travels and what waits must stay small."""

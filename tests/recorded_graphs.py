@@ -6,7 +6,7 @@ things lie. Barriers, which are no operators of torch, are recorded by whoever m
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +18,9 @@ from ringattn.transport.copy_engine import CopyEngineTransport
 
 _capturing = []
 
+# Memory is asked for once, at the capture.
+_ROOMS = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty)
+
 
 class RecordedGraph(TorchDispatchMode):
     """Stands in for `torch.cuda.CUDAGraph`."""
@@ -28,8 +31,17 @@ class RecordedGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         found = operator(*args, **(kwargs or {}))
-        self.launches.append((operator, args, kwargs or {}, found))
+        if operator.overloadpacket not in _ROOMS:
+            self.launches.append((operator, args, kwargs or {}, found))
         return found
+
+    def capture_begin(self, pool, capture_error_mode):
+        _capturing.append(self)
+        self.__enter__()
+
+    def capture_end(self):
+        self.__exit__(None, None, None)
+        _capturing.pop()
 
     def replay(self):
         for operator, args, kwargs, found in self.launches:
@@ -47,14 +59,28 @@ def record(step):
         _capturing[-1].launches.append((step, (), {}, None))
 
 
+class RecordedEvent:
+    """Stands in for `torch.cuda.Event`. What it is recorded behind has been done, but for what `late` names."""
+
+    late = frozenset()
+
+    def record(self, stream):
+        pass
+
+    def query(self):
+        return self not in RecordedEvent.late
+
+    def synchronize(self):
+        RecordedEvent.late -= {self}
+
+
 @contextmanager
-def _capture(graph, pool, capture_error_mode):
-    _capturing.append(graph)
+def _capture(graph, pool=None, stream=None, capture_error_mode="global"):
+    graph.capture_begin(pool, capture_error_mode)
     try:
-        with graph:
-            yield
+        yield
     finally:
-        _capturing.pop()
+        graph.capture_end()
 
 
 def use_recorded_graphs():
@@ -64,6 +90,10 @@ def use_recorded_graphs():
     graphs.torch.cuda.graph_pool_handle = object
     graphs.torch.cuda.is_current_stream_capturing = lambda: bool(_capturing)
     graphs.torch.cuda.synchronize = lambda *device: None
+    graphs.torch.cuda.Event = RecordedEvent
+    graphs.torch.cuda.Stream = graphs.torch.cuda.current_stream = lambda *device: "a stream"
+    graphs.torch.cuda.stream = lambda stream: nullcontext()
+    graphs.torch.cuda.mem_get_info = lambda *device: (2**40, 2**40)
     captures = CopyEngineTransport.captures
 
     def as_on_a_gpu(self, plan, inputs, payload):

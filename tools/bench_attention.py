@@ -37,12 +37,12 @@ def main(
     non_causal: Annotated[bool, typer.Option("--non-causal", help="every query sees every key")] = False,
     layout: Annotated[str, typer.Option(help="of ours: contiguous, zigzag or striped")] = "zigzag",
     documents: Annotated[
-        int, typer.Option(help="in a row, none of which sees another; then no CUDA graphs", min=1)
+        int, typer.Option(help="in a row, none of which sees another; all calls are of one row", min=1)
     ] = 1,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
     variants: Annotated[str, typer.Option(help="names or patterns, with commas, such as 'ours*,all-to-all'")] = "*",
     repeat: Annotated[int, typer.Option(help="samples per figure; their median counts", min=1)] = 7,
-    warmup: Annotated[int, typer.Option(help="untimed calls before", min=1)] = 3,
+    warmup: Annotated[int, typer.Option(help="untimed calls before; from the fourth on graphs are there", min=1)] = 4,
     sets: Annotated[int, typer.Option(help="input tensors that take turns", min=1)] = 3,
     sample_seconds: Annotated[float, typer.Option(help="a sample is as many calls as take about this")] = 0.03,
     check_tokens: Annotated[int, typer.Option(help="tokens per rank of the check before timing", min=2)] = 128,

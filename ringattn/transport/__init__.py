@@ -82,6 +82,7 @@ class Transport(Protocol):
         calls_before: of one kind, until such a call runs as all later ones will.
         hosts: what a plan's `hosts` should be for it to be fast.
         turn: of its passages.
+        capturing: `run` is at work on a graph, with which it keeps what the plan holds.
     """
 
     stats: RingStats
@@ -90,6 +91,9 @@ class Transport(Protocol):
     calls_before: int
     hosts: int
     turn: Turn
+
+    @property
+    def capturing(self) -> bool: ...
 
     def run(
         self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: Payload

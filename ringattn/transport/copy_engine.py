@@ -25,6 +25,7 @@ from ringattn.rehearsing import rehearsing
 from ringattn.schedule import GROUP_BYTES, MOST_JOINED, Stop, own_tokens
 from ringattn.transport.graphs import CALLS_BEFORE, PassGraphs, Step
 from ringattn.transport.peer_memory import Lane, Mark, PeerMemory
+from ringattn.transport.row_graphs import WORTH_CALLS
 from ringattn.transport.stats import RingStats
 from ringattn.transport.turns import Turn
 
@@ -114,7 +115,7 @@ class CopyEngineTransport:
         self._lane: Lane | None = None  # of the caller, last time
         self._graphs = PassGraphs(self.stats)
         self._capture = graphs
-        self.calls_before = CALLS_BEFORE + 1 if graphs else 0  # and the one that is captured
+        self.calls_before = max(CALLS_BEFORE + 1, WORTH_CALLS) if graphs else 0  # and the one that is captured
 
     def run(
         self, key: Hashable, plan: Plan, step: Step, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]
@@ -129,11 +130,20 @@ class CopyEngineTransport:
         # Of what a graph holds for good, all that shapes and dtypes do not tell. Not the plan itself, which keeps
         # transports by name: a circle; but the positions that masks are made of lie where the graph reads them.
         key = (key, plan.fingerprint, _switches(), self.memory.patience_ms())
+        kept: tuple[object, ...] = (plan._positions,)
+        row = None
+        if plan.documents is not None:  # in a graph are its blocks, where packs begin, and what masks are made of
+            row = plan._schedules
+            kept = (plan._positions, plan._starts, row)
 
         def place() -> tuple[Tensor, ...]:
             return self._place(plan, payload)[1] if payload else ()
 
-        return self._graphs.run(key, step, inputs, payload, place, plan._positions)
+        return self._graphs.run(key, step, inputs, payload, place, kept, row)
+
+    @property
+    def capturing(self) -> bool:
+        return self._graphs.capturing
 
     def follow(self, main: Lane) -> None:
         """If the caller has changed streams, what it does now comes after what it did before on the other."""
@@ -145,8 +155,6 @@ class CopyEngineTransport:
         """The same on all ranks, and in a rehearsal or a caller's capture as in the calls that they are for."""
         like = inputs[0]
         if not self._capture or not like.is_cuda or plan.num_hops == 1:
-            return False
-        if plan.documents is not None:  # another plan with every row
             return False
         staying = max(_per_token(x) for x in inputs if x.dim() == 4)
         widest = max(staying, sum(_per_token(x) for x in payload))

@@ -70,6 +70,7 @@ class HybridTransport:
 
     joins = False
     calls_before = 0
+    capturing = False
 
     def __init__(self, near: CopyEngineTransport, far: P2PTransport, hosts: Sequence[object]) -> None:
         self.stats = far.stats

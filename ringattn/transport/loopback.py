@@ -31,6 +31,7 @@ class LoopbackTransport:
     joins = True
     hosts = 1
     calls_before = 0
+    capturing = False
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class P2PTransport:
 
     joins = False
     calls_before = 0
+    capturing = False
     hosts = 1
 
     def __init__(self, group: dist.ProcessGroup, timeout: Callable[[], timedelta] | None = None) -> None:

@@ -33,7 +33,7 @@ RATES = RatesFile()
 def config(seq_len: int, name: str = "qwen3-0.6b", precision: str = "bf16", **sections: Any) -> Config:
     base: dict[str, Any] = {
         "run": {"dir": "unused"},
-        "data": {"seq_len": seq_len},
+        "data": {"seq_len": seq_len, "cross_document_attention": True},  # as in what was measured
         "optim": {"steps": 1},
         "model": {"preset": name},
         "engine": {"name": "fsdp", "precision": precision},
@@ -151,12 +151,30 @@ def test_graphs_hold_what_is_made_of_a_payload() -> None:
     assert made == 2 * 32 * mib  # keys and values, and their gradients
     selecting = kind_case(8_192, 4, {**SAS, **LAGGED})
     assert [item.device for item in graph_items(selecting)] == [held + 2 * queries, 1.5 * made]  # some of it in fp32
-    assert graph_bytes(replace(case, ulysses=2)) == 0  # nothing is expanded in the ring
+    # Nothing is expanded in the ring: graphs of plain attention.
+    assert [item.name for item in graph_items(replace(case, ulysses=2))] == ["tensors of CUDA graphs"]
     for tokens, graphs in ((16_384, True), (16_388, False)):  # keys and values of 64 MiB, and of more
         found = estimate_memory(kind_case(tokens, 4, SAS), MemoryConfig())
         (last,) = (phase for phase in found.phases if phase.name == "backward of the last attention")
         for items, expected in ((found.always, graphs), (last.items, not graphs)):  # one of them
             assert ("expanded keys and values" in {item.name for item in items}) == expected
+
+
+@pytest.mark.parametrize("kind", [{}, SAS, LAGGED])
+def test_graphs_of_plain_attention_are_the_row_s_where_there_are_documents(kind: dict[str, Any]) -> None:
+    case = kind_case(16_384, 4, kind)
+    one, several = (graph_bytes(replace(case, documents=kept)) for kept in (False, True))
+    # 4,096 tokens: q, out, dout and dq are 16 heads of 128 in 16 bits, what the payload gets is as much, lse 16 fp32.
+    plain = 7 * 4_096 * 16 * 128 * 2 + 2 * 4_096 * 16 * 4
+    if kind == {}:
+        assert one == plain
+        assert several > 2 * plain
+    elif kind == LAGGED:
+        assert one == several == graph_bytes(case)
+    else:  # what expands has none of documents
+        assert one > several == 0
+    longest, longer = (graph_bytes(replace(kind_case(n, 4, kind), documents=True)) for n in (65_536, 65_544))
+    assert (longest > 0, longer) == (kind != SAS, 0)
 
 
 def test_where_heads_are_exchanged_the_ring_expands_nothing() -> None:

@@ -96,8 +96,9 @@ def test_what_was_measured_decides(tokens: int, heads: dict[str, int], documents
     assert found.degree == degree, found.reason
     assert found.line().startswith(f"{degree} (auto): ")
     if degree == 4:
-        assert f"{tokens:,} tokens per rank in rows of about {round(documents)} documents (without CUDA graphs)" in (
-            found.reason
+        assert (
+            f"{tokens:,} tokens per rank in rows of about {round(documents)} documents (measured without CUDA graphs)"
+            in (found.reason)
         )
 
 
@@ -170,6 +171,13 @@ def test_of_two_measured_degrees_the_one_that_fits_is_taken(tmp_path: Path) -> N
     assert found == [4, 2]
 
 
+def test_lines_with_graphs_replace_those_without_for_rows_of_documents(tmp_path: Path) -> None:
+    old, new = line({10**6: 4}), line({10**6: 1}, graphs=True)
+    found = [pick(rates=rates_of(tmp_path, *lines), documents=2.0) for lines in ((old,), (old, new))]
+    assert [one.degree for one in found] == [4, 1]
+    assert "in rows of about 2 documents (with CUDA graphs)" in found[1].reason
+
+
 def test_copies_of_key_value_heads_count(tmp_path: Path) -> None:
     rates = rates_of(tmp_path, line({10**6: 4}, kv_heads=2))
     degrees = [
@@ -238,7 +246,7 @@ def test_the_plan_says_which_degree_and_why() -> None:
 def test_a_chosen_degree_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.plan_report.planned_facts", lambda config, cp: GPUS)
     told = render(config(model={"heads": 16, "kv_heads": 16}), 4)
-    assert "4 (auto): 4,096 tokens per rank in rows of about 3 documents (without CUDA graphs)" in told
+    assert "4 (auto): 4,096 tokens per rank in rows of about 3 documents (measured without CUDA graphs)" in told
     assert "teams of 4 ranks; no ring is left" in told
 
 

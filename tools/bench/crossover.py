@@ -125,11 +125,7 @@ def lines(rows: Sequence[Row]) -> list[Line]:
     """
     found = []
     for setting, curves in _curves(rows).items():
-        # With documents the ring takes no graphs of its own.
-        rings = {COPY_ENGINE: setting.documents == 1, COPY_ENGINE + NO_GRAPHS: False}
-        if setting.documents > 1 and COPY_ENGINE in curves:
-            del rings[COPY_ENGINE + NO_GRAPHS]
-        for ring, graphs in rings.items():
+        for ring, graphs in ((COPY_ENGINE, True), (COPY_ENGINE + NO_GRAPHS, False)):
             exchanges = [name for name in CONTESTS[ring] if name in curves]
             if any(name != ALL_TO_ALL for name in exchanges):
                 exchanges = [name for name in exchanges if name != ALL_TO_ALL]

@@ -93,8 +93,11 @@ class Transport:
         return replace(self, **changes)
 
     def captures(self, case: Case) -> bool:
-        """Whether the transport runs the passes as graphs of its own, see `CopyEngineTransport`."""
-        if self.graphs != "short" or case.num_ranks == 1 or case.plan.documents is not None:
+        """Whether the transport runs the passes as graphs of its own, see `CopyEngineTransport`.
+
+        With documents those of a row's layers from the third on: it launches the first, and captures in the second.
+        """
+        if self.graphs != "short" or case.num_ranks == 1:
             return False
         widest = max(case.heads * case.head_dim, case.payload_elements) * case.element_bytes
         return widest * case.plan.longest_shard <= GRAPH_BYTES

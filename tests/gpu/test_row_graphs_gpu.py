@@ -1,0 +1,106 @@
+"""Graphs of rows of documents on GPUs: the numbers of launched passes, and memory that does not grow with the rows."""
+
+import random
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringattn
+from ringattn.transport.row_graphs import WORTH_CALLS
+from tests.gpu.test_ring_gpu import needs_gpus
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.gpu
+
+ROWS, LAYERS = 8, 6
+# (tokens of a rank, query and key/value heads, head width, layout, dtype): packs and single documents in 16 bits; in
+# fp32 masks, of which rows of short documents have some in every layout.
+CASES = {
+    "bf16": (2048, (32, 8), 128, "zigzag", torch.bfloat16),
+    "fp32": (300, (4, 2), 64, "striped", torch.float32),
+}
+# Of the norm: both launch the same kernels, which may add up in another order; another row's documents give about 1.
+LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+SLACK = 100 * 2**20  # graphs of the five last rows would hold six times that
+
+
+def documents_of(row, seq_len):
+    """One row of a few long ones, the next of many short ones, and so on."""
+    draw = random.Random(row)
+    return (0, *sorted(draw.sample(range(1, seq_len), (3, 40)[row % 2])), seq_len)
+
+
+def layers_of(plan, rank, group, transport, case, row):
+    """Out, dq, dk and dv of each layer."""
+    _, heads, width, _, dtype = case
+    generator, calls = torch.Generator("cuda").manual_seed(row * plan.cp_size + rank), []
+    for _ in range(LAYERS):
+        shapes = [(1, plan.shard_len(rank), n, width) for n in (heads[0], heads[1], heads[1], heads[0])]
+        *leaves, dout = (torch.randn(s, generator=generator, device="cuda", dtype=dtype) for s in shapes)
+        leaves = [x.requires_grad_() for x in leaves]
+        calls.append((leaves, dout, ringattn.ring_attention(*leaves, plan, group, transport=transport)))
+    return [(out.detach(), *torch.autograd.grad(out, leaves, dout)) for leaves, dout, out in reversed(calls)]
+
+
+def worker(rank, world_size, name):
+    """Of each row: the worst difference to launched passes, layers from graphs, memory reserved; and graphs alive."""
+    torch.cuda.set_device(rank)
+    case = tokens, _, _, layout, _ = CASES[name]
+    group = dist.new_group(backend="nccl")
+    launched, graphed = (ringattn.make_transport("copy_engine", group, graphs=graphs) for graphs in (False, True))
+    plan = ringattn.Plan(tokens * world_size + 1, world_size, layout=layout)
+    found, seen = [], []
+    for row in range(ROWS):
+        one = plan.with_documents(documents_of(row, plan.seq_len))
+        results = [layers_of(one, rank, group, channel, case, row) for channel in (graphed, launched)]
+        worst = max(
+            float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-6))
+            for pair in zip(*results, strict=True)
+            for a, b in zip(*pair, strict=True)
+        )
+        del results
+        totals = graphed.stats.take()
+        found.append((worst, LAYERS * totals.untimed_hops / totals.hops, torch.cuda.memory_reserved()))
+        seen += [weakref.ref(captured) for captured in graphed._graphs._row.graphs.values()]
+    torch.cuda.synchronize()
+    alive = sum(captured() is not None for captured in seen)
+    dist.destroy_process_group(group)
+    return found, alive
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_layers_of_a_row_share_graphs_and_rows_share_memory(name, world_size):
+    needs_gpus(world_size)
+    for found, alive in run_ranks(worker, world_size, name, timeout=300):
+        differences, replayed, reserved = zip(*found, strict=True)
+        assert max(differences) <= LIMITS[CASES[name][4]]
+        assert replayed == (LAYERS - WORTH_CALLS + 1, *[LAYERS - 1] * (ROWS - 1))
+        assert max(reserved[3:]) - reserved[2] <= SLACK
+        assert alive == 2  # the last row's; the others were done, as the differences were read
+
+
+def without_graphs(*arguments, **options):
+    raise AssertionError("a graph is made as torch makes one, which waits for the device and empties its cache")
+
+
+def waiting_worker(rank, world_size):
+    """From the second row on nothing may wait for the device between a row's first call and its last."""
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="nccl")
+    transport, plan = ringattn.make_transport("copy_engine", group), ringattn.Plan(2048 * world_size, world_size)
+    for row in range(4):
+        one = plan.with_documents(documents_of(row, plan.seq_len))
+        if row == 2:
+            torch.cuda.synchronize = torch.cuda.empty_cache = torch.cuda.graph = without_graphs
+        layers_of(one, rank, group, transport, CASES["bf16"], row)
+    untimed = transport.stats.untimed_hops
+    dist.destroy_process_group(group)
+    return untimed
+
+
+def test_a_row_s_graphs_are_made_without_waiting_for_the_device():
+    needs_gpus(2)
+    assert min(run_ranks(waiting_worker, 2, timeout=120)) > 0
