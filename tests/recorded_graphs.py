@@ -33,6 +33,8 @@ class RecordedGraph(TorchDispatchMode):
         found = operator(*args, **(kwargs or {}))
         if operator.overloadpacket not in _ROOMS:
             self.launches.append((operator, args, kwargs or {}, found))
+        elif torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+            self.launches.append((torch.Tensor.fill_, (found, float("nan")), {}, found))  # as on a GPU, every time
         return found
 
     def capture_begin(self, pool, capture_error_mode):

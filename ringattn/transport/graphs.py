@@ -26,8 +26,9 @@ Step = Callable[..., tuple[Tensor, ...]]
 CALLS_BEFORE = 2  # kernels are compiled and libraries find their plans in the first calls
 _MOST = 32  # graphs at a time; the one not used for longest goes
 # Bytes that are free when a row's pass is captured: meanwhile torch's allocator can give nothing back to make room. A
-# backward pass of the longest short shards, with 64 MiB of queries and of payload, takes about half.
-_ROOM = 2**31
+# backward pass of the longest short shards, with 64 MiB of queries and of payload, takes about one GiB, and the
+# reference kernel's masked blocks as much again and more.
+_ROOM = 3 * 2**30
 
 
 class PassGraphs:
@@ -85,7 +86,7 @@ class PassGraphs:
             if row is None:
                 self._captured.move_to_end(key)
             return captured.replay(inputs, payload)
-        if to_go > 1 or (to_go < 1 and row is not None and not _is_room(inputs[0].device)):
+        if to_go > 1 or (to_go < 1 and row is not None and not self._is_room(inputs[0].device)):
             return step(*inputs, payload)
         with torch.inference_mode(False), torch.no_grad():  # a graph serves training and evaluation alike
             own = place()
@@ -112,6 +113,10 @@ class PassGraphs:
         self._captured[key] = captured
         if len(self._captured) > _MOST:
             self._leave([self._captured.popitem(last=False)[1]])
+
+    def _is_room(self, device: torch.device) -> bool:
+        """For a graph more of the row."""
+        return len(self._row.graphs) < _MOST and torch.cuda.mem_get_info(device)[0] >= _ROOM
 
     def _capture(
         self, step: Step, inputs: Sequence[Tensor], own: tuple[Tensor, ...], kept: object, *, at_once: bool
@@ -158,10 +163,6 @@ class PassGraphs:
             self._leaving[0].done.synchronize()
         while self._leaving and self._leaving[0].done.query():
             self._leaving.popleft()
-
-
-def _is_room(device: torch.device) -> bool:
-    return torch.cuda.mem_get_info(device)[0] >= _ROOM
 
 
 @contextmanager

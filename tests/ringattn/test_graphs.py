@@ -73,6 +73,22 @@ def masks_worker(rank, world_size, folder, fault):
     return worst, transport.stats.take().untimed_hops
 
 
+def deterministic_worker(rank, world_size, folder, rows):
+    """New memory is filled with NaN then: also by a graph, every time."""
+    transport = recording_transport(folder)
+    torch.use_deterministic_algorithms(True)
+    plan = ringattn.Plan(TOKENS, world_size, documents=[0, 5, TOKENS] if rows else None)
+    worst = max(two_layers(plan, rank, transport, step) for step in range(4))
+    return worst, transport.stats.take().untimed_hops
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_new_memory_that_is_filled_is_filled_before_it_is_written(tmp_path, rows):
+    for worst, from_graphs in run_ranks(deterministic_worker, 2, str(tmp_path), rows):
+        assert worst < 1e-10
+        assert from_graphs > 0
+
+
 def without(part):
     """A graph is found without asking for this part of what it was captured for."""
 

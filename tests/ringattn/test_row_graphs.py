@@ -257,9 +257,12 @@ def no_room_worker(rank, world_size):
     assert (rows.call("a", times=9), rows.alive()) == (9, 0)
     graphs.torch.cuda.mem_get_info = lambda *device: (graphs._ROOM, 2**40)
     assert (rows.call("a", times=9), rows.alive()) == (1, 1)
+    graphs._MOST = 2
+    assert [rows.call("a", kind, times=9) for kind in ("k", "ki")] == [WORTH_CALLS, 9]
+    assert rows.alive() == 2
 
 
-def test_nothing_is_captured_where_a_capture_might_run_out_of_memory():
+def test_nothing_is_captured_where_it_might_run_out_of_memory_or_graphs_are_many():
     run_ranks(no_room_worker, 1)
 
 
