@@ -33,7 +33,7 @@ class RecordedGraph(TorchDispatchMode):
         found = operator(*args, **(kwargs or {}))
         if operator.overloadpacket not in _ROOMS:
             self.launches.append((operator, args, kwargs or {}, found))
-        elif torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        elif found.is_floating_point() and _fills():
             self.launches.append((torch.Tensor.fill_, (found, float("nan")), {}, found))  # as on a GPU, every time
         return found
 
@@ -53,6 +53,10 @@ class RecordedGraph(TorchDispatchMode):
             for x, new in zip(tree_leaves(found), tree_leaves(again), strict=True):
                 if isinstance(x, torch.Tensor) and x.data_ptr() != new.data_ptr():
                     x.copy_(new)
+
+
+def _fills():
+    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
 
 
 def record(step):

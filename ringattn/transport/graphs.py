@@ -176,6 +176,17 @@ def _at_once(graph: torch.cuda.CUDAGraph, *, pool: Any, stream: torch.cuda.Strea
             graph.capture_end()
 
 
+def _unfilled(like: Sequence[Tensor]) -> list[Tensor]:
+    """New tensors like these. Deterministic, torch fills what is new with NaN: a graph would at each replay, over its
+    inputs."""
+    switches: Any = torch.utils.deterministic
+    filling, switches.fill_uninitialized_memory = switches.fill_uninitialized_memory, False
+    try:
+        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]
+    finally:
+        switches.fill_uninitialized_memory = filling
+
+
 def _fill(into: Sequence[Tensor], own: Sequence[Tensor], inputs: Sequence[Tensor], payload: Sequence[Tensor]) -> None:
     pairs = list(zip((*into, *own), (*inputs, *payload), strict=True))
     for dtype in {x.dtype for x, _ in pairs}:  # one launch each
@@ -213,7 +224,7 @@ class _Captured:
         self.done = torch.cuda.Event()
         hops, sent = stats.hops, stats.bytes_sent
         with capture(self._graph):
-            self._inputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]  # in the pool, too
+            self._inputs = _unfilled(like)  # in the pool, too
             self._results = step(*self._inputs, own)
         self._counts = (stats.hops - hops, stats.bytes_sent - sent)
         stats.hops, stats.bytes_sent = hops, sent
