@@ -6,6 +6,7 @@ once; only the sizes are small. A mismatch is one error on all ranks that says w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -189,6 +190,11 @@ def _worst(names: tuple[str, ...], rows: list[Tensor]) -> dict[str, float]:
     return dict(zip(names, torch.stack(rows).amax(dim=0).tolist(), strict=True))
 
 
+def _told(error: float | Tensor) -> str:
+    """See `testing.error`."""
+    return f"{error:.2g}" if math.isfinite(error) else "nan or inf"
+
+
 def _report(case: Case, errors: Errors, parts: Parts) -> str:
     """The message; every rank of the ring comes here, and makes the same one."""
     wrong = errors.wrong()
@@ -197,7 +203,7 @@ def _report(case: Case, errors: Errors, parts: Parts) -> str:
     rank = int(errors.excess()[:, column].argmax())
     name = errors.names[column]
     listed = "; ".join(
-        f"rank {r}: " + ", ".join(f"{errors.names[c]} {errors.errors[r, c]:.2g}" for c in row.nonzero().flatten())
+        f"rank {r}: " + ", ".join(f"{errors.names[c]} {_told(errors.errors[r, c])}" for c in row.nonzero().flatten())
         for r, row in enumerate(wrong)
         if row.any()
     )
@@ -210,7 +216,7 @@ def _report(case: Case, errors: Errors, parts: Parts) -> str:
     expected, got = errors.tolerances[column], errors.errors[rank, column]
     return (
         f"self_check: attention as this run would compute it is wrong: {name} on rank {rank}, expected within "
-        f"{expected:.2g} of the float64 definition, got an error of {got:.2g}; {where}.\n"
+        f"{expected:.2g} of the float64 definition, got an error of {_told(got)}; {where}.\n"
         f"  All that is wrong: {listed}.\n  Checked: {_described(case, parts)}.\n  Next: {_advice(case, parts)}"
     )
 
