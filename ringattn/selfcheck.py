@@ -280,7 +280,7 @@ def _located(case: Case, parts: Parts, name: str, rank: int) -> tuple[str, bool]
         errors = compare(probe, parts)
         excess = errors.excess()[rank]
         column = errors.names.index(name if name in errors.names else "out")
-        hop = (visitor - source) % parts.size
+        hop = case.plan.hop(visitor, source)
         words = f"what is wrong is what queries of rank {visitor} get from keys of rank {source}"
         if not by_query:
             words = f"what is wrong is what keys of rank {source} get back from queries of rank {visitor}"

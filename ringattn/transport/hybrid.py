@@ -44,6 +44,8 @@ class PairsOfPlan:
         self.cp_size = plan.cp_size
         self.num_hops = plan.num_hops
         self.documents = plan.documents
+        self.fingerprint = plan.fingerprint
+        self.documents_fingerprint = plan.documents_fingerprint
         self.longest_shard = plan.longest_shard
         self.source = plan.source
         self.reader = plan.reader

@@ -1,11 +1,14 @@
 """Point-to-point messages of a process group: NCCL between GPUs, gloo between CPUs.
 
 gloo checks neither size nor dtype of a message, so everything travels as bytes, of sizes that both sides derive from
-the plan, after the shapes and dtypes were agreed once (agreement.py).
+the plan, after the shapes and dtypes were agreed once (agreement.py). Over gloo a message is tagged with what it
+belongs to (plan, pass and hop), so that ranks whose passes come in another order wait for each other until a PeerError,
+and never take one pass's bytes for another's. NCCL has no tags.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
@@ -94,15 +97,16 @@ class P2PTransport:
         for distance in range(1, size):
             to, source = (self.rank + distance) % size, (self.rank - distance) % size
             send, receive = _as_bytes(outgoing[to]), _as_bytes(incoming[source])
-            self.post(send, to, receive, source, f"{what}, distance {distance}").wait()
+            self.post(send, to, receive, source, f"{what}, distance {distance}", "").wait()
 
-    def post(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str) -> P2PPending:
+    def post(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int, where: str, plan: str) -> P2PPending:
         """Start sending to one rank and filling `receive` from another one.
 
         Args:
             send: contiguous uint8 message, may be empty; must not change before `wait`.
             receive: contiguous uint8 buffer of exactly the size that the peer sends, may be empty.
-            where: what this is, for errors ("forward hop 2").
+            where: what this is ("forward hop 2").
+            plan: of which plan, the same on both sides.
         """
         operations: list[tuple[Any, Tensor, int]] = []
         # An empty shard's message is empty on both sides, and neither side posts it.
@@ -111,9 +115,10 @@ class P2PTransport:
         if receive.numel():
             operations.append((dist.irecv, receive, receive_from))
         peers = f"(sends to {send_to}, receives from {receive_from})"
+        tag = zlib.crc32(f"{plan} {self.turn.begun} {where}".encode()) >> 1
         label = f"ring rank {self.rank}, {self.stats.in_layer}{where} {peers}"
         try:
-            works = self._start(operations)
+            works = self._start(operations, tag)
         except (RuntimeError, ValueError) as error:
             raise _peer_error(label, error) from error
         self.stats.hops += 1
@@ -123,7 +128,7 @@ class P2PTransport:
         on_cuda = send.is_cuda or receive.is_cuda  # what is empty lies anywhere
         return P2PPending(works, label, self.stats, on_cuda, limit)
 
-    def _start(self, operations: list[tuple[Any, Tensor, int]]) -> list[dist.Work]:
+    def _start(self, operations: list[tuple[Any, Tensor, int]], tag: int) -> list[dist.Work]:
         if self._batched and operations:
             batch = [
                 dist.P2POp(operation, tensor, group=self._group, group_peer=peer)
@@ -133,7 +138,7 @@ class P2PTransport:
         works = []
         for operation, tensor, peer in operations:
             ends = {"group_dst": peer} if operation is dist.isend else {"group_src": peer}
-            works.append(operation(tensor, group=self._group, **ends))
+            works.append(operation(tensor, group=self._group, tag=tag, **ends))
         return works
 
 
@@ -141,7 +146,7 @@ class P2PPassage:
     """A passage by messages: the exchange of the next hop is issued before a hop's payload is handed out.
 
     Args:
-        hops: that exchange anything, the same on all ranks: messages are matched by nothing but their order.
+        hops: that exchange anything, the same on all ranks: over NCCL messages are matched by nothing but their order.
         ahead: hops whose exchange is issued before the work on a hop; the same on all ranks.
     """
 
@@ -158,6 +163,7 @@ class P2PPassage:
         self._coming = iter(hops)
         self._ahead = ahead
         self._plan = plan
+        self._name = f"{plan.fingerprint} {plan.documents_fingerprint}"
         self._payload = payload
         self._what = what
         self._outgoing: dict[range, Message] = {}  # by the part of the own payload that it holds
@@ -216,7 +222,7 @@ class P2PPassage:
         if sent is None and message is None:
             return _Arriving(None, None, None)
         send, receive = (torch.empty(0, dtype=torch.uint8) if part is None else part.buffer for part in (sent, message))
-        return _Arriving(self._transport.post(send, to, receive, source, where), message, sent)
+        return _Arriving(self._transport.post(send, to, receive, source, where, self._name), message, sent)
 
 
 class _Arriving:

@@ -1,4 +1,4 @@
-"""One passage at a time, each to its end: what ranks send and wait for is matched by nothing but its order."""
+"""One passage at a time, each to its end: what ranks send and wait for is matched by its order (over gloo by name, too)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from ringattn.errors import PeerError
 
 
 class Turn:
-    """Whose turn it is on a transport. A passage that an error broke off leaves the transport void."""
+    """Whose turn it is on a transport. A passage that an error broke off leaves the transport void.
+
+    Attributes:
+        begun: passages so far.
+    """
 
     def __init__(self) -> None:
         self._what: str | None = None
-        self._begun = 0
+        self.begun = 0
 
     def check(self) -> None:
         """Raise if an earlier passage did not end.
@@ -31,7 +35,7 @@ class Turn:
     def begin(self, what: str) -> None:
         self.check()
         self._what = what
-        self._begun += 1
+        self.begun += 1
 
     def end(self) -> None:
         self._what = None
@@ -39,10 +43,10 @@ class Turn:
     @contextmanager
     def whole(self, what: str) -> Iterator[None]:
         """Several passages and exchanges that belong together: after the first has begun, an error breaks off all."""
-        before = self._begun
+        before = self.begun
         try:
             yield
         except BaseException:
-            if self._begun > before:  # else nothing has been sent
+            if self.begun > before:  # else nothing has been sent
                 self._what = self._what or what
             raise

@@ -109,10 +109,10 @@ def one_way(rank: int, world_size: int) -> list[bool]:
     import torch.distributed as dist
 
     transport = make_transport("p2p", dist.group.WORLD)
-    transport._start = lambda operations: []
+    transport._start = lambda operations, tag: []
     nothing, message = torch.empty(0, dtype=torch.uint8), SimpleNamespace(numel=lambda: 8, is_cuda=True)
     pairs = ((message, nothing), (nothing, message), (nothing, nothing))
-    return [transport.post(sent, 1, received, 1, "forward hop 1")._on_cuda for sent, received in pairs]
+    return [transport.post(sent, 1, received, 1, "forward hop 1", "a plan")._on_cuda for sent, received in pairs]
 
 
 def test_a_rank_that_only_sends_waits_on_its_device_too() -> None:

@@ -273,3 +273,36 @@ def test_a_silent_rank_is_reported_after_the_timeout_in_force():
     seconds, message = run_ranks(silent_worker, 2, check=False)[0].value
     assert 0.9 < seconds < 3.0
     assert "forward hop 1" in message
+
+
+def out_of_step_worker(rank, world_size, reordered):
+    """One rank goes another way than the others; what it says, or how far its last result is off."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    plan, other = ringattn.Plan(32, world_size), ringattn.Plan(32, world_size, causal=False)
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, 32, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+
+    def attend(plan, *, grad=False):
+        shards = [ringattn.shard(x, plan, rank).requires_grad_(grad) for x in whole]
+        return ringattn.ring_attention(*shards, plan, group, transport="p2p")
+
+    for one in (plan, other):  # agreed on, so that nothing is asked later
+        attend(one)
+    try:
+        if reordered:
+            for one in (other, plan) if rank else (plan, other):
+                attend(one)
+            return "done"
+        out = attend(plan, grad=rank == 0)  # on rank 1 nothing wants gradients, by mistake
+        if rank == 0:
+            out.sum().backward()
+        attend(plan)
+        return "done"
+    except ringattn.PeerError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_passes_out_of_step_are_an_error_and_no_wrong_numbers(reordered):
+    for told in run_ranks(out_of_step_worker, 2, reordered, timeout=60):
+        assert "a neighbour died or did not answer in time" in told

@@ -207,13 +207,13 @@ class TamperedTransport(P2PTransport):
     change = None
     before = None
 
-    def post(self, send, send_to, receive, receive_from, where):
+    def post(self, send, send_to, receive, receive_from, where, plan):
         def changed():
             kept = receive.clone()
             type(self).change(where, receive, self.before)
             self.before = kept
 
-        return Tampered(super().post(send, send_to, receive, receive_from, where), changed)
+        return Tampered(super().post(send, send_to, receive, receive_from, where, plan), changed)
 
 
 def stale(where, received, before):
