@@ -188,6 +188,39 @@ def test_rings_side_by_side_and_rings_that_overlap():
         assert "in equally many rings" in told
 
 
+def hybrid_worker(rank, world_size, cases):
+    """Two made-up hosts in one: copy engines inside each, NCCL between them."""
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="nccl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ringattn.transport, "hosts_of", lambda group: list("aabb"))
+        channel = ringattn.make_transport("hybrid", group)
+    results = [
+        attend(
+            problem(dtype),
+            ringattn.Plan(257, world_size, layout=layout, hosts=channel.hosts, **mask),
+            group,
+            rank,
+            "auto",
+            channel,
+        )
+        for layout, dtype, mask in cases
+    ]
+    dist.destroy_process_group(group)
+    return results, channel.hosts, channel.description
+
+
+def test_rings_over_made_up_hosts():
+    needs_gpus(4)
+    cases = [(layout, torch.float64, mask) for layout in ("contiguous", "zigzag", "striped") for mask in MASKS]
+    for results, hosts, description in run_ranks(hybrid_worker, 4, cases, timeout=180):
+        assert hosts == 2
+        assert description.startswith("copy_engine inside each of 2 hosts, p2p over nccl between them")
+        for (layout, dtype, mask), found in zip(cases, results, strict=True):
+            for actual, expected in zip(found, oracle(problem(dtype), mask), strict=True):
+                assert error(actual, expected) <= 1e-10, (layout, mask)
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("transport", ["copy_engine", "p2p"])
 def test_rings_over_nccl(world_size, transport):

@@ -156,8 +156,8 @@ def order_worker(rank, world_size, folder):
     transport, told = hybrid("aabbcc", folder), []
     plan, payload = ringattn.Plan(48, world_size, hosts=transport.hosts), (torch.ones(1, 8, 1, 8),)
     far, post = transport._far, transport._far.post
-    far.post = lambda send, to, receive, source, where: (
-        told.append(f"posts {where}") or post(send, to, receive, source, where)
+    far.post = lambda send, to, receive, source, where, plan: (
+        told.append(f"posts {where}") or post(send, to, receive, source, where, plan)
     )
     carried = ring.Ring(plan=plan, rank=rank, transport=transport)
 
@@ -192,6 +192,30 @@ def checking_worker(rank, world_size, folder):
 
 def test_a_self_check_goes_as_the_run_will(tmp_path):
     assert run_ranks(checking_worker, 4, str(tmp_path)) == [{2}] * 4
+
+
+def faulty_worker(rank, world_size, folder):
+    """Rank 0's payload does not come from rank 3, which the plan meets last."""
+    transport = hybrid("aabb", folder)
+    post = transport._far.post
+
+    def lossy(send, to, receive, source, where, plan):
+        pending = post(send, to, receive, source, where, plan)
+        if rank == 0 and source == 3 and where.startswith("forward"):
+            wait = pending.wait
+            pending.wait = lambda: (wait(), receive.zero_())
+        return pending
+
+    transport._far.post = lossy
+    with pytest.raises(ringattn.SelfCheckError) as caught:
+        ringattn.self_check(heads=2, kv_heads=2, head_dim=8, group=dist.group.WORLD, transport=transport)
+    return str(caught.value), ringattn.Plan(9, 4, hosts=2).hop(0, 3)
+
+
+def test_a_self_check_names_the_hop_that_the_plan_has(tmp_path):
+    for told, hop in run_ranks(faulty_worker, 4, str(tmp_path)):
+        assert hop != (0 - 3) % 4
+        assert f"from keys of rank 3 (hop {hop})" in told
 
 
 @pytest.mark.parametrize(
