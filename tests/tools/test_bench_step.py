@@ -273,6 +273,12 @@ def test_rows_survive_a_torn_line_and_the_last_one_counts(tmp_path: Path) -> Non
     rows = load_rows(tmp_path)
     assert [(row.settings, row.status) for row in rows] == [("", "ok"), ("memory.recompute=true", "ok")]
     assert rows[0].losses == (3.0, 2.0)
+    append_row(tmp_path, replace(ROW, settings="memory.tile=64"))
+    whole = (tmp_path / "steps.jsonl").read_text()
+    (tmp_path / "steps.jsonl").write_text(whole[:-1])  # all of it but its end
+    append_row(tmp_path, replace(ROW, settings="memory.tile=128"))
+    settings = ["", "memory.recompute=true", "memory.tile=64", "memory.tile=128"]
+    assert [row.settings for row in load_rows(tmp_path)] == settings
     (tmp_path / "steps.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(ConfigError, match=r"steps.jsonl:1: not a row of this version of bench_step"):
         load_rows(tmp_path)

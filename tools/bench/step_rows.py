@@ -110,10 +110,24 @@ class StepRow:
 
 
 def append_row(folder: Path, row: StepRow) -> None:
-    """Add a row to `steps.jsonl` at once, as the command may be cut off."""
-    with open(folder / f"{NAME}.jsonl", "a") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    """Add a row to `steps.jsonl` at once, as the command may be cut off; after a torn line, in its place."""
+    with open(folder / f"{NAME}.jsonl", "a+b") as file:
+        file.seek(0)
+        whole, newline, last = file.read().rpartition(b"\n")
+        if last and _is_json(last):
+            file.write(b"\n")  # all of it came but its end
+        elif last:
+            file.truncate(len(whole) + len(newline))
+        file.write(json.dumps(asdict(row)).encode() + b"\n")
         file.flush()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def load_rows(folder: Path) -> list[StepRow]:
