@@ -12,9 +12,10 @@ import typer
 
 from launch import cli, errors
 from launch.config_load import load_config, split_worker_args
-from launch.errors import EXIT_DONE
+from launch.errors import EXIT_DONE, ConfigError
 from tests.launch.runs import settings, train_worker, write_corpus
 from tests.processes import run_ranks
+from tools.bench.step_cases import Case
 
 ROOT = Path(__file__).parent.parent
 TYPER_TOOLS = (
@@ -68,6 +69,29 @@ def check_worker(words):
     load_config(str(ROOT / path), overrides)
 
 
+def step_cases(given):
+    """Of the options of `tools.bench_step`."""
+    variants = given["variants"].split(",")
+    assert set(variants) <= {"ours", "rival"}
+    return [
+        Case(
+            variant=variants[0],
+            model=given["model"],
+            size=given["nproc"],
+            tokens=int(tokens),
+            overrides=tuple(given["overrides"] or ()),
+            keep_documents=given["keep_documents"],
+        )
+        for tokens in given["tokens"].split(",")
+    ]
+
+
+def build(cases, precision, tmp_path):
+    """The configurations of cases that are run on GPUs (in fp32 on CPUs): a wrong name or value is an error."""
+    for case in cases:
+        case.config(device="cpu" if precision == "fp32" else "cuda", folder=tmp_path, timeout_seconds=60.0)
+
+
 def check(command, run_dir, tmp_path, monkeypatch):
     words = shlex.split(command)
     monkeypatch.chdir(ROOT)
@@ -75,7 +99,9 @@ def check(command, run_dir, tmp_path, monkeypatch):
         assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
     elif words[0] in ("torchrun", "deepspeed"):
         if any(word.startswith("tools.") for word in words):
-            check(f"python -m {shlex.join(words[words.index('-m') + 1 :])}", run_dir, tmp_path, monkeypatch)
+            ranks = words[words.index("--nproc_per_node") + 1] if "tools.bench_step" in words else None
+            given = [*words[words.index("-m") + 1 :], *(("--nproc", ranks) if ranks else ())]
+            check(f"python -m {shlex.join(given)}", run_dir, tmp_path, monkeypatch)
         else:
             check_worker(words)
     elif words[0] == "sbatch":
@@ -106,12 +132,13 @@ def check(command, run_dir, tmp_path, monkeypatch):
         committed = (ROOT / words[-1]).read_text()
         assert committed.count("<path") == target.read_text().count("<path"), "docs/ring.svg is not what this draws"
     elif words[:3] == ["python", "-m", "tools.scaling_report"]:
-        from tools.scaling_report import main, parse
+        from tools.scaling_report import main, parse, wanted_cases
 
         options = parse(words[3:])
         if options.records and all(path.is_file() for path in options.records):
             assert main([*words[3:], "--out", str(tmp_path / "report")]) == 0
-        # measured for real in tests/tools/test_scaling_report.py
+        elif not options.records:  # measured for real in tests/tools/test_scaling_report.py
+            build(wanted_cases(options, options.preset or "test"), options.precision, tmp_path)
     elif words[:3] == ["python", "-m", "tools.bench_selection"]:
         from tools.bench_selection import _parser as selection_parser
 
@@ -125,7 +152,9 @@ def check(command, run_dir, tmp_path, monkeypatch):
     elif words[:2] == ["python", "-m"] and words[2] in TYPER_TOOLS:
         # run for real in tests/tools; here the options are checked
         command = typer.main.get_command(importlib.import_module(words[2]).app)
-        command.make_context(words[2], words[3:])
+        given = command.make_context(words[2], words[3:]).params
+        if words[2] == "tools.bench_step":
+            build(step_cases(given), "bf16", tmp_path)
     else:
         raise AssertionError(f"no test knows how to run {command!r}: add it here")
 
@@ -140,6 +169,15 @@ def test_there_are_commands_and_a_wrong_one_is_noticed(run_dir, tmp_path, monkey
     assert cli.main(["train", "configs/quickstart.yaml", "optim.stepz=3", "--print-config"]) != EXIT_DONE
     with pytest.raises(AssertionError, match="no test knows"):
         check("curl somewhere", run_dir, tmp_path, monkeypatch)
+    steps, report = "torchrun --nproc_per_node 4 -m tools.bench_step", "python -m tools.scaling_report"
+    for command, error in (
+        (f"{steps} --tokens 64 --out DIR memory.recomputee=true", "did you mean memory.recompute"),
+        (f"{steps} --tokens 64 --out DIR --model nope", "nope"),
+        (f"{steps} --tokens 64 --out DIR --variants our", "our"),
+        (f"{report} --cp 1,2 --seq-len 64 --precision bf16 --out DIR model.layerss=3", "did you mean model.layers"),
+    ):
+        with pytest.raises((AssertionError, KeyError, ConfigError), match=error):
+            check(command, run_dir, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
