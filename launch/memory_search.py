@@ -17,7 +17,8 @@ from launch.step_time import StepTime, step_time
 TILE = 4096
 # Part of a host's memory that a run may plan with: the rest is for the system, loaders and the page cache.
 HOST_PART = 0.97
-# Of a GPU: predictions have been up to 4% off, and running out costs a run.
+# Of a GPU: predictions have been up to 5% too low (more only where the allocator had room to keep what it did not need,
+# see docs/memory.md), and running out costs a run.
 DEVICE_PART = 0.95
 # Part of a step that a setting may cost beyond its predicted time: it is taken where it saves more, or is needed.
 _DISTRUST = {"tile": 0.001, "inputs": 0.005, "all": 0.015, "optimizer": 0.01}

@@ -37,9 +37,27 @@ def test_memory_is_within_a_tenth_of_what_was_measured(row: StepRow, tmp_path: P
     # measured before a head of its own was reduced by itself, which is more at the end of a short row
     before = row.model == "llama-3-8b" and row.tokens == 65_536
     assert planned.estimate.allocated / GIB == pytest.approx(row.peak_allocated, rel=0.1 if before else 0.05)
+    assert row.device_used is not None
+    if row.device_used > (row.peak_reserved or 0):  # else it was read after the step
+        assert planned.estimate.device_bytes / GIB == pytest.approx(row.device_used, rel=device_tolerance(row))
     assert row.seconds is not None
-    if planned.time.host == 0 and row.documents == "one":  # hosts differ, and documents shorten attention
-        assert planned.time.seconds == pytest.approx(row.seconds, rel=0.25)
+    if row.documents == "one":  # several shorten attention
+        slower, faster = time_tolerance(row, waits_for_host=planned.time.host != 0)
+        assert (1 - slower) * row.seconds <= planned.time.seconds <= (1 + faster) * row.seconds
+
+
+def device_tolerance(row: StepRow) -> float:
+    """Where a GPU has room to spare the allocator keeps more than is in use: 8 to 13 GiB of Llama-3-8B's."""
+    return 0.2 if row.model == "llama-3-8b" else 0.1 if (row.tokens, row.num_ranks) == (8_192, 2) else 0.05
+
+
+def time_tolerance(row: StepRow, *, waits_for_host: bool) -> tuple[float, float]:
+    """By how much a step may have been slower, and faster, than predicted."""
+    if not waits_for_host:
+        return 0.2, 0.25
+    if row.num_ranks == 2 or "attention=sas" in row.settings:
+        return 0.65, 0.3  # on that day two GPUs were half as fast; and passes of SAS were no graphs yet
+    return 0.2, 0.3
 
 
 def test_there_is_something_of_each_kind() -> None:
