@@ -21,10 +21,9 @@ from torch import Tensor
 
 from ringattn.merge import RowSum
 from ringattn.plan import Plan
+from ringattn.ranges import NO_RANGE, named
 from ringattn.schedule import Stop, own_tokens, plain_schedule
 from ringattn.transport import Passage, Payload, Transport
-
-_NO_RANGE = nullcontext()
 
 Schedule = tuple[Stop, ...]
 
@@ -142,15 +141,10 @@ def _hops(stop: Stop) -> str:
     return f"hop {stop.hops[0]}" if len(stop.hops) == 1 else f"hops {stop.hops[0]} to {stop.hops[-1]}"
 
 
-def named(what: str) -> AbstractContextManager[object]:
-    """A range of that name in traces. It costs host time, so there is none where nobody looks."""
-    return torch.profiler.record_function(what) if torch.autograd._profiler_enabled() else _NO_RANGE
-
-
 def _traced(what: str, stop: Stop) -> AbstractContextManager[object]:
     """Named "ring forward hop 2 from rank 1"."""
     if not torch.autograd._profiler_enabled():
-        return _NO_RANGE
+        return NO_RANGE
     return named(f"ring {what} {_hops(stop)} from {_ranks(stop)}")
 
 

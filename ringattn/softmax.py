@@ -12,7 +12,8 @@ from ringattn.kernels import WORTH_A_PLAN, PackedKernel, accumulator_dtype, pick
 from ringattn.mask import Block, Relation
 from ringattn.merge import RowMerge, RowSum
 from ringattn.packs import Pack, pack
-from ringattn.ring import Ring, named, ring_backward, ring_forward
+from ringattn.ranges import named
+from ringattn.ring import Ring, ring_backward, ring_forward
 from ringattn.schedule import Stop, head_groups, joined_schedule, plain_schedule
 from ringattn.scoring.expansion import Expansion
 from ringattn.transport import Payload

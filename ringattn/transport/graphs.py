@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.ranges import named
 from ringattn.transport.row_graphs import RowGraphs
 from ringattn.transport.stats import RingStats
 
@@ -232,7 +233,8 @@ class _Captured:
     def replay(self, inputs: Sequence[Tensor], payload: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.no_grad():
             _fill(self._inputs, self._own, inputs, payload)
-        self._graph.replay()
+        with named(f"ring pass of {self._counts[0]} hops, from a graph"):  # ranges of the host's are not in the graph
+            self._graph.replay()
         self._stats.replayed(*self._counts)
         found = tuple(x.clone() for x in self._results)  # the next replay writes there
         self.done.record(torch.cuda.current_stream(found[0].device))

@@ -1,4 +1,4 @@
-"""One passage at a time, each to its end: what ranks send and wait for is matched by its order (over gloo by name, too)."""
+"""One passage at a time, each to its end: what is sent and waited for is matched by order (over gloo by name, too)."""
 
 from __future__ import annotations
 

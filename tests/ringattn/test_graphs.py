@@ -318,6 +318,18 @@ def test_the_graph_not_used_for_longest_makes_room():
     run_ranks(eviction_worker, 1)
 
 
+def traced_worker(rank, world_size):
+    steps = Steps()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        steps.call("aaaa")
+    return [event.name for event in profile.events() if event.name.startswith("ring")]
+
+
+def test_replays_are_ranges_in_traces():
+    (told,) = run_ranks(traced_worker, 1)
+    assert told == ["ring pass of 0 hops, from a graph"] * 2
+
+
 def forgetting_worker(rank, world_size):
     steps = Steps()
     steps.call("aaabbb")

@@ -48,7 +48,9 @@ class Timing:
     """Milliseconds per call, of the slowest rank: medians of the samples. Bytes of the rank that takes most.
 
     Attributes:
-        extra_bytes: most that existed during forward and backward beyond q, k, v and dout; None on the CPU.
+        extra_bytes: most that was allocated during forward and backward beyond q, k, v and dout; None on the CPU. If
+            the caller captures, that is of calls before it. Of the graphs of a transport's own only inputs and results
+            count: what else their pool reserves is in neither number.
         outside_bytes: what the device has lost meanwhile beside torch's allocator: peer buffers, NCCL's own.
     """
 
@@ -199,7 +201,7 @@ def _inputs(cut: Cut, point: Point, ranks: Ranks, number: int) -> tuple[Tensor, 
 
 
 def _memory(both: Callable[[int], None], effort: Effort, ranks: Ranks) -> tuple[int | None, int | None]:
-    """Warms up, and finds the most memory that a call needs and what stays taken."""
+    """Warms up, and finds the most memory that a call needs and what stays taken; see `Timing` for what is missed."""
     if not ranks.on_cuda:
         for number in range(effort.warmup):
             both(number)
