@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ import psutil
 
 from launch.errors import EXIT_BUG, EXIT_DONE, EXIT_PEER, EXIT_PREEMPTED, PeerLost
 from launch.orphans import adopt_orphans, descendants, end_descendants
-from launch.status import RunStatus, read_status
+from launch.status import Outcome, RunStatus, read_status, write_status
 
 # Below Linux' range of ports for outgoing connections (32768 and up), so that no connection takes one by chance.
 _FIRST_PORT, _NUM_PORTS, _PORTS_TRIED = 20_000, 10_000, 64
@@ -84,7 +84,23 @@ def run_local(job: LocalJob) -> int:
     exit_status, line = verdict(job.run_dir, status, returncode, stopped=stop.count > 0)
     if line:
         print(line, file=sys.stderr)
+    if status is not None and status.outcome == "running":
+        _write_end(job.run_dir, status, exit_status, line.removeprefix("train: "))
     return exit_status
+
+
+def _write_end(run_dir: Path, status: RunStatus, exit_status: int, message: str) -> None:
+    """In place of workers that ended at once, without a word: else the run would seem to go on for ever."""
+    outcome: Outcome = "preempted" if exit_status == EXIT_PREEMPTED else "failed"
+    with suppress(OSError):  # a full disk does not change how the run ended
+        write_status(
+            run_dir,
+            outcome=outcome,
+            exit_status=exit_status,
+            step=status.step,
+            message=message,
+            attempt=status.attempt,
+        )
 
 
 def agent_command(job: LocalJob, *, port: int, attempt: str) -> list[str]:
@@ -176,7 +192,9 @@ def verdict(run_dir: Path, status: RunStatus | None, returncode: int, *, stopped
     last = "" if status is None or status.step is None else f" after step {status.step}"
     folder = f"run folder {run_dir}"
     if stopped:
-        return EXIT_PREEMPTED, f"train: stopped{last}; the same command goes on from the last checkpoint ({folder})"
+        kept = any((run_dir / "checkpoints").glob("step-*"))
+        then = "goes on from the last checkpoint" if kept else "begins anew, as there is no checkpoint yet"
+        return EXIT_PREEMPTED, f"train: stopped{last}; the same command {then} ({folder})"
     if returncode < 0:
         name = signal.Signals(-returncode).name
         return EXIT_PEER, f"train: the agent was killed by {name}{last}; the same command goes on ({folder})"

@@ -12,7 +12,7 @@ from launch.orphans import die_with_parent
 from launch.status import write_status
 
 
-def _write(run_dir: Path, outcome: str, exit_status: int, message: str) -> None:
+def _write(run_dir: Path, outcome: str, exit_status: int | None, message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         write_status(run_dir, outcome=outcome, exit_status=exit_status, step=7, message=message)  # type: ignore[arg-type]
 
@@ -22,6 +22,7 @@ def main(run_dir: Path, act: str) -> int:
     rank = os.environ.get("RANK", "0")
     if act == "orphan":  # a worker that does not know of parents
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _write(run_dir, "running", None, "in step 8")
     else:
         die_with_parent()
     (run_dir / f"pid-{rank}").write_text(str(os.getpid()))

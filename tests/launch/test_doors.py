@@ -236,9 +236,14 @@ def test_the_third_signal_kills_workers_that_do_not_listen(open_door: type[Door]
         "train: SIGINT again: stopping without saving; once more to kill",
         "train: SIGINT: killing what is left",
         "train: killed 1 process(es) that outlived the agent",
-        f"train: stopped; the same command goes on from the last checkpoint (run folder {door.run_dir})",
+        "train: stopped after step 7; the same command begins anew, as there is no checkpoint yet "
+        f"(run folder {door.run_dir})",
     ]
     assert gone(worker, 0.5)
+    told = read_status(door.run_dir)
+    assert told is not None
+    assert (told.outcome, told.exit_status, told.step) == ("preempted", 75, 7)  # the worker had written "running"
+    assert told.message.startswith("stopped after step 7; the same command begins anew")
 
 
 def test_signals_that_come_together_are_one_request(open_door: type[Door]) -> None:
