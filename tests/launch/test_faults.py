@@ -65,12 +65,12 @@ def kill_in_hop(rank, victim, step, where):
         seen["step"] += 1
         return train(self, *arguments, **options)
 
-    def deadly_post(self, send, send_to, receive, receive_from, label):
+    def deadly_post(self, send, send_to, receive, receive_from, label, plan):
         if seen["step"] == step and label.startswith(where):
             seen["at"] = time.monotonic()
             if rank == victim:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return post(self, send, send_to, receive, receive_from, label)
+        return post(self, send, send_to, receive, receive_from, label, plan)
 
     StepRunner.train, P2PTransport.post = counting_train, deadly_post
     return seen

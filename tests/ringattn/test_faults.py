@@ -174,10 +174,10 @@ def killed_worker(rank, world_size, phase):
     transport.stats.layer = 4
     post = transport.post
 
-    def fault(send, send_to, receive, receive_from, where):
+    def fault(send, send_to, receive, receive_from, where, plan):
         if rank == 1 and where.startswith(f"{phase} hop 2"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return post(send, send_to, receive, receive_from, where)
+        return post(send, send_to, receive, receive_from, where, plan)
 
     transport.post = fault
     started = time.monotonic()
