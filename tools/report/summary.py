@@ -33,6 +33,11 @@ def key_figures(report: Report) -> list[Figure]:
     if not sound:
         return []
     whole = [row for row in sound if not row.changed] or sound
+    several = len({row.gpu for row in sound}) > 1
+
+    def on(row: Row) -> str:
+        return f", {row.gpu.removeprefix('NVIDIA ')}" if several and row.gpu else ""
+
     last = max(whole, key=lambda row: (row.tokens, -(row.step_seconds or 0.0)))
     memory = ""
     if last.gpu_allocated_gib is not None:
@@ -40,14 +45,17 @@ def key_figures(report: Report) -> list[Figure]:
     elif last.host_peak_gib is not None:
         memory = f", {last.host_peak_gib:.2g} GiB in the largest process"
     figures = [
-        Figure(value=count(last.tokens), label=f"tokens: longest row trained ({last.kind}, cp {last.cp}{memory})"),
         Figure(
-            value=seconds(last.step_seconds), label=f"a step over {last.tokens:,} tokens ({last.kind}, cp {last.cp})"
+            value=count(last.tokens), label=f"tokens: longest row trained ({last.kind}, cp {last.cp}{on(last)}{memory})"
+        ),
+        Figure(
+            value=seconds(last.step_seconds),
+            label=f"a step over {last.tokens:,} tokens ({last.kind}, cp {last.cp}{on(last)})",
         ),
     ]
     used = max(whole, key=lambda row: row.mfu_causal or 0.0)
     if used.mfu_causal is not None:
-        where = f"{used.tokens:,} tokens, {used.kind}, cp {used.cp}"
+        where = f"{used.tokens:,} tokens, {used.kind}, cp {used.cp}{on(used)}"
         full = f"; {used.mfu_full:.0%} by full attention's count" if used.mfu_full is not None else ""
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
     for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
