@@ -153,7 +153,9 @@ def test_headlines_are_of_the_preset_as_it_is() -> None:
     far = (*MIXED, _row("softmax", 4, 2 * FAR, 120.0, "model.layers=4"))
     figures = {figure.value: figure.label for figure in key_figures(report(far))}
     assert figures["1M"].startswith("tokens: longest row trained (softmax, cp 4,")
-    assert figures["208 s"] == "a step over 1,048,576 tokens (softmax, cp 4)"
+    assert figures["208 s"] == "a step over 1,048,576 tokens (softmax, cp 4, H100 80GB HBM3)", "rows are of two GPUs"
+    alone = [figure.label for figure in key_figures(report(tuple(step for step in far if "H100" in step.gpu)))]
+    assert "a step over 1,048,576 tokens (softmax, cp 4)" in alone
     assert "40.0%" in figures, "not the 60% of four layers"
     assert not any("layers" in label for label in figures.values())
     reduced = tuple(step for step in MIXED if "layers=4" in step.settings)
