@@ -134,6 +134,12 @@ def test_the_summary_says_what_counts() -> None:
         "On as many GPUs a step of transformers + FSDP2 + torch's context_parallel (rival) takes 2.50 times ours"
         in text
     )
+    assert "its own steps differ" not in text
+    rival = next(number for number, row in enumerate(GPU_ROWS) if row.variant == "rival")
+    seconds = GPU_ROWS[rival].seconds or 0.0
+    uneven = replace(GPU_ROWS[rival], step_seconds=(0.9 * seconds, seconds, 1.1 * seconds))
+    told = "\n".join(summary_sentences(report((*GPU_ROWS[:rival], uneven, *GPU_ROWS[rival + 1 :]))))
+    assert "takes 2.50 times ours at 32,768 tokens (its own steps differ by 20%)." in told
     assert "torch's part of GPU memory +10% to +10%, a GPU's memory in use -4% to -4%" in text
     assert "step time -10% to -10%" in text
     figures = {figure.value: figure.label for figure in key_figures(made)}

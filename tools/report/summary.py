@@ -13,6 +13,7 @@ from tools.report.model import Report
 
 _YARDSTICKS = {"cost_same_tokens": "with as many tokens per rank", "cost_same_length": "as long a row"}
 _NO_COST = -0.1
+_RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
 OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
 
 
@@ -176,12 +177,18 @@ def _kinds(sound: Sequence[Row]) -> list[str]:
 
 def _rival(sound: Sequence[Row]) -> list[str]:
     told = [
-        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_gpus(row, 'against_softmax')}"
+        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_gpus(row, 'against_softmax')}{_restless(row)}"
         for row in sound
         if row.kind == RIVAL and _is_told(row, "against_softmax")
     ]
     name = "transformers + FSDP2 + torch's context_parallel (rival)"
     return [f"On as many GPUs a step of {name} takes {', '.join(told)}."] if told else []
+
+
+def _restless(row: Row) -> str:
+    """Where a row's own timings say how far to trust a comparison; beyond `is_disturbed` there is none."""
+    spread = row.step_spread or 0.0
+    return f" (its own steps differ by {spread:.0%})" if spread > _RESTLESS else ""
 
 
 def _predictions(measured: Sequence[Row]) -> list[str]:
