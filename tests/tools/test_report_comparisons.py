@@ -137,7 +137,9 @@ def test_a_row_that_waits_for_its_host_is_no_yardstick_of_costs() -> None:
     percent = f"{made.rows[1].cost_same_tokens:.1%}"
     told = f"1 below -10%: softmax cp 4 at 32,768 ({percent} against cp 1 with as many tokens per rank). There "
     assert told in sentences
-    assert told in render_markdown(made, [])
+    markdown = render_markdown(made, [])
+    assert told in markdown
+    assert markdown.count(percent) == 1, "in the sentence, and no cost in the table"
 
 
 @pytest.mark.parametrize(("seconds", "left_out"), [(0.5, 0), (0.46, 0), (0.45, 1)])

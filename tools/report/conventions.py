@@ -36,6 +36,7 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             f"(*) where that is over {RESTLESS_CORES:.0%} of the cores it uses, or its spread over "
             f"{RESTLESS_SPREAD:.0%}.",
         ),
+        ("Lengths", "k is 1,024 tokens and M 1,048,576, on axes and in headlines."),
         (f"Tokens/s per {'GPU' if cuda else 'core'}", f"length / step time / number of {unit}s."),
         (
             "FLOPs and MFU",

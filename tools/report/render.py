@@ -16,7 +16,7 @@ from tools.report.kinds import in_words
 from tools.report.longest import Longest
 from tools.report.model import Report
 from tools.report.plots import Plot, draw_plots
-from tools.report.summary import OTHER_GPU, key_figures, seconds, short, summary_sentences, three_digits
+from tools.report.summary import OTHER_GPU, is_no_cost, key_figures, seconds, short, summary_sentences, three_digits
 
 TITLE = "How far does a longer context cost what it should?"
 _NONE = "-"
@@ -83,10 +83,10 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
 
     def cell(name: str, show: Callable[..., str], predicted: str | None) -> _Cell:
         def shown(row: Row) -> str:
-            value = getattr(row, name)
+            value = None if is_no_cost(row, name) else getattr(row, name)
             foreseen = None if predicted is None else getattr(row, predicted)
             told = (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
-            return f"{told} {OTHER_GPU}" if name in row.across else told
+            return f"{told} {OTHER_GPU}" if name in row.across and value is not None else told
 
         return shown
 

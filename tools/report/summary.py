@@ -137,18 +137,20 @@ def _no_costs(sound: Sequence[Row]) -> list[str]:
         f"{_where(row)} ({getattr(row, name):.1%} against cp 1 {words})"
         for row in sound
         for name, words in _YARDSTICKS.items()
-        if name not in row.unsound and _is_no_cost(row, name)
+        if name not in row.unsound and is_no_cost(row, name)
     ]
     if not listed:
         return []
     return [
-        f"Left out of the costs of cp, though in the table: {len(listed)} below {_NO_COST:.0%}: {', '.join(listed)}. "
+        f"Left out of the costs of cp, here, in the table and the plots: {len(listed)} below {_NO_COST:.0%}: "
+        f"{', '.join(listed)}. "
         "There something else holds the row of cp 1 back, its host or settings of memory that it needs: it is no "
         "yardstick of what cutting a row costs."
     ]
 
 
-def _is_no_cost(row: Row, name: str) -> bool:
+def is_no_cost(row: Row, name: str) -> bool:
+    """Whether a comparison says nothing of what cutting a row costs. The CSV has it all the same."""
     value = getattr(row, name)
     return name in _YARDSTICKS and value is not None and value < _NO_COST
 
@@ -158,7 +160,7 @@ def _is_told(row: Row, name: str) -> bool:
 
     A shorter row that loses far more than the longer one waits for its host: no yardstick for what cutting a row costs.
     """
-    return getattr(row, name) is not None and name not in row.unsound and not _is_no_cost(row, name)
+    return getattr(row, name) is not None and name not in row.unsound and not is_no_cost(row, name)
 
 
 def _gpus(row: Row, name: str) -> str:
