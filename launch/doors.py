@@ -84,14 +84,15 @@ def run_local(job: LocalJob) -> int:
     exit_status, line = verdict(job.run_dir, status, returncode, stopped=stop.count > 0)
     if line:
         print(line, file=sys.stderr)
-    if status is not None and status.outcome == "running":
+    if status is not None and status.outcome == "running" and status.attempt == attempt:  # not another live run's
         _write_end(job.run_dir, status, exit_status, line.removeprefix("train: "))
     return exit_status
 
 
 def _write_end(run_dir: Path, status: RunStatus, exit_status: int, message: str) -> None:
     """In place of workers that ended at once, without a word: else the run would seem to go on for ever."""
-    outcome: Outcome = "preempted" if exit_status == EXIT_PREEMPTED else "failed"
+    known: dict[int, Outcome] = {EXIT_DONE: "complete", EXIT_PREEMPTED: "preempted"}
+    outcome = known.get(exit_status, "failed")
     with suppress(OSError):  # a full disk does not change how the run ended
         write_status(
             run_dir,

@@ -23,7 +23,7 @@ from ringattn.merge import RowSum, copy_
 from ringattn.plan import Plan
 from ringattn.rehearsing import rehearsing
 from ringattn.schedule import GROUP_BYTES, MOST_JOINED, Stop, own_tokens
-from ringattn.transport.graphs import CALLS_BEFORE, PassGraphs, Step
+from ringattn.transport.graphs import CALLS_BEFORE, PassGraphs, Step, unfilled
 from ringattn.transport.peer_memory import Lane, Mark, PeerMemory
 from ringattn.transport.row_graphs import WORTH_CALLS
 from ringattn.transport.stats import RingStats
@@ -363,7 +363,8 @@ class CopyEnginePassage:
         self._pushed = None
 
     def _buffer(self, stop: Stop) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.empty(batch, stop.tokens, *sizes, dtype=dtype, device=self._memory.device)
-            for batch, sizes, dtype in self._room.tails
-        )
+        with unfilled():  # pulls into it do not wait for this stream
+            return tuple(
+                torch.empty(batch, stop.tokens, *sizes, dtype=dtype, device=self._memory.device)
+                for batch, sizes, dtype in self._room.tails
+            )

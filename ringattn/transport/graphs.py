@@ -177,13 +177,14 @@ def _at_once(graph: torch.cuda.CUDAGraph, *, pool: Any, stream: torch.cuda.Strea
             graph.capture_end()
 
 
-def _unfilled(like: Sequence[Tensor]) -> list[Tensor]:
-    """New tensors like these. Deterministic, torch fills what is new with NaN: a graph would at each replay, over its
-    inputs."""
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """New memory is left as it is. Where algorithms are deterministic torch fills it with NaN: a graph would do so at
+    each replay, over its inputs, and no other stream waits for it."""
     switches: Any = torch.utils.deterministic
     filling, switches.fill_uninitialized_memory = switches.fill_uninitialized_memory, False
     try:
-        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]
+        yield
     finally:
         switches.fill_uninitialized_memory = filling
 
@@ -225,7 +226,8 @@ class _Captured:
         self.done = torch.cuda.Event()
         hops, sent = stats.hops, stats.bytes_sent
         with capture(self._graph):
-            self._inputs = _unfilled(like)  # in the pool, too
+            with unfilled():
+                self._inputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]  # in the pool, too
             self._results = step(*self._inputs, own)
         self._counts = (stats.hops - hops, stats.bytes_sent - sent)
         stats.hops, stats.bytes_sent = hops, sent

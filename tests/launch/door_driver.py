@@ -32,7 +32,10 @@ def main(agent: str, run_dir: str, act: str) -> int:
     """Returns run_local's exit status."""
     if agent == "stand-in":
         worker = [sys.executable, "-m", "tests.launch.door_worker", run_dir, act]
-        doors.agent_command = lambda job, *, port, attempt: [sys.executable, "-c", _STAND_IN, *worker]
+        doors.agent_command = lambda job, *, port, attempt: [
+            *("env", f"TORCHELASTIC_RUN_ID={'' if act == 'stranger' else attempt}"),
+            *(sys.executable, "-c", _STAND_IN, *worker),
+        ]
     doors._REPEAT_WINDOW_S = 0.1
     doors._ORPHAN_GRACE_S = 0.3 if agent == "stand-in" else 5.0
     job = doors.LocalJob(

@@ -246,6 +246,14 @@ def test_the_third_signal_kills_workers_that_do_not_listen(open_door: type[Door]
     assert told.message.startswith("stopped after step 7; the same command begins anew")
 
 
+def test_another_run_s_status_is_not_written_over(open_door: type[Door]) -> None:
+    door = open_door("stand-in", "stranger")
+    assert door.finish()[0] != 0
+    told = read_status(door.run_dir)
+    assert told is not None
+    assert (told.outcome, told.exit_status) == ("running", None)
+
+
 def test_signals_that_come_together_are_one_request(open_door: type[Door]) -> None:
     door = open_door("stand-in", "preemptible")
     door.wait_ready()
