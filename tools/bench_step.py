@@ -24,6 +24,7 @@ from rich.console import Console
 from launch.errors import LaunchError
 from model.presets import PRESETS
 from tools.bench.device import pick_device
+from tools.bench.start import whole
 from tools.bench.step_cases import Case, Cases, Choices
 from tools.bench.step_rows import load_rows, show, write_files
 
@@ -60,7 +61,7 @@ def main(
     _among("--model", model, tuple(PRESETS))
     _among("--rotate", rotate, ROTATIONS)
     _among("--rival-loss", rival_loss, LOSSES)
-    lengths = sorted({_whole(part) for part in tokens.split(",")})
+    lengths = sorted({whole("--tokens", part, least=2) for part in tokens.split(",")})
     place = pick_device(device)
     size, is_first = _ranks(nproc)
     if not is_first:
@@ -130,16 +131,6 @@ def _among(option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
         if part not in allowed:
             raise typer.BadParameter(f"{option}: expected some of {', '.join(allowed)}, got {part!r}")
     return parts
-
-
-def _whole(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 2:
-        raise typer.BadParameter(f"--tokens: expected whole numbers of 2 or more, got {text!r}")
-    return value
 
 
 def _ranks(nproc: int | None) -> tuple[int, bool]:

@@ -1,7 +1,6 @@
 """Predicted memory against numbers by hand, against what autograd and the host store really keep, and against what was
 measured on GPUs; what is picked for the runs that matter."""
 
-from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 import ringattn
 from launch.config import Config, MemoryConfig
 from launch.memory_choice import layer_memory
-from launch.memory_items import MemoryCase, graph_bytes, graph_items, kept_items, peer_bytes
+from launch.memory_items import MemoryCase, kept_items
 from launch.memory_plan import GIB, case_of, estimate_memory
 from launch.memory_search import LADDER, DeviceFacts
 from launch.memory_state import state_items
@@ -23,7 +22,6 @@ from model.config import ModelConfig, SelectionConfig, preset
 from model.decoder import Decoder
 from model.flops import count_parameters
 from ringattn.softmax import SoftmaxAttention
-from ringattn.teams import ring_of
 from ringattn.transport.copy_engine import GRAPH_BYTES
 from tests.model.dense import random_row, tiny
 
@@ -104,107 +102,6 @@ def test_kinds_measured_on_gpus(seq_len: int, processes: int, model: dict[str, A
     """docs/records/steps-4-h200.jsonl, allocator."""
     found = estimate_memory(kind_case(seq_len, processes, model), MemoryConfig())
     assert found.allocated / GIB == pytest.approx(allocated, rel=0.015)
-
-
-@pytest.mark.parametrize(
-    ("changes", "regions", "graphs"),
-    [
-        ({}, True, True),
-        ({"per_node": 2}, True, False),  # hybrid
-        ({"per_node": 3}, False, False),  # nodes have not equally many, so it is NCCL
-        ({"per_node": 1}, False, False),
-        ({"ulysses": 2}, True, True),
-        ({"ulysses": 4}, False, False),  # no ring is left
-        # Every ring of 2 has one GPU of each node; in a striped plan both are of one.
-        ({"ulysses": 2, "per_node": 2}, False, False),
-        ({"ulysses": 2, "per_node": 2, "layout": "striped"}, True, True),
-    ],
-)
-def test_regions_and_graphs_are_those_of_rings_inside_a_node(
-    changes: dict[str, Any], regions: bool, graphs: bool
-) -> None:
-    layout = changes.get("layout", "zigzag")
-    sizes = {name: size for name, size in changes.items() if name != "layout"}
-    case = kind_case(32_768, 4, LAGGED)
-    case = replace(case, plan=replace(case.plan, layout=layout), **sizes)
-    assert (peer_bytes(case) > 0, graph_bytes(case) > 0) == (regions, graphs)
-    # Of every ring, how many ranks each of its nodes has.
-    rings = [ring_of(layout, 4, case.ulysses, rank) for rank in range(4)]
-    nodes = [sorted(Counter(rank // case.per_node for rank in ring).values()) for ring in rings]
-    assert all(len(counts) == 1 < counts[0] for counts in nodes) == graphs
-    assert all(len(set(counts)) == 1 < counts[0] for counts in nodes) == regions
-
-
-def test_only_layers_that_are_alike_share_graphs() -> None:
-    """And so only they run from graphs."""
-    for model in (LAGGED, {**SAS, **LAGGED}):
-        assert graph_bytes(kind_case(8_192, 4, model)) > 0
-        assert graph_bytes(kind_case(8_192, 4, {**model, "selection_guide": True})) == 0
-
-
-def test_graphs_hold_what_is_made_of_a_payload() -> None:
-    """2,048 tokens a rank: 32 heads of 128 in bf16 are 16 MiB, keys and values of so many heads 32."""
-    case, mib = kind_case(8_192, 4, SAS), 2**20
-    queries, payload = 16 * mib, 2 * 8 * 128 * 2 * 2_048
-    held, made = (item.device for item in graph_items(case))
-    assert held == pytest.approx(6 * queries + 3 * payload, rel=0.01)  # q, q, dout, dq, out twice; and parameters
-    assert made == 2 * 32 * mib  # keys and values, and their gradients
-    selecting = kind_case(8_192, 4, {**SAS, **LAGGED})
-    assert [item.device for item in graph_items(selecting)] == [held + 2 * queries, 1.5 * made]  # some of it in fp32
-    # Nothing is expanded in the ring: graphs of plain attention.
-    assert [item.name for item in graph_items(replace(case, ulysses=2))] == ["tensors of CUDA graphs"]
-    for tokens, graphs in ((16_384, True), (16_388, False)):  # keys and values of 64 MiB, and of more
-        found = estimate_memory(kind_case(tokens, 4, SAS), MemoryConfig())
-        (last,) = (phase for phase in found.phases if phase.name == "backward of the last attention")
-        for items, expected in ((found.always, graphs), (last.items, not graphs)):  # one of them
-            assert ("expanded keys and values" in {item.name for item in items}) == expected
-
-
-@pytest.mark.parametrize("kind", [{}, SAS, LAGGED])
-def test_graphs_of_plain_attention_are_the_row_s_where_there_are_documents(kind: dict[str, Any]) -> None:
-    case = kind_case(16_384, 4, kind)
-    one, several = (graph_bytes(replace(case, documents=kept)) for kept in (False, True))
-    # 4,096 tokens: q, out, dout and dq are 16 heads of 128 in 16 bits, what the payload gets is as much, lse 16 fp32.
-    plain = 7 * 4_096 * 16 * 128 * 2 + 2 * 4_096 * 16 * 4
-    if kind == {}:
-        assert one == plain
-        assert several > 2 * plain
-    elif kind == LAGGED:
-        assert one == several == graph_bytes(case)
-    else:  # what expands has none of documents
-        assert one > several == 0
-    longest, longer = (graph_bytes(replace(kind_case(n, 4, kind), documents=True)) for n in (65_536, 65_544))
-    assert (longest > 0, longer) == (kind != SAS, 0)
-
-
-def test_where_heads_are_exchanged_the_ring_expands_nothing() -> None:
-    ring = kind_case(8_192, 4, SAS)
-    step = RATES.step()
-    for ulysses, expected in ((1, "expanding"), (2, "plain"), (4, "plain")):
-        found = step_time(replace(ring, ulysses=ulysses), MemoryConfig(), RATES)
-        assert found.seconds == pytest.approx(ring.model.layers * step.host_layer[expected])
-    # Without graphs: guided, and between hosts.
-    guided = kind_case(8_192, 4, {**LAGGED, "selection_guide": True})
-    for case in (guided, kind_case(8_192, 4, {**SAS, **LAGGED, "selection_guide": True}), replace(ring, per_node=2)):
-        assert step_time(case, MemoryConfig(), RATES).seconds == pytest.approx(28 * step.host_layer["launched"])
-
-
-@pytest.mark.parametrize(
-    ("model", "near", "seconds"),
-    [
-        ({}, 4, 0.315),
-        (LAGGED, 4, 0.303),
-        (SAS, 2, 0.968),  # measured before such passes were graphs, which over two hosts they are not
-    ],
-)
-def test_short_rows_wait_for_the_host(model: dict[str, Any], near: int, seconds: float) -> None:
-    """docs/records/steps-4-h200.jsonl: 8,192 tokens on four GPUs, of which the device computes in less than 0.07 s."""
-    short, long = (
-        step_time(replace(kind_case(n, 4, model), per_node=near), MemoryConfig(), RATES) for n in (8_192, 131_072)
-    )
-    assert short.seconds == pytest.approx(seconds, rel=0.15)
-    assert short.seconds - short.host < 0.1
-    assert long.host == 0
 
 
 def test_the_ring_needs_what_was_measured() -> None:

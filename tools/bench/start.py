@@ -60,8 +60,8 @@ def command_line(module: str) -> str:
     return shlex.join([*start, *sys.argv[1:]])
 
 
-def whole(option: str, text: str) -> int:
-    """A whole number of 1 or more.
+def whole(option: str, text: str, *, least: int = 1) -> int:
+    """A whole number of `least` or more.
 
     Raises:
         typer.BadParameter: for anything else.
@@ -70,8 +70,8 @@ def whole(option: str, text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise typer.BadParameter(f"{option}: expected whole numbers of 1 or more, got {text!r}")
+    if value < least:
+        raise typer.BadParameter(f"{option}: expected whole numbers of {least} or more, got {text!r}")
     return value
 
 
