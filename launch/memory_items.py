@@ -236,7 +236,9 @@ def _ring_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
         expanded = expanded_at_home(model, plan, size, recompute=True) if memory.recompute else 0  # else it is kept
     else:
         in_graphs = expands_in_ring(case) and graph_bytes(case) > 0  # and counted there
-        expanded = 0 if in_graphs else expanded_bytes(model, plan, size, fused=_fused(case))
+        expanded = (
+            0 if in_graphs and not _graphs_of_rows(case) else expanded_bytes(model, plan, size, fused=_fused(case))
+        )
     if expanded:
         yield Item(name="expanded keys and values", device=expanded)
     if model.selection is None:
@@ -313,9 +315,7 @@ def graph_items(case: MemoryCase) -> Iterator[Item]:
 def graph_bytes(case: MemoryCase) -> float:
     """What the graphs of passes read and write, at short shards: see `CopyEngineTransport.captures`.
 
-    Plain attention of several documents in a row has graphs of that row alone (the next row's take their memory), which
-    rows of one document beside them do not use; and what a pass works with is theirs, while calls that come before
-    have as much of their own. What expands has none then, but with selection.
+    Several documents in a row: see `_graphs_of_rows`.
     """
     shape, inner = attention_shape(case.model), inner_plan(case.plan, case.ulysses)
     selection, expanded = case.model.selection, expands_in_ring(case)
@@ -323,7 +323,6 @@ def graph_bytes(case: MemoryCase) -> float:
     queries, out = (tokens * heads * width * case.element_bytes for width in (shape.score_dim, shape.value_dim))
     payload = tokens * shape.payload / case.ulysses * case.element_bytes
     none = selection is not None and selection.guide  # see `ringattn.passes`
-    none = none or (selection is None and expanded and case.documents)
     over_copy_engines = case.on_gpu and 1 < inner.cp_size == _near_ranks(case)
     widest = max(queries, tokens * shape.expanded * case.element_bytes) if expanded else queries
     widest = widest if expanded or selection is not None else max(queries, out, payload)
@@ -334,10 +333,16 @@ def graph_bytes(case: MemoryCase) -> float:
         wide = 1.0 if selection is None else _FP32 / case.element_bytes
         # Parameters that expand are copied in for both passes, and have gradients.
         parameters = 3 * _FP32 * shape.expansions if expanded else 0
-        return queries * 4 + 2 * out * wide + 3 * payload + parameters
-    # Forward q, out and lse; backward these, dout, dq and what the payload gets.
-    one = 3 * queries + 3 * out + 2 * tokens * heads * _FP32 + payload
-    return 2 * one + _ring_working_set(case) if case.documents else one
+        one = queries * 4 + 2 * out * wide + 3 * payload + parameters
+    else:  # forward q, out and lse; backward these, dout, dq and what the payload gets
+        one = 3 * queries + 3 * out + 2 * tokens * heads * _FP32 + payload
+    return 2 * one + _ring_working_set(case) if _graphs_of_rows(case) else one
+
+
+def _graphs_of_rows(case: MemoryCase) -> bool:
+    """Whether graphs are of one row alone: the next row's take their memory, and rows of one document beside them do
+    not use it; what a pass works with is theirs, while calls that come before have as much of their own."""
+    return case.documents and case.model.selection is None
 
 
 def expands_in_ring(case: MemoryCase) -> bool:

@@ -58,9 +58,7 @@ def _run(
     key = (name, work.kernel, work.scale)
     if expansion.plain:
         return channel.run(key, plan, partial(step, work), inputs, payload)
-    # Nothing of a graph that expands tells documents apart: where they are no tensor among the inputs it has one.
-    graphs = plan.documents is None and channel.captures(plan, inputs, _widest(work, payload))
-    given = expansion.graph_inputs() if graphs else None
+    given = expansion.graph_inputs() if channel.captures(plan, inputs, _widest(work, payload)) else None
     if given is None:
         return step(work, *inputs, payload)
 

@@ -20,6 +20,7 @@ ROWS, LAYERS = 8, 6
 CASES = {
     "bf16": (2048, (32, 8), 128, "zigzag", torch.bfloat16),
     "fp32": (300, (4, 2), 64, "striped", torch.float32),
+    "sas": (1021, (8, 2), 64, "zigzag", torch.bfloat16),  # simulated heads
 }
 # Of the norm: both launch the same kernels, which may add up in another order; another row's documents give about 1.
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
@@ -32,16 +33,27 @@ def documents_of(row, seq_len):
     return (0, *sorted(draw.sample(range(1, seq_len), (3, 40)[row % 2])), seq_len)
 
 
-def layers_of(plan, rank, group, transport, case, row):
-    """Out, dq, dk and dv of each layer."""
+def modules_of(name):
+    """What expands in each layer, of parameters of its own."""
+    if name != "sas":
+        return [None] * LAYERS
+    torch.manual_seed(1)
+    sizes = {"heads": 4, "kv_heads": 2, "simulated_heads": 8, "head_dim": 64, "simulated_dim": 64}
+    return [ringattn.SimulatedScore(**sizes).key_value.cuda() for _ in range(LAYERS)]
+
+
+def layers_of(plan, rank, group, transport, case, row, modules):
+    """Out, dq, dk and dv of each layer, and the gradients of what expands."""
     _, heads, width, _, dtype = case
     generator, calls = torch.Generator("cuda").manual_seed(row * plan.cp_size + rank), []
-    for _ in range(LAYERS):
+    for module in modules:
         shapes = [(1, plan.shard_len(rank), n, width) for n in (heads[0], heads[1], heads[1], heads[0])]
         *leaves, dout = (torch.randn(s, generator=generator, device="cuda", dtype=dtype) for s in shapes)
         leaves = [x.requires_grad_() for x in leaves]
-        calls.append((leaves, dout, ringattn.ring_attention(*leaves, plan, group, transport=transport)))
-    return [(out.detach(), *torch.autograd.grad(out, leaves, dout)) for leaves, dout, out in reversed(calls)]
+        wanted = leaves if module is None else [*leaves, *module.parameters()]
+        out = ringattn.ring_attention(*leaves, plan, group, transport=transport, expand=module)
+        calls.append((wanted, dout, out))
+    return [(out.detach(), *torch.autograd.grad(out, wanted, dout)) for wanted, dout, out in reversed(calls)]
 
 
 def worker(rank, world_size, name):
@@ -51,10 +63,10 @@ def worker(rank, world_size, name):
     group = dist.new_group(backend="nccl")
     launched, graphed = (ringattn.make_transport("copy_engine", group, graphs=graphs) for graphs in (False, True))
     plan = ringattn.Plan(tokens * world_size + 1, world_size, layout=layout)
-    found, seen = [], []
+    found, seen, modules = [], [], modules_of(name)
     for row in range(ROWS):
         one = plan.with_documents(documents_of(row, plan.seq_len))
-        results = [layers_of(one, rank, group, channel, case, row) for channel in (graphed, launched)]
+        results = [layers_of(one, rank, group, channel, case, row, modules) for channel in (graphed, launched)]
         worst = max(
             float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-6))
             for pair in zip(*results, strict=True)
@@ -95,7 +107,7 @@ def waiting_worker(rank, world_size):
         one = plan.with_documents(documents_of(row, plan.seq_len))
         if row == 2:
             torch.cuda.synchronize = torch.cuda.empty_cache = torch.cuda.graph = without_graphs
-        layers_of(one, rank, group, transport, CASES["bf16"], row)
+        layers_of(one, rank, group, transport, CASES["bf16"], row, modules_of("bf16"))
     untimed = transport.stats.untimed_hops
     dist.destroy_process_group(group)
     return untimed

@@ -69,7 +69,7 @@ def test_graphs_hold_what_is_made_of_a_payload() -> None:
 
 
 @pytest.mark.parametrize("kind", [{}, SAS, LAGGED])
-def test_graphs_of_plain_attention_are_the_row_s_where_there_are_documents(kind: dict[str, Any]) -> None:
+def test_without_selection_graphs_are_the_row_s_where_there_are_documents(kind: dict[str, Any]) -> None:
     case = kind_case(16_384, 4, kind)
     one, several = (graph_bytes(replace(case, documents=kept)) for kept in (False, True))
     # 4,096 tokens: q, out, dout and dq are 16 heads of 128 in 16 bits, what the payload gets is as much, lse 16 fp32.
@@ -79,10 +79,15 @@ def test_graphs_of_plain_attention_are_the_row_s_where_there_are_documents(kind:
         assert several > 2 * plain
     elif kind == LAGGED:
         assert one == several == graph_bytes(case)
-    else:  # what expands has none of documents
-        assert one > several == 0
-    longest, longer = (graph_bytes(replace(kind_case(n, 4, kind), documents=True)) for n in (65_536, 65_544))
-    assert (longest > 0, longer) == (kind != SAS, 0)
+    else:
+        assert several > 2 * one > 0
+        found = estimate_memory(replace(case, documents=True), MemoryConfig())
+        (last,) = (phase for phase in found.phases if phase.name == "backward of the last attention")
+        for items in (found.always, last.items):  # of graphs, and of calls that are launched
+            assert "expanded keys and values" in {item.name for item in items}
+    most = 16_384 if kind == SAS else 65_536  # keys and values of 64 MiB, queries of as much
+    longest, longer = (graph_bytes(replace(kind_case(n, 4, kind), documents=True)) for n in (most, most + 8))
+    assert longest > 0 == longer
 
 
 def test_where_heads_are_exchanged_the_ring_expands_nothing() -> None:

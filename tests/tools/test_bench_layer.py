@@ -87,7 +87,7 @@ def test_every_kind_says_what_its_graphs_are(size: int, kinds: tuple[str, ...], 
         assert row["difference"] <= 1e-5, name
         assert (row["documents"], row["layers"]) == ((3, 2) if "documents" in name else (1, 1))
         shares = (row["forward_share"], row["both_share"])
-        if name == "documents":  # two calls a row are too few for a graph of that row
+        if name in ("documents", "sas-documents"):  # two calls a row are too few for a graph of that row
             assert (*shares, row["forward_graphs_ms"], row["both_graphs_ms"]) == (0.0, 0.0, None, None), name
         else:
             assert shares == (1.0, 1.0), name

@@ -44,6 +44,7 @@ KINDS = {
     "selective": LayerKind(lag=1),
     "selective-documents": LayerKind(lag=1, documents=True),
     "sas": LayerKind(payload="sas"),
+    "sas-documents": LayerKind(payload="sas", documents=True),
     "latent": LayerKind(payload="mla"),
 }
 
