@@ -51,7 +51,8 @@ def ring_attention(
         q: queries of this shard, [B, S, H, D], S = plan.shard_len(rank); fp64, fp32, bf16 or fp16.
         k: keys, [B, S, G, D], H divisible by G, q's dtype and device. With `expand`: what travels for them, [B, S, ..].
         v: values, [B, S, G, Dv]; likewise.
-        plan: the cut and the mask; `plan.cp_size` is the size of `group`.
+        plan: the cut and the mask; `plan.cp_size` is the size of `group`. A CUDA graph in which you capture the call
+            reads its tensors: keep the plan as long as the graph.
         group: process group of the ring, or None for a single process (plan.cp_size 1).
         scale: factor of the scores; None is 1 / sqrt(D).
         selection: selective attention, see `Selection`; needs a causal plan without a window, contiguous or zigzag.

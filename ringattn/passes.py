@@ -64,14 +64,17 @@ def _run(
 
     def expanding(*tensors: Any) -> tuple[Tensor, ...]:
         """Of the inputs, the parameters and the payload: the results, and backward the parameters' gradients."""
-        own, parameters = tensors[: len(inputs)], tensors[len(inputs) : -1]
+        own, flat = tensors[: len(inputs)], tensors[len(inputs) : -1]
+        parameters = tuple(x.view(like.shape) for x, like in zip(flat, given.tensors, strict=True))
         other = copy.copy(work)
         other.expansion = expansion.computing_with(given, parameters, backward=backward)
         found = step(other, *own, tensors[-1])
         return (*found, *other.expansion.finished_parameter_gradients()) if backward else found
 
     expansion.forget_own()  # in a graph it would be read for good
-    found = channel.run((*key, expansion.graph_key(given)), plan, expanding, (*inputs, *given.tensors), payload)
+    key = (*key, expansion.graph_key(given), given.kinds)
+    flat = (x.detach().reshape(-1) for x in given.tensors)  # not to be taken for tensors of tokens, whatever they are
+    found = channel.run(key, plan, expanding, (*inputs, *flat), payload)
     if not backward:
         return found
     results = len(found) - len(expansion.parameters)

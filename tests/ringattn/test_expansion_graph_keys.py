@@ -14,6 +14,7 @@ from ringattn.scoring.expansion import Expansion
 from ringattn.scoring.expansion_module import ExpansionModule, launch_key
 from ringattn.scoring.rotary import Rope
 from ringattn.testing import error
+from ringattn.transport import copy_engine
 from tests.processes import run_ranks
 from tests.ringattn.test_graphs import recording_transport, without_new_inputs
 
@@ -37,6 +38,20 @@ class Mixed(ExpansionModule):
 
     def launch_key(self):
         return ()
+
+
+class Filtering(Mixed):
+    """Its weight has four dimensions and more elements than all that a graph may take."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 8, 1000, 8).mT)
+
+    def forward(self, k, v, positions):
+        return k @ self.weight[0, :, :, 7] + self.shift, v.sin()
+
+    def launch_key(self):
+        return "filter"
 
 
 class Louder(Mixed):
@@ -89,6 +104,22 @@ def test_frozen_parameters_and_evaluation_have_graphs_of_their_own(tmp_path):
 def test_a_graph_with_other_frozen_parameters_is_missed(tmp_path):
     with pytest.raises(AssertionError, match="Error"):  # other gradients than are wanted
         run_ranks(frozen_worker, 2, str(tmp_path), True)
+
+
+def filtering_worker(rank, world_size, folder):
+    transport, plan, module = recording_transport(folder), ringattn.Plan(TOKENS, world_size), Filtering()
+    transport.memory.reserve(2**20)
+    copy_engine.GRAPH_BYTES = (
+        1000 * 8 * 4 * TOKENS // world_size
+    )  # what is as wide as the weight's last dimensions is too wide
+    worst = max(compared(module, plan, rank, transport, step) for step in range(4))
+    return worst, len(transport._graphs._captured)
+
+
+def test_parameters_are_not_taken_for_tokens(tmp_path):
+    for worst, graphs in run_ranks(filtering_worker, 2, str(tmp_path)):
+        assert worst <= 1e-5
+        assert graphs == 2
 
 
 def autocast_worker(rank, world_size, folder, fault):
