@@ -55,7 +55,7 @@ def _run(
     channel, expansion, plan = work.ring.transport, work.expansion, work.ring.plan
     if channel is None:
         return step(work, *inputs, payload)
-    key = (name, work.kernel, work.scale)
+    key: tuple[Hashable, ...] = (name, work.kernel, work.scale)
     if expansion.plain:
         return channel.run(key, plan, partial(step, work), inputs, payload)
     given = expansion.graph_inputs() if channel.captures(plan, inputs, _widest(work, payload)) else None
