@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ from ringattn.transport.stats import RingStats
 Step = Callable[..., tuple[Tensor, ...]]
 """(*inputs, payload) -> results: the same launches in the same order at every call."""
 
-CALLS_BEFORE = 2  # kernels are compiled and libraries find their plans in the first calls
+# Kernels are compiled and libraries find their plans in the first calls. They are calls of the thread that captures:
+# cuDNN and cuBLAS have a handle for each, which cannot be made in a capture, and what is computed again in a backward
+# pass is called by a thread of autograd's.
+CALLS_BEFORE = 2
 _MOST = 32  # graphs at a time; the one not used for longest goes
 # Bytes that are free when a row's pass is captured: meanwhile torch's allocator can give nothing back to make room. A
 # backward pass of the longest short shards, with 64 MiB of queries and of payload, takes about one GiB, and the
@@ -82,7 +86,8 @@ class PassGraphs:
         key = (key, *((x.shape, x.dtype) for x in (*inputs, *payload)))
         self._leave(() if row is None else self._row.turn_to(row))
         captured = self._captured.get(key) if row is None else self._row.graphs.get(key)
-        to_go = self._row.count(key) if row is not None else self._count(key) if captured is None else 0
+        kind = (key, get_ident())
+        to_go = self._row.count(kind) if row is not None else self._count(kind) if captured is None else 0
         if captured is not None:
             if row is None:
                 self._captured.move_to_end(key)
@@ -97,20 +102,20 @@ class PassGraphs:
                 return step(*mine, own)  # strides as in the graph: libraries plan for these too
             captured = self._capture(step, inputs, own, kept, at_once=row is not None)
         if row is None:
+            del self._calls[kind]
             self._add(key, captured)
         else:
             self._row.graphs[key] = captured
         return captured.replay(inputs, payload)
 
-    def _count(self, key: Any) -> int:
+    def _count(self, kind: Any) -> int:
         """One call more of a kind without a graph; how many are to go until it is captured, 0: this one is."""
-        self._calls[key] = self._calls.pop(key, 0) + 1
+        self._calls[kind] = self._calls.pop(kind, 0) + 1
         if len(self._calls) > _MOST:
             self._calls.popitem(last=False)
-        return CALLS_BEFORE + 1 - self._calls[key]
+        return CALLS_BEFORE + 1 - self._calls[kind]
 
     def _add(self, key: Any, captured: _Captured) -> None:
-        del self._calls[key]
         self._captured[key] = captured
         if len(self._captured) > _MOST:
             self._leave([self._captured.popitem(last=False)[1]])

@@ -2,12 +2,15 @@
 
 import random
 import weakref
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import ringattn
+from ringattn.transport.graphs import CALLS_BEFORE
 from ringattn.transport.row_graphs import WORTH_CALLS
 from tests.gpu.test_ring_gpu import needs_gpus
 from tests.processes import run_ranks
@@ -116,3 +119,37 @@ def waiting_worker(rank, world_size):
 def test_a_row_s_graphs_are_made_without_waiting_for_the_device():
     needs_gpus(2)
     assert min(run_ranks(waiting_worker, 2, timeout=120)) > 0
+
+
+def recomputing_worker(rank, world_size):
+    """The first calls of some kind by autograd's thread come where the main thread has made enough for a graph."""
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="nccl")
+    channels = [ringattn.make_transport("copy_engine", group, graphs=graphs) for graphs in (True, False)]
+    whole, worst, case = ringattn.Plan(1024 * world_size, world_size), 0.0, CASES["bf16"]
+    for documents, layers in ((None, CALLS_BEFORE), ((0, 300, 301, whole.seq_len), WORTH_CALLS - 1)):
+        for row in range(4):
+            plan, found = whole.with_documents(documents), []
+            for channel in channels:
+                generator = torch.Generator("cuda").manual_seed(row)
+                heads = (case[1][0], case[1][1], case[1][1])
+                shapes = [(1, plan.shard_len(rank), n, case[2]) for n in heads] * layers
+                leaves = [torch.randn(s, generator=generator, device="cuda", dtype=case[4]) for s in shapes]
+                leaves = [x.requires_grad_() for x in leaves]
+                call = partial(ringattn.ring_attention, plan=plan, group=group, transport=channel)
+                outs = [checkpoint(call, *leaves[i : i + 3], use_reentrant=False) for i in range(0, len(leaves), 3)]
+                gradients = torch.autograd.grad([out.float().square().sum() for out in outs], leaves)
+                found.append([*(out.detach() for out in outs), *gradients])
+            worst = max(
+                worst, *(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*found, strict=True))
+            )
+    replayed = channels[0].stats.untimed_hops
+    dist.destroy_process_group(group)
+    return worst, replayed
+
+
+def test_what_is_computed_again_in_a_backward_pass_is_captured_by_who_has_called_before():
+    needs_gpus(2)
+    for worst, replayed in run_ranks(recomputing_worker, 2, timeout=120):
+        assert worst <= LIMITS[torch.bfloat16]
+        assert replayed > 0

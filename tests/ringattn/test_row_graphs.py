@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -264,6 +265,25 @@ def no_room_worker(rank, world_size):
 
 def test_nothing_is_captured_where_it_might_run_out_of_memory_or_graphs_are_many():
     run_ranks(no_room_worker, 1)
+
+
+def threads_worker(rank, world_size):
+    """Calls in this thread and, as what is computed again in a backward pass, in another one; and graphs by then."""
+    rows, found = Rows(), []
+    with ThreadPoolExecutor(1) as other:
+        for row, before in ((None, graphs.CALLS_BEFORE), ("a", WORTH_CALLS - 1)):
+            here = rows.call(row, times=before)
+            there = other.submit(rows.call, row, times=1).result()
+            graphs_then = rows.alive()
+            found.append((here, there, graphs_then, rows.call(row, times=3), rows.alive()))
+            found.append(other.submit(rows.call, row, times=9).result())
+    return found
+
+
+def test_a_thread_whose_libraries_are_not_ready_captures_nothing():
+    (found,) = run_ranks(threads_worker, 1)
+    before = graphs.CALLS_BEFORE
+    assert found == [(before, 1, 0, 1, 1), 0, (WORTH_CALLS - 1, 1, 1, 1, 2), 0]
 
 
 def test_calls_are_counted_by_kind_and_row():
