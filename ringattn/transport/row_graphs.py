@@ -53,7 +53,7 @@ class RowGraphs(Generic[Graph]):
         return over
 
     def count(self, kind: Any) -> int:
-        """One call more of this kind, by one thread; how many are to go until one is captured, 0 or less: this one may be."""
+        """One call more of this kind, by one thread; how many are to go until one is captured, 0 or less: it may be."""
         self._calls[kind] = self._calls.get(kind, 0) + 1
         first = 2 if self._before.get(kind, 0) >= WORTH_CALLS else WORTH_CALLS
         return first - self._calls[kind]
