@@ -56,7 +56,6 @@ class UlyssesLine:
     kv_heads: int
     head_dim: int
     documents: int
-    graphs: bool
     fastest: tuple[tuple[int, int], ...]
 
 
@@ -128,19 +127,19 @@ class RatesFile:
         known = [field.name for field in fields(UlyssesLine)]
         if not isinstance(line, dict) or sorted(line) != sorted(known):
             raise ValueError(f"{self._path}: {name}: expected {', '.join(known)}, got {line!r}")
-        sizes = {key: value for key, value in line.items() if key not in ("graphs", "fastest")}
+        sizes = {key: value for key, value in line.items() if key != "fastest"}
         fastest = line["fastest"]
         numbers = [*sizes.values(), *(fastest.items() if isinstance(fastest, dict) else ())]
         flat = [n for entry in numbers for n in (entry if isinstance(entry, tuple) else (entry,))]
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in flat)
-        if not isinstance(line["graphs"], bool) or not isinstance(fastest, dict) or not fastest or not whole:
+        if not isinstance(fastest, dict) or not fastest or not whole:
             raise ValueError(
-                f"{self._path}: {name}: expected whole numbers above 0, graphs: true or false, and fastest: "
-                f"{{tokens per rank: degree}}, got {line!r}"
+                f"{self._path}: {name}: expected whole numbers above 0, and fastest: {{tokens per rank: degree}}, "
+                f"got {line!r}"
             )
         if any(line["ranks"] % degree for degree in fastest.values()):
             raise ValueError(f"{self._path}: {name}: expected degrees that divide {line['ranks']} ranks, got {fastest}")
-        return UlyssesLine(**sizes, graphs=line["graphs"], fastest=tuple(sorted(fastest.items())))
+        return UlyssesLine(**sizes, fastest=tuple(sorted(fastest.items())))
 
     def _read_blocks(self) -> None:
         names = ["size", *(f"{kind}_{what}" for what in PASSES for kind in BLOCKS)]

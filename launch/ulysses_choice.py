@@ -1,8 +1,7 @@
 """`parallel.ulysses: auto`: the degree that was measured to be fastest for a run's shape, and why, in one line.
 
-The measured lines are in `h100.yaml`. A line also holds for fewer and narrower heads: they make kernels and messages
-shorter, but not the host's work, which is what a ring without CUDA graphs waits for. Where nothing was measured, the
-ring alone stays.
+The measured lines are in `h100.yaml`. A line also holds for fewer and narrower heads, whose kernels and messages are
+shorter. Where nothing was measured, the ring alone stays.
 """
 
 from __future__ import annotations
@@ -183,18 +182,16 @@ def _decide(lines: Sequence[UlyssesLine], tokens: int, count: float | None) -> U
 
 def _known(lines: Sequence[UlyssesLine], tokens: int, count: int) -> UlyssesChoice:
     """With `count` documents in a row: what the lines with next fewer and next more of them have in common."""
-    graphs = count == 1 or any(line.graphs and line.documents > 1 for line in lines)
-    counts = {line.documents for line in lines if line.graphs == graphs}
+    counts = {line.documents for line in lines}
     fewer, more = [n for n in counts if n <= count], [n for n in counts if n >= count]
     rows = f"rows of {'one document' if count == 1 else f'about {count} documents'}"
     if not fewer or not more:
         return UlyssesChoice(degree=1, reason=f"nothing was measured with {rows}")
     found = [
-        _at(min((line for line in lines if (line.documents, line.graphs) == (n, graphs)), key=_width), tokens)
-        for n in {max(fewer), min(more)}
+        _at(min((line for line in lines if line.documents == n), key=_width), tokens) for n in {max(fewer), min(more)}
     ]
     degrees = {degree for degree, _ in found}
-    what = f"{tokens:,} tokens per rank in {rows} ({'with' if graphs else 'measured without'} CUDA graphs)"
+    what = f"{tokens:,} tokens per rank in {rows}"
     if len(degrees) > 1 or degrees == {1}:
         return UlyssesChoice(degree=1, reason=f"no exchange of heads was measured to be faster at {what}")
     until = min(until for _, until in found)

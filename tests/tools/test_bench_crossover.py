@@ -21,7 +21,7 @@ POINT = Point(
     tokens_per_rank=1024, heads=16, kv_heads=16, head_dim=128, causal=True, layout="zigzag", dtype="bf16", num_ranks=4
 )
 RING, ULYSSES = "ours copy_engine", "ours ulysses"
-RECORDS = ("attention-4-h100.csv", "attention-4-h100-4-documents.csv")
+RECORDS = ("attention-4-h100.csv", "attention-4-h200-4-documents.csv")
 
 
 def rows(times: dict[str, dict[int, float]], **changes: Any) -> list[Row]:
@@ -115,21 +115,16 @@ def test_lines_hold_the_fastest_degree_up_to_where_the_next_one_is() -> None:
     assert fastest(found) == [{2000: 4, 11_000: 2, 16384: 1}]
 
 
-def test_lines_know_graphs_and_documents() -> None:
+def test_lines_are_of_the_ring_as_it_comes_and_know_documents() -> None:
     times = {RING: {1024: 1.0}, f"{RING}, no graphs": {1024: 9.0}, ULYSSES: {1024: 4.0}, "all-to-all": {1024: 0.1}}
-    told = [str(line) for line in lines(rows(times))]
     shape = "- {ranks: 4, heads: 16, kv_heads: 16, head_dim: 128, documents:"
-    assert told == [
-        f"{shape} 1, graphs: true, fastest: {{1024: 1}}}}",
-        f"{shape} 1, graphs: false, fastest: {{1024: 4}}}}",
-    ]
+    assert [str(line) for line in lines(rows(times))] == [f"{shape} 1, fastest: {{1024: 1}}}}"]
     assert not any(line.stand_in for line in lines(rows(times)))
     assert all(line.stand_in for line in lines(rows({name: times[name] for name in (RING, "all-to-all")})))
-    packed = rows({RING: {1024: 9.0}, f"{RING}, no graphs": {1024: 9.0}, ULYSSES: {1024: 4.0}}, documents=8)
-    assert [str(line) for line in lines(packed)] == [
-        f"{shape} 8, graphs: {graphs}, fastest: {{1024: 4}}}}" for graphs in ("true", "false")
-    ]
-    assert lines(rows({"ours p2p": {1024: 9.0}, ULYSSES: {1024: 1.0}})) == [], "measured over copy engines only"
+    packed = rows({RING: {1024: 9.0}, ULYSSES: {1024: 4.0}}, documents=8)
+    assert [str(line) for line in lines(packed)] == [f"{shape} 8, fastest: {{1024: 4}}}}"]
+    for other in ("ours p2p", f"{RING}, no graphs"):
+        assert lines(rows({other: {1024: 9.0}, ULYSSES: {1024: 1.0}})) == []
 
 
 def test_a_variant_that_was_not_timed_at_both_ends_keeps_what_was_seen() -> None:
@@ -147,8 +142,8 @@ def test_the_lines_of_the_rule_are_those_of_the_records() -> None:
     found = [line for name in RECORDS for line in lines(measured(name))]
     assert not any(line.stand_in for line in found)
     assert sorted(shipped, key=str) == sorted((yaml.safe_load(str(line))[0] for line in found), key=str)
-    # with the ring's own graphs it is the ring, everywhere
-    assert [line.fastest for line in RatesFile().ulysses().lines if line.graphs] == [((32768, 1),)] * 2
+    # it is the ring, everywhere
+    assert [line.fastest for line in RatesFile().ulysses().lines] == [((32768, 1),)] * 2 + [((8192, 1),)] * 2
 
 
 def told(output: str) -> str:
@@ -171,7 +166,7 @@ def test_a_result_is_shown_again(name: str, tmp_path: Path) -> None:
     assert text.count("ring everywhere") == 3
     assert "all-to-all up to 7,357, then ring" in text
     assert "others are 10% ahead, all-to-all in place of ours" in text
-    assert "graphs: false, fastest: {6400: 4, 32768: 1}}" in text
+    assert "documents: 1, fastest: {32768: 1}}" in text
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,6 @@ class Line:
     """
 
     setting: Setting
-    graphs: bool
     fastest: Mapping[int, int]
     stand_in: bool
 
@@ -100,7 +99,7 @@ class Line:
         fastest = ", ".join(f"{tokens}: {degree}" for tokens, degree in self.fastest.items())
         return (
             f"- {{ranks: {shape.num_ranks}, heads: {shape.heads}, kv_heads: {shape.kv_heads}, "
-            f"head_dim: {shape.head_dim}, documents: {shape.documents}, graphs: {str(self.graphs).lower()}, "
+            f"head_dim: {shape.head_dim}, documents: {shape.documents}, "
             f"fastest: {{{fastest}}}}}"
         )
 
@@ -119,23 +118,21 @@ def crossovers(rows: Sequence[Row]) -> list[Crossover]:
 
 
 def lines(rows: Sequence[Row]) -> list[Line]:
-    """One per setting, with and without graphs: causal, over copy engines, forward and backward.
+    """One per setting that is causal, over copy engines as a caller gets them: forward and backward.
 
     In the places of ours that were not measured another program's all-to-all stands.
     """
     found = []
     for setting, curves in _curves(rows).items():
-        for ring, graphs in ((COPY_ENGINE, True), (COPY_ENGINE + NO_GRAPHS, False)):
-            exchanges = [name for name in CONTESTS[ring] if name in curves]
-            if any(name != ALL_TO_ALL for name in exchanges):
-                exchanges = [name for name in exchanges if name != ALL_TO_ALL]
-            if setting.causal and ring in curves and exchanges:
-                degrees = {ring: 1, **{name: _degree(name, setting) for name in exchanges}}
-                fastest = _fastest({name: curves[name] for name in degrees}, ring)
-                by_length = {length: degrees[name] for length, name in fastest.items()}
-                if by_length:
-                    line = Line(setting=setting, graphs=graphs, fastest=by_length, stand_in=exchanges == [ALL_TO_ALL])
-                    found.append(line)
+        exchanges = [name for name in CONTESTS[COPY_ENGINE] if name in curves]
+        if any(name != ALL_TO_ALL for name in exchanges):
+            exchanges = [name for name in exchanges if name != ALL_TO_ALL]
+        if setting.causal and COPY_ENGINE in curves and exchanges:
+            degrees = {COPY_ENGINE: 1, **{name: CROSSED.get(name, setting.num_ranks) for name in exchanges}}
+            fastest = _fastest({name: curves[name] for name in degrees}, COPY_ENGINE)
+            by_length = {length: degrees[name] for length, name in fastest.items()}
+            if by_length:
+                found.append(Line(setting=setting, fastest=by_length, stand_in=exchanges == [ALL_TO_ALL]))
     return found
 
 
@@ -214,10 +211,6 @@ def _crossover(setting: Setting, ring: str, exchange: str, what: Pass, curves: M
 def _between(low: int, high: int, first: float, second: float) -> float:
     """Where a gain of `first` at `low` and `second` at `high`, of other signs, is nothing; over the log of lengths."""
     return low * (high / low) ** (first / (first - second))
-
-
-def _degree(name: str, setting: Setting) -> int:
-    return CROSSED.get(name.removesuffix(NO_GRAPHS), setting.num_ranks)
 
 
 def _fastest(curves: Mapping[str, Curve], ring: str) -> dict[int, str]:
