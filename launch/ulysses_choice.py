@@ -193,7 +193,7 @@ def _known(lines: Sequence[UlyssesLine], tokens: int, count: int) -> UlyssesChoi
     degrees = {degree for degree, _ in found}
     what = f"{tokens:,} tokens per rank in {rows}"
     if len(degrees) > 1 or degrees == {1}:
-        return UlyssesChoice(degree=1, reason=f"no exchange of heads was measured to be faster at {what}")
+        return UlyssesChoice(degree=1, reason=f"no exchange of heads was measured to be 10% faster at {what}")
     until = min(until for _, until in found)
     reason = f"{what}: exchanging heads was measured to be fastest up to {until:,}"
     return UlyssesChoice(degree=degrees.pop(), reason=reason)
@@ -204,7 +204,7 @@ def _unknown(lines: Sequence[UlyssesLine], tokens: int) -> UlyssesChoice:
     counts = sorted({line.documents for line in lines if line.documents > 1})
     better = [(count, found.degree) for count in counts if (found := _known(lines, tokens, count)).degree > 1]
     if not better:
-        told = f"no exchange of heads was measured to be faster at {tokens:,} tokens per rank"
+        told = f"no exchange of heads was measured to be 10% faster at {tokens:,} tokens per rank"
         return UlyssesChoice(degree=1, reason=told)
     most, degree = better[-1]
     unknown = "which is not known before the data is read, or of a stream"

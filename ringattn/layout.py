@@ -58,6 +58,9 @@ def shard(x: Tensor, plan: Plan, rank: int, dim: int = 1) -> Tensor:
         rank: rank in the ring, 0 <= rank < plan.cp_size.
         dim: tensor dimension of the sequence.
 
+    Returns:
+        `x` with `plan.shard_len(rank)` tokens along `dim`, in storage order.
+
     Raises:
         ValueError: if the length along `dim` is not the plan's.
     """
@@ -86,6 +89,9 @@ def unshard(x_local: Tensor, plan: Plan, group: dist.ProcessGroup | None, dim: i
         plan: the plan that cut it.
         group: the ring's process group, or None for a single process.
         dim: tensor dimension of the sequence.
+
+    Returns:
+        The whole sequence on every rank, `plan.seq_len` tokens along `dim`, in x_local's dtype.
 
     Raises:
         ValueError: on a wrong length, or if `x_local` requires a gradient, which would be lost silently.

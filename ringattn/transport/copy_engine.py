@@ -29,7 +29,8 @@ from ringattn.transport.row_graphs import WORTH_CALLS
 from ringattn.transport.stats import RingStats
 from ringattn.transport.turns import Turn
 
-# Of a payload, or a tensor that stays here, in q's dtype; longer shards keep a GPU busy as it is.
+# Of a payload, or a tensor that stays here, in q's dtype. Longer shards keep a GPU busy as it is, but with SAS: at 128
+# MiB of expanded keys and values the host is the slow part still (docs/benchmarks-scoring.md).
 GRAPH_BYTES = GROUP_BYTES
 
 _ALIGN = 256
