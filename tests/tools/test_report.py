@@ -19,11 +19,12 @@ from model.presets import PRESETS
 from tests.tools.report_records import CPU, CPU_ROWS, FAILED, GPU_ROWS, cpu_row, gpu_row, report
 from tools.bench.step_rows import StepRow
 from tools.report.axes import Looks, spread_ticks
-from tools.report.derive import Row, config_of, derive_rows, model_at, rows_csv
+from tools.report.derive import Row, config_of, derive_rows, model_at
 from tools.report.kinds import KINDS, kind_of, kind_settings, other_settings, settings_of
 from tools.report.longest import Limits, longest_contexts, machine_facts
 from tools.report.plots import draw_plots, sketches
 from tools.report.render import render_markdown, write_report
+from tools.report.rows_csv import rows_csv
 from tools.report.summary import count, key_figures, seconds, summary_sentences
 
 

@@ -10,10 +10,11 @@ import pytest
 from tests.tools.report_records import cpu_row, gpu_row, report
 from tools.bench.step_rows import StepRow
 from tools.report.conventions import conventions
-from tools.report.derive import Row, derive_rows, rows_csv
+from tools.report.derive import Row, derive_rows
 from tools.report.kinds import in_words, kind_settings
 from tools.report.longest import Limits, longest_contexts
 from tools.report.render import render_markdown
+from tools.report.rows_csv import rows_csv
 from tools.report.summary import key_figures, summary_sentences
 
 H200 = {"gpu": "NVIDIA H200"}
@@ -135,11 +136,38 @@ def test_a_row_that_waits_for_its_host_is_no_yardstick_of_costs() -> None:
     sentences = " ".join(summary_sentences(made))
     assert "Cost of cp" not in sentences
     percent = f"{made.rows[1].cost_same_tokens:.1%}"
-    told = f"1 below -10%: softmax cp 4 at 32,768 ({percent} against cp 1 with as many tokens per rank). There "
+    told = f"softmax cp 4 at 32,768 would cost {percent} against cp 1 with as many tokens per rank: something else "
     assert told in sentences
     markdown = render_markdown(made, [])
     assert told in markdown
     assert markdown.count(percent) == 1, "in the sentence, and no cost in the table"
+
+
+def test_a_yardstick_is_judged_for_all_kinds_alike() -> None:
+    """The row of cp 1 that waits for its host in softmax does so in other kinds, whose costs are of either sign."""
+    waiting = (_row("softmax", 1, 8192, 0.264, **H200), _row("softmax", 4, 32768, 0.386, **H200))
+    others = (
+        _row("lagged", 1, 8192, 0.221, **H200),
+        _row("lagged", 4, 8192, 0.303, **H200),
+        _row("lagged", 4, 32768, 0.543, **H200),
+    )
+    alone, made = report(others), report((*waiting, *others))
+    assert [figure.value for figure in key_figures(alone) if figure.label.startswith("cost of cp 4")], "what else it said"
+    assert not any("cost of cp" in figure.label for figure in key_figures(made))
+    sentences = " ".join(summary_sentences(made))
+    assert "all 3 against cp 1 at 8,192 tokens on H200. softmax cp 4 at 32,768 would cost -" in sentences
+    assert "Cost of cp" not in sentences
+    assert "Cost, same" not in render_markdown(made, [])
+    assert [row.no_yardstick for row in made.rows] == [
+        *((), ("cost_same_tokens",)),
+        *((), ("cost_same_length",), ("cost_same_tokens",)),
+    ]
+    # at another length, and on another GPU, it is another row
+    far = (_row("lagged", 1, 65536, 1.0, **H200), _row("lagged", 4, 65536, 0.3, **H200))
+    h100 = (_row("sas", 1, 8192, 0.2), _row("sas", 4, 32768, 1.0))
+    told = " ".join(summary_sentences(report((*waiting, *others, *far, *h100))))
+    assert "Cost of cp 4, lagged 128: 16.7% against cp 1 as long a row (at 65,536 tokens)." in told
+    assert not any(row.no_yardstick for row in report((*waiting, *h100)).rows if row.attention != "softmax")
 
 
 @pytest.mark.parametrize(("seconds", "left_out"), [(0.5, 0), (0.46, 0), (0.45, 1)])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from launch.config import Config
 from launch.errors import ConfigError
@@ -41,6 +38,7 @@ class Row:
         loss_difference: |first loss - that of cp 1 at the same length| / the latter.
         across: GPU of the row it is compared with, by the comparison's name, where that is not its own.
         unsound: Names of the comparisons with a disturbed row.
+        no_yardstick: Names of the costs whose row of cp 1 says nothing of what cutting a row costs; see `yardsticks`.
     """
 
     kind: str
@@ -83,6 +81,7 @@ class Row:
     gpu: str = ""
     across: Mapping[str, str] = field(default_factory=dict)
     unsound: tuple[str, ...] = ()
+    no_yardstick: tuple[str, ...] = ()
     measured_at: str = ""
 
     @property
@@ -272,23 +271,6 @@ def _cost(row: Row, other: Row | None, name: str) -> float | None:
 
 def _or_zero(value: float | None) -> float:
     return value or 0.0
-
-
-def rows_csv(rows: Sequence[Row]) -> str:
-    """The rows as CSV, full precision, units in the names of the columns; an empty cell is "not measured"."""
-    names = [field.name for field in fields(Row)]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        writer.writerow([_in_csv(getattr(row, name)) for name in names])
-    return out.getvalue()
-
-
-def _in_csv(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        value = tuple(f"{name}: {what}" for name, what in value.items())
-    return "; ".join(value) if isinstance(value, tuple) else "" if value is None else value
 
 
 def is_disturbed(row: Row) -> bool:

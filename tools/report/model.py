@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tools.bench.step_rows import StepRow
 from tools.report.derive import Row, derive_rows
 from tools.report.longest import Limits, Longest, longest_contexts
+from tools.report.yardsticks import judge_yardsticks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def make_report(steps: tuple[StepRow, ...], *, command: str, date: str, limits: 
     """Derive everything."""
     return Report(
         steps=steps,
-        rows=tuple(derive_rows(steps)),
+        rows=tuple(judge_yardsticks(derive_rows(steps))),
         longest=tuple(longest_contexts(steps, limits)),
         command=command,
         date=date,

@@ -12,7 +12,7 @@ from tools.report.derive import Row
 from tools.report.layout import MARKERS, finish, handles_of, heading
 from tools.report.model import Report
 from tools.report.style import STYLE, darkened
-from tools.report.summary import is_no_cost, three_digits
+from tools.report.summary import three_digits
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -130,7 +130,7 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
             name="cost_same_tokens",
             title="Cost of cp, same tokens per rank",
             unit="FLOP/s lost against cp 1",
-            value=lambda row: None if is_no_cost(row, "cost_same_tokens") else row.cost_same_tokens,
+            value=lambda row: None if "cost_same_tokens" in row.no_yardstick else row.cost_same_tokens,
             compares="cost_same_tokens",
             percent=True,
             reference=(0.0, "as cp 1"),
@@ -139,7 +139,7 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
             name="cost_same_length",
             title="Cost of cp, same length",
             unit="tokens/s lost against cp 1",
-            value=lambda row: None if is_no_cost(row, "cost_same_length") else row.cost_same_length,
+            value=lambda row: None if "cost_same_length" in row.no_yardstick else row.cost_same_length,
             compares="cost_same_length",
             percent=True,
             reference=(0.0, "as cp 1"),

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from tools.bench.step_rows import StepRow
 from tools.report.conventions import conventions
-from tools.report.derive import Row, common_settings, is_disturbed, rows_csv
+from tools.report.derive import Row, common_settings, is_disturbed
 from tools.report.kinds import in_words
 from tools.report.longest import Longest
 from tools.report.model import Report
 from tools.report.plots import Plot, draw_plots
-from tools.report.summary import OTHER_GPU, is_no_cost, key_figures, seconds, short, summary_sentences, three_digits
+from tools.report.rows_csv import rows_csv
+from tools.report.summary import OTHER_GPU, key_figures, seconds, short, summary_sentences, three_digits
 
 TITLE = "How far does a longer context cost what it should?"
 _NONE = "-"
@@ -83,7 +84,7 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
 
     def cell(name: str, show: Callable[..., str], predicted: str | None) -> _Cell:
         def shown(row: Row) -> str:
-            value = None if is_no_cost(row, name) else getattr(row, name)
+            value = None if name in row.no_yardstick else getattr(row, name)
             foreseen = None if predicted is None else getattr(row, predicted)
             told = (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
             return f"{told} {OTHER_GPU}" if name in row.across and value is not None else told
@@ -93,7 +94,7 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
     found = [
         (heading, cell(name, show, predicted))
         for heading, name, show, predicted in columns
-        if any(getattr(row, name) is not None for row in report.rows)
+        if any(getattr(row, name) is not None and name not in row.no_yardstick for row in report.rows)
     ]
     about: list[tuple[str, _Cell]] = [("Memory settings", lambda row: row.memory or _NONE)]
     if len({row.gpu for row in report.rows}) > 1:

@@ -10,9 +10,8 @@ from launch.progress import format_duration
 from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import RIVAL
 from tools.report.model import Report
+from tools.report.yardsticks import COSTS, is_no_cost, yardstick_of
 
-_YARDSTICKS = {"cost_same_tokens": "with as many tokens per rank", "cost_same_length": "as long a row"}
-_NO_COST = -0.1
 _RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
 OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
 
@@ -61,7 +60,7 @@ def key_figures(report: Report) -> list[Figure]:
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
     for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
         priced = [row for row in sound if _is_told(row, name)]
-        if any(not row.changed for row in sound if any(_is_told(row, one) for one in _YARDSTICKS)):
+        if any(not row.changed for row in sound if any(_is_told(row, one) for one in COSTS)):
             priced = [row for row in priced if not row.changed]
         if priced:
             row = max(priced, key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
@@ -116,12 +115,12 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
 
 def _costs(sound: Sequence[Row]) -> list[str]:
     """Of the first kind that has any: the longest row of each ring that has its yardstick. The table has all."""
-    priced = [row for row in sound if any(_is_told(row, name) for name in _YARDSTICKS)]
+    priced = [row for row in sound if any(_is_told(row, name) for name in COSTS)]
     kind = priced[0].kind if priced else ""
     sentences = []
     for cp in sorted({row.cp for row in priced if row.kind == kind}):
         told = []
-        for name, words in _YARDSTICKS.items():
+        for name, words in COSTS.items():
             own = [row for row in priced if (row.kind, row.cp) == (kind, cp) and _is_told(row, name)]
             if own:
                 row = max(own, key=lambda row: row.tokens)
@@ -132,35 +131,30 @@ def _costs(sound: Sequence[Row]) -> list[str]:
 
 
 def _no_costs(sound: Sequence[Row]) -> list[str]:
-    """What `_costs` and the key figures leave out, and why."""
-    listed = [
-        f"{_where(row)} ({getattr(row, name):.1%} against cp 1 {words})"
-        for row in sound
-        for name, words in _YARDSTICKS.items()
-        if name not in row.unsound and is_no_cost(row, name)
-    ]
-    if not listed:
-        return []
-    return [
-        f"Left out of the costs of cp, here, in the table and the plots: {len(listed)} below {_NO_COST:.0%}: "
-        f"{', '.join(listed)}. "
-        "There something else holds the row of cp 1 back, its host or settings of memory that it needs: it is no "
-        "yardstick of what cutting a row costs."
-    ]
-
-
-def is_no_cost(row: Row, name: str) -> bool:
-    """Whether a comparison says nothing of what cutting a row costs. The CSV has it all the same."""
-    value = getattr(row, name)
-    return name in _YARDSTICKS and value is not None and value < _NO_COST
+    """What `_costs` and the key figures leave out, and why: a sentence for each row of cp 1 that is no yardstick."""
+    left_out: dict[tuple[int, str], list[tuple[Row, str]]] = {}
+    for row in sound:
+        for name in row.no_yardstick:
+            left_out.setdefault(yardstick_of(row, name), []).append((row, name))
+    sentences = []
+    for (tokens, gpu), costs in left_out.items():
+        shown = ", ".join(
+            f"{_where(row)} would cost {getattr(row, name):.1%} against cp 1 {COSTS[name]}"
+            for row, name in costs
+            if is_no_cost(row, name)
+        )
+        sentences.append(
+            f"Left out of the costs of cp, here, in the table and the plots: all {len(costs)} against cp 1 at "
+            f"{tokens:,} tokens on {short(gpu)}. {shown or 'Another row against it would cost far less than nothing'}: "
+            "something else holds the row of cp 1 back there, its host or settings of memory that it needs. It is no "
+            "yardstick of what cutting a row costs, for other kinds neither, whatever side of 0 theirs are on."
+        )
+    return sentences
 
 
 def _is_told(row: Row, name: str) -> bool:
-    """Whether the row has this comparison, with an undisturbed one.
-
-    A shorter row that loses far more than the longer one waits for its host: no yardstick for what cutting a row costs.
-    """
-    return getattr(row, name) is not None and name not in row.unsound and not is_no_cost(row, name)
+    """Whether the row has this comparison, with an undisturbed one, and with a yardstick that is one."""
+    return getattr(row, name) is not None and name not in row.unsound and name not in row.no_yardstick
 
 
 def _gpus(row: Row, name: str) -> str:
