@@ -70,8 +70,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--max-step-seconds", type=_count, help="leave out points whose step is predicted to take longer")
     add("--timeout", type=_count, default=1800, help="seconds for one point (default: %(default)s)")
     add("--from", type=Path, action="append", dest="records", help="render a steps.jsonl, measure nothing; repeatable")
-    add("--gpu-gb", type=_size, help="memory of a GPU in GiB, where records do not say")
-    add("--host-gb", type=_size, help="host memory of the machine in GiB, where records do not say")
+    add("--gpu-gb", type=_size, help="memory of a GPU in GiB to plan for (default: what records say)")
+    add("--host-gb", type=_size, help="host memory of the machine in GiB to plan for")
     options = parser.parse_intermixed_args(arguments)
     if options.records and (options.cp or options.seq_len or options.overrides):
         parser.error("--from renders what was measured: drop --cp, --seq-len and settings")
@@ -157,8 +157,9 @@ def _write(options: argparse.Namespace, rows: Sequence[StepRow], command: str) -
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         limits=Limits(gpu=options.gpu_gb, host=options.host_gb),
     )
-    if any(one.planned is None for one in report.longest):
-        print("the planner's longest contexts need the machine's memory: --gpu-gb and --host-gb", flush=True)
+    if report.unknown:
+        lacking = ", ".join(report.unknown)
+        print(f"no row says what memory {lacking} has, so nothing is planned for it: --gpu-gb, --host-gb", flush=True)
     print(f"report: {write_report(report, options.out)[0]}", flush=True)
 
 

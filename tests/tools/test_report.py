@@ -21,7 +21,7 @@ from tools.bench.step_rows import StepRow
 from tools.report.axes import Looks, spread_ticks
 from tools.report.derive import Row, config_of, derive_rows, model_at
 from tools.report.kinds import KINDS, kind_of, kind_settings, other_settings, settings_of
-from tools.report.longest import Limits, longest_contexts, machine_facts
+from tools.report.longest import Limits, longest_contexts, machine_facts, machine_limits
 from tools.report.plots import draw_plots, sketches
 from tools.report.render import render_markdown, write_report
 from tools.report.rows_csv import rows_csv
@@ -89,7 +89,9 @@ def test_settings_that_only_some_rows_have_are_said() -> None:
 
 
 def test_the_longest_context_is_the_planners() -> None:
-    facts = machine_facts(GPU_ROWS, Limits(), 4)
+    machine, unknown = machine_limits(GPU_ROWS, Limits())
+    assert (machine, unknown) == (Limits(gpu=79.0, host=500.0), frozenset())
+    facts = machine_facts(machine, 4, on_gpu=True)
     assert facts is not None
     assert facts.host_bytes == 125 << 30
     found = {(one.kind, one.cp): one for one in longest_contexts(GPU_ROWS, Limits())}
@@ -111,6 +113,31 @@ def test_the_longest_context_is_the_planners() -> None:
     assert longest_contexts((replace(GPU_ROWS[2], host_total=None),), Limits())[0].planned is None
     small = longest_contexts((replace(GPU_ROWS[2], host_total=None),), Limits(gpu=20, host=100))[0]
     assert 0 < (small.planned or 0) < four.planned
+
+
+def test_one_machine_is_planned_for_and_shown() -> None:
+    """The smallest known; nothing is planned for rows on a GPU of which no row says its memory."""
+    h200: dict[str, Any] = {"gpu": "NVIDIA H200", "device_total": 139.8, "host_total": 600.0}
+    early = {"device_total": None, "host_total": None}
+    small, large = gpu_row("lagged", 4, 32768, 0.6), gpu_row("softmax", 4, 8192, 0.1, **h200)
+    # rows of an H100 that do not say its memory, beside one of an H200 and one of an H100 that do
+    made = report((gpu_row("softmax", 4, 32768, 0.5, **early), large, small))
+    alone = report((small, gpu_row("softmax", 4, 32768, 0.5)))
+    assert made.machine == alone.machine == Limits(gpu=79.0, host=500.0)
+    assert [one.planned for one in made.longest] == [one.planned for one in alone.longest]
+    text, words = render_markdown(made, []), "79.0 GiB per GPU, 500 GiB of host memory"
+    assert f"Planned for {words}; computed, not run." in text
+    assert f"| Memory | {words} |" in text
+    assert any(words in figure.label for figure in key_figures(made) if "planned to fit" in figure.label)
+    # no row of an H100 says it
+    made = report((gpu_row("softmax", 4, 32768, 0.5, **early), large, replace(small, **h200)))
+    assert (made.machine, made.unknown) == (Limits(gpu=139.8, host=600.0), ("NVIDIA H100 80GB HBM3",))
+    assert [one.planned is None for one in made.longest] == [True, False]
+    told = "| Memory | 139.8 GiB per GPU, 600 GiB of host memory; of H100 80GB HBM3 not recorded: nothing is planned"
+    assert told in render_markdown(made, [])
+    made = report(made.steps, Limits(gpu=20, host=100))
+    assert (made.machine, made.unknown) == (Limits(gpu=20, host=100), ())
+    assert None not in [one.planned for one in made.longest]
 
 
 def test_of_rows_whose_documents_are_kept_no_operations_are_told() -> None:

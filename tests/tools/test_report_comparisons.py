@@ -152,7 +152,9 @@ def test_a_yardstick_is_judged_for_all_kinds_alike() -> None:
         _row("lagged", 4, 32768, 0.543, **H200),
     )
     alone, made = report(others), report((*waiting, *others))
-    assert [figure.value for figure in key_figures(alone) if figure.label.startswith("cost of cp 4")], "what else it said"
+    assert [figure.value for figure in key_figures(alone) if figure.label.startswith("cost of cp 4")], (
+        "what else it said"
+    )
     assert not any("cost of cp" in figure.label for figure in key_figures(made))
     sentences = " ".join(summary_sentences(made))
     assert "all 3 against cp 1 at 8,192 tokens on H200. softmax cp 4 at 32,768 would cost -" in sentences

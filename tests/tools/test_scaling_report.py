@@ -203,14 +203,25 @@ def test_records_from_elsewhere_are_rendered(tmp_path: Path, capsys: pytest.Capt
 def test_the_committed_records_are_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = str(ROOT / "docs/records/steps-4-h100.jsonl")
     assert main(["--from", records, "--preset", "qwen3-0.6b", "--out", str(tmp_path)]) == 0
-    assert "need the machine's memory: --gpu-gb and --host-gb" in capsys.readouterr().out
+    assert "--gpu-gb" not in capsys.readouterr().out, "early rows do not say what an H100 has, later ones do"
     text = (tmp_path / "report.md").read_text()
     settings = "recompute=keep_attention, offload=inputs, tile=8192"
     assert f"| softmax | 4 | 1,048,576 | {settings} | 208 s (212 s) |" in text
-    assert "| softmax | 4 | 1,048,576 | - | machine not known |" in text
+    assert "Planned for 79.2 GiB per GPU, 504 GiB of host memory" in text
     rows = [json.loads(line) for line in Path(records).read_text().splitlines()]
     last = [row for row in rows if row["model"] == "qwen3-0.6b"][-1]
     assert f"{last['mfu_causal']:.1%}" in text
+
+
+def test_a_machine_that_no_record_tells_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    records = _records(tmp_path, gpu_row("softmax", 1, 8192, 1.0, device_total=None))
+    assert main(["--from", records, "--out", out]) == 0
+    hint = "no row says what memory NVIDIA H100 80GB HBM3 has, so nothing is planned for it: --gpu-gb, --host-gb"
+    assert hint in capsys.readouterr().out
+    assert "| softmax | 1 | 8,192 | - | machine not known |" in (tmp_path / "out/report.md").read_text()
+    assert main(["--from", records, "--out", out, "--gpu-gb", "79.2"]) == 0, "its host is known"
+    assert "--gpu-gb" not in capsys.readouterr().out
 
 
 def test_a_last_line_without_its_newline_is_read(tmp_path: Path) -> None:

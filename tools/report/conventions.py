@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
 from tools.report.model import Report
-from tools.report.summary import OTHER_GPU
+from tools.report.summary import OTHER_GPU, in_gib
 
 
 def conventions(report: Report) -> list[tuple[str, str]]:
@@ -100,8 +100,9 @@ def conventions(report: Report) -> list[tuple[str, str]]:
         (
             "Longest context",
             "measured: the longest row of this report that trained a step. Planned: the longest row that the planner "
-            "says fits this machine's memory with any settings, each process with its share of the host's memory; "
-            "computed, not run.",
+            f"says fits a machine of {in_gib(report.machine) or 'memory that nobody told'} with any settings, each "
+            "process with its share of the host's memory; computed, not run. It is one machine for all kinds, the "
+            "smallest where rows are of several.",
         ),
         (
             "Loss difference",

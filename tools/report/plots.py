@@ -87,7 +87,7 @@ class Drawing:
 
 def sketches(report: Report, looks: Looks) -> list[Sketch]:
     """The questions, for this kind of machine."""
-    limit = report.gpu_limit
+    limit = report.machine.gpu
     # Two lines for each kind and ring would be a thicket.
     only = looks.rings[-1] if len(looks.kinds) > 2 and len(looks.rings) > 1 else None
     at = "" if only is None else f", cp {only}"

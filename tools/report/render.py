@@ -17,7 +17,7 @@ from tools.report.longest import Longest
 from tools.report.model import Report
 from tools.report.plots import Plot, draw_plots
 from tools.report.rows_csv import rows_csv
-from tools.report.summary import OTHER_GPU, key_figures, seconds, short, summary_sentences, three_digits
+from tools.report.summary import OTHER_GPU, in_gib, key_figures, seconds, short, summary_sentences, three_digits
 
 TITLE = "How far does a longer context cost what it should?"
 _NONE = "-"
@@ -134,6 +134,7 @@ def _render(template: str, report: Report, **more: object) -> str:
         report=report,
         headings=[name for name, _ in columns],
         lines=lines,
+        planned_for=in_gib(report.machine),
         longest=[_longest_line(one) for one in report.longest],
         figures=[asdict(figure) for figure in key_figures(report)],
         sentences=summary_sentences(report),
@@ -201,9 +202,11 @@ def _shared(steps: Sequence[StepRow]) -> str:
 
 
 def _memory(report: Report) -> str:
-    host = report.limits.host or max((step.host_total or 0.0 for step in report.steps), default=0.0)
-    parts = [f"{report.gpu_limit:.1f} GiB per GPU"] if report.gpu_limit else []
-    return ", ".join([*parts, *([f"{host:.0f} GiB of host memory"] if host else [])])
+    told = [in_gib(report.machine)] if report.machine.host is not None else []
+    if report.unknown:
+        unknown = " and ".join("of the host" if gpu == "cpu" else f"of {short(gpu)}" for gpu in report.unknown)
+        told.append(f"{unknown} not recorded: nothing is planned for its rows without --gpu-gb and --host-gb")
+    return "; ".join(told)
 
 
 def _threads(steps: Sequence[StepRow]) -> str:

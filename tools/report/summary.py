@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from launch.progress import format_duration
 from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import RIVAL
+from tools.report.longest import Limits
 from tools.report.model import Report
 from tools.report.yardsticks import COSTS, is_no_cost, yardstick_of
 
@@ -72,7 +73,8 @@ def key_figures(report: Report) -> list[Figure]:
     planned = [one for one in planned if not one.changed] or planned
     if planned:
         most = max(planned, key=lambda one: one.planned or 0)
-        label = f"tokens: longest row planned to fit ({most.kind}, cp {most.cp}); computed, not run"
+        where = f"{most.kind}, cp {most.cp}, {in_gib(report.machine)}"
+        label = f"tokens: longest row planned to fit ({where}); computed, not run"
         figures.append(Figure(value=count(most.planned or 0), label=label))
     return figures
 
@@ -232,6 +234,12 @@ def count(tokens: int) -> str:
 def short(gpu: str) -> str:
     """Its name without the maker's."""
     return gpu.removeprefix("NVIDIA ")
+
+
+def in_gib(machine: Limits) -> str:
+    """Memory of a machine."""
+    gpu = [] if machine.gpu is None else [f"{machine.gpu:.1f} GiB per GPU"]
+    return ", ".join([*gpu, *([] if machine.host is None else [f"{machine.host:.0f} GiB of host memory"])])
 
 
 def seconds(value: float | None) -> str:
