@@ -186,7 +186,7 @@ def _measure(options: argparse.Namespace, model: str, command: str, left_out: li
     most = min(options.nproc or sys.maxsize, gpus if device == "cuda" else sys.maxsize)
     wanted = wanted_cases(options, model)
     with Cases(out=options.out, device=device, choices=choices, command=command) as cases:
-        cases.config(replace(wanted[-1], size=1))  # a wrong setting is an error, not a table of refusals
+        _check(cases, wanted)
         for number, case in enumerate(wanted, start=1):
             kind = kind_of(case.overrides, model)
             print(f"[{number}/{len(wanted)}] {kind}, cp {case.size}, {case.tokens:,} tokens", flush=True)
@@ -194,6 +194,21 @@ def _measure(options: argparse.Namespace, model: str, command: str, left_out: li
             if row.status == "left out":
                 left_out.append(row)
             print(f"  {_line(row)}", flush=True)
+
+
+def _check(cases: Cases, wanted: Sequence[Case]) -> None:
+    """A wrong setting is an error, not a table of refusals; one that goes with some of the points is a setting.
+
+    Raises:
+        ConfigError: Of the last point, if no point has a configuration.
+    """
+    for case in wanted[:-1]:
+        try:
+            cases.config(case)
+        except ConfigError:
+            continue
+        return
+    cases.config(wanted[-1])
 
 
 def wanted_cases(options: argparse.Namespace, model: str) -> list[Case]:

@@ -115,6 +115,16 @@ def test_the_longest_context_is_the_planners() -> None:
     assert 0 < (small.planned or 0) < four.planned
 
 
+@pytest.mark.parametrize("status", ["invalid", "refused"])
+def test_a_row_too_short_for_its_ring_is_not_too_long(status: str) -> None:
+    """Older records call that "refused" too."""
+    note = "bench_step.yaml:3: data.seq_len: layout zigzag over cp=4 ranks needs at least 8 tokens per row"
+    short = replace(CPU, num_ranks=4, tokens=4, status=status, note=note)
+    far = replace(CPU, num_ranks=4, tokens=1 << 40, status="refused", note="memory: a row is predicted not to fit")
+    assert [one.too_long for one in longest_contexts((short, cpu_row(4, 1024, 1.0)), Limits())] == [None]
+    assert [one.too_long for one in longest_contexts((short, cpu_row(4, 1024, 1.0), far), Limits())] == [1 << 40]
+
+
 def test_one_machine_is_planned_for_and_shown() -> None:
     """The smallest known; nothing is planned for rows on a GPU of which no row says its memory."""
     h200: dict[str, Any] = {"gpu": "NVIDIA H200", "device_total": 139.8, "host_total": 600.0}

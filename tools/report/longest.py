@@ -15,7 +15,7 @@ from tools.bench.step_rows import StepRow
 from tools.report.derive import common_settings, conditions_of, config_of, kind_name, kind_order
 from tools.report.kinds import RIVAL, changes_model
 
-_TOO_LONG = ("out of memory", "refused")
+_UNFIT = "predicted not to fit"  # in the note of a row that the planner refused; older ones were refused for more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Longest:
     Attributes:
         changed: Whether the model is not the preset as it is.
         measured: Longest row in tokens that trained a step; None if none did.
-        too_long: Shortest row that ran out of memory or was refused; None if none was.
+        too_long: Shortest row that ran out of memory or that the planner refused; None if none was.
         planned: Longest row predicted to fit, with whatever memory settings; None where the machine is not known.
         memory: Those settings.
         seconds: Predicted time of its step; None on CPUs, and with documents kept, whose attention is shorter.
@@ -97,9 +97,13 @@ def machine_facts(machine: Limits, cp: int, *, on_gpu: bool) -> DeviceFacts | No
     return DeviceFacts(device_bytes=device, host_bytes=int(machine.host * GIB / cp))
 
 
+def _is_too_long(step: StepRow) -> bool:
+    return step.status == "out of memory" or (step.status == "refused" and _UNFIT in step.note)
+
+
 def _longest(kind: str, cp: int, steps: Sequence[StepRow], facts: DeviceFacts | None) -> Longest:
     measured = max((step.tokens for step in steps if step.seconds), default=None)
-    too_long = min((step.tokens for step in steps if step.status in _TOO_LONG), default=None)
+    too_long = min((step.tokens for step in steps if _is_too_long(step)), default=None)
     changed = any(map(changes_model, conditions_of(steps[0])))
     known = {"kind": kind, "changed": changed, "cp": cp, "measured": measured, "too_long": too_long}
     if facts is None:
