@@ -179,7 +179,8 @@ def test_the_summary_says_what_counts() -> None:
     told = "\n".join(summary_sentences(report((*GPU_ROWS[:rival], uneven, *GPU_ROWS[rival + 1 :]))))
     assert "takes 2.50 times ours at 32,768 tokens (its own steps differ by 20%)." in told
     assert "torch's part of GPU memory +10% to +10%, a GPU's memory in use -4% to -4%" in text
-    assert "step time -10% to -10%" in text
+    assert "step time -10% to -10%. These are predictions of the planner of each row's day" in text
+    assert (Path(__file__).parent / "test_step_records.py").exists(), "where that sentence sends its reader"
     figures = {figure.value: figure.label for figure in key_figures(made)}
     assert figures["32k"].startswith("tokens: longest row trained (softmax, cp 4, 20 GiB allocated on a GPU)")
     assert figures["400 ms"] == "a step over 32,768 tokens (softmax, cp 4)"

@@ -113,6 +113,36 @@ def test_another_gpu_is_said_wherever_two_rows_are_compared() -> None:
     assert any("softmax, H100 80GB HBM3 against H200" in figure.label for figure in key_figures(made))
 
 
+def test_another_version_of_the_code_is_said_wherever_two_rows_are_compared() -> None:
+    steps = (
+        _row("softmax", 4, FAR, 2.0, commit="aaa"),
+        _row("softmax", 4, 8192, 0.5, commit=None),
+        _row("softmax", 1, 65536, 4.0, commit="aaa"),
+        _row("softmax", 4, 65536, 2.0, commit="bbb+"),
+        _row("lagged", 4, FAR, 3.0, commit="aaa"),
+        _row("lagged", 4, 8192, 1.0, commit="aaa"),
+        _row("sas", 4, FAR, 5.0, commit="bbb+"),
+    )
+    made = report(steps)
+    found = {(row.attention, row.tokens): dict(row.other_code) for row in made.rows if row.other_code}
+    softmax = {"cost_same_length": "aaa"}
+    assert found == {("SAS r=2", FAR): {"against_softmax": "aaa"}, ("softmax", 65536): softmax}, (
+        "of the others one is the same, one not recorded"
+    )
+    text = render_markdown(made, [])
+    assert [text.count(one) for one in ("| 2.50x ~ |", "| 50.0% ~ |", "| 1.50x |", "| 2.00x |")] == [1, 1, 1, 1]
+    assert "- **~**: the two compared rows were measured with different versions of the code (commits)" in text
+    sentences = " ".join(summary_sentences(made))
+    assert "SAS r=2 2.50 times (at 1,048,576 tokens, cp 4, by different commits)" in sentences
+    assert "lagged 128 1.50 times (at 1,048,576 tokens, cp 4)," in sentences
+    assert "as long a row (at 65,536 tokens, by different commits)" in sentences
+    assert "| Commit | aaa; bbb+; not recorded for 1 of 7 rows |" in text
+    same = report(tuple(replace(step, commit="aaa") for step in steps))
+    assert "~" not in dict(conventions(same))
+    assert "different commits" not in " ".join(summary_sentences(same))
+    assert "| Commit | aaa |" in render_markdown(same, [])
+
+
 def test_one_gpu_needs_no_mark() -> None:
     made = report(tuple(replace(step, gpu="NVIDIA H200") for step in MIXED))
     assert not any(row.across for row in made.rows)

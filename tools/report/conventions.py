@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
 from tools.report.model import Report
-from tools.report.summary import OTHER_GPU, in_gib
+from tools.report.summary import OTHER_CODE, OTHER_GPU, in_gib
 
 
 def conventions(report: Report) -> list[tuple[str, str]]:
@@ -72,6 +72,17 @@ def conventions(report: Report) -> list[tuple[str, str]]:
                 )
             ]
             if pairs
+            else []
+        ),
+        *(
+            [
+                (
+                    OTHER_CODE,
+                    "the two compared rows were measured with different versions of the code (commits), so that part "
+                    "of the difference may be theirs. Nothing is marked where one of them has no commit recorded.",
+                )
+            ]
+            if any(row.other_code for row in report.rows)
             else []
         ),
         (

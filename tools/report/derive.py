@@ -37,6 +37,7 @@ class Row:
         against_softmax: Step time over that of our softmax at the same cp and length, a ratio.
         loss_difference: |first loss - that of cp 1 at the same length| / the latter.
         across: GPU of the row it is compared with, by the comparison's name, where that is not its own.
+        other_code: The same of its commit; nothing where one of the two has none.
         unsound: Names of the comparisons with a disturbed row.
         no_yardstick: Names of the costs whose row of cp 1 says nothing of what cutting a row costs; see `yardsticks`.
     """
@@ -79,7 +80,9 @@ class Row:
     timings: int = 0
     settings: str = ""
     gpu: str = ""
+    commit: str = ""
     across: Mapping[str, str] = field(default_factory=dict)
+    other_code: Mapping[str, str] = field(default_factory=dict)
     unsound: tuple[str, ...] = ()
     no_yardstick: tuple[str, ...] = ()
     measured_at: str = ""
@@ -228,6 +231,7 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
         timings=len(step.step_seconds),
         settings=step.settings,
         gpu=step.gpu,
+        commit=step.commit or "",
         measured_at=step.measured_at,
     )
 
@@ -260,6 +264,11 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
         **{name: value for name, (_, value) in compared.items()},  # type: ignore[arg-type]
         best=min(same, key=lambda other: _or_zero(other.step_seconds)) is row,
         across={name: other.gpu for name, other in others.items() if other.gpu != row.gpu},
+        other_code={
+            name: other.commit
+            for name, other in others.items()
+            if row.commit and other.commit and other.commit != row.commit
+        },
         unsound=tuple(name for name, other in others.items() if is_disturbed(other)),
     )
 

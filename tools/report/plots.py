@@ -271,9 +271,17 @@ def _drawer(sketch: Sketch, report: Report, looks: Looks) -> Callable[[Axes], No
                 markeredgecolor="white",
                 linewidth=2,
             )
-        across = [row for row in report.rows if sketch.compares in row.across]
-        for (kind, cp), line in _lines(sketch.value, across, sketch.only).items():
-            notes = [*dict.fromkeys([*notes, "hollow: against a row on another GPU"])]
+        gpus = [row for row in report.rows if sketch.compares in row.across]
+        commits = [row for row in report.rows if sketch.compares in row.other_code]
+        reasons = [
+            words
+            for words, rows in (("on another GPU", gpus), ("of another commit", commits))
+            if _lines(sketch.value, rows, sketch.only)
+        ]
+        if reasons:
+            notes.append(f"hollow: against a row {' or '.join(reasons)}")
+        hollow = [row for row in report.rows if row in gpus or row in commits]
+        for (kind, cp), line in _lines(sketch.value, hollow, sketch.only).items():
             axes.plot(
                 *zip(*line, strict=True),
                 color="white",

@@ -17,7 +17,16 @@ from tools.report.longest import Longest
 from tools.report.model import Report
 from tools.report.plots import Plot, draw_plots
 from tools.report.rows_csv import rows_csv
-from tools.report.summary import OTHER_GPU, in_gib, key_figures, seconds, short, summary_sentences, three_digits
+from tools.report.summary import (
+    OTHER_CODE,
+    OTHER_GPU,
+    in_gib,
+    key_figures,
+    seconds,
+    short,
+    summary_sentences,
+    three_digits,
+)
 
 TITLE = "How far does a longer context cost what it should?"
 _NONE = "-"
@@ -87,7 +96,8 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
             value = None if name in row.no_yardstick else getattr(row, name)
             foreseen = None if predicted is None else getattr(row, predicted)
             told = (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
-            return f"{told} {OTHER_GPU}" if name in row.across and value is not None else told
+            marks = ((OTHER_GPU, row.across), (OTHER_CODE, row.other_code))
+            return " ".join([told, *(mark for mark, others in marks if name in others and value is not None)])
 
         return shown
 
@@ -184,7 +194,7 @@ def _sources(report: Report) -> list[tuple[str, str]]:
         ("Memory", _memory(report)),
         ("Threads per process", _threads(steps)),
         ("Versions", all_of("versions")),
-        ("Commit", all_of("commit")),
+        ("Commit", "; ".join(filter(None, (all_of("commit"), _without_commit(steps))))),
         ("Timings", f"{min(len(s.step_seconds) for s in ok)} to {max(len(s.step_seconds) for s in ok)} per point")
         if (ok := [step for step in steps if step.seconds])
         else ("Timings", ""),
@@ -194,6 +204,11 @@ def _sources(report: Report) -> list[tuple[str, str]]:
         *(("Commands of the rows", command) for command in _commands(report)),
     ]
     return [(name, value) for name, value in known if value]
+
+
+def _without_commit(steps: Sequence[StepRow]) -> str:
+    number = sum(not step.commit for step in steps)
+    return f"not recorded for {number} of {len(steps)} rows" if number else ""
 
 
 def _shared(steps: Sequence[StepRow]) -> str:

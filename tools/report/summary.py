@@ -15,6 +15,7 @@ from tools.report.yardsticks import COSTS, is_no_cost, yardstick_of
 
 _RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
 OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
+OTHER_CODE = "~"  # and one of rows that different versions of the code measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def key_figures(report: Report) -> list[Figure]:
             priced = [row for row in priced if not row.changed]
         if priced:
             row = max(priced, key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
-            where = f"{row.tokens:,} tokens, {row.kind}{_gpus(row, name)}"
+            where = f"{row.tokens:,} tokens, {row.kind}{_across(row, name)}"
             label = f"cost of cp {row.cp} against cp 1 at the same {words}: {where}"
             figures.append(Figure(value=f"{getattr(row, name):.1%}", label=label))
             break
@@ -126,7 +127,7 @@ def _costs(sound: Sequence[Row]) -> list[str]:
             own = [row for row in priced if (row.kind, row.cp) == (kind, cp) and _is_told(row, name)]
             if own:
                 row = max(own, key=lambda row: row.tokens)
-                where = f"at {row.tokens:,} tokens{_gpus(row, name)}"
+                where = f"at {row.tokens:,} tokens{_across(row, name)}"
                 told.append(f"{getattr(row, name):.1%} against cp 1 {words} ({where})")
         sentences.append(f"Cost of cp {cp}, {kind}: {'; '.join(told)}.")
     return sentences
@@ -159,8 +160,9 @@ def _is_told(row: Row, name: str) -> bool:
     return getattr(row, name) is not None and name not in row.unsound and name not in row.no_yardstick
 
 
-def _gpus(row: Row, name: str) -> str:
-    return f", {short(row.gpu)} against {short(row.across[name])}" if name in row.across else ""
+def _across(row: Row, name: str) -> str:
+    gpus = f", {short(row.gpu)} against {short(row.across[name])}" if name in row.across else ""
+    return f"{gpus}{', by different commits' if name in row.other_code else ''}"
 
 
 def _kinds(sound: Sequence[Row]) -> list[str]:
@@ -168,19 +170,20 @@ def _kinds(sound: Sequence[Row]) -> list[str]:
     told = []
     for kind in dict.fromkeys(row.kind for row in compared):
         row = max((row for row in compared if row.kind == kind), key=lambda row: (row.tokens, row.cp))
-        where = f"at {row.tokens:,} tokens, cp {row.cp}{_gpus(row, 'against_softmax')}"
+        where = f"at {row.tokens:,} tokens, cp {row.cp}{_across(row, 'against_softmax')}"
         told.append(f"{kind} {row.against_softmax:.2f} times ({where})")
     return [f"Step time against softmax: {', '.join(told)}."] if told else []
 
 
 def _rival(sound: Sequence[Row]) -> list[str]:
+    name = "against_softmax"
     told = [
-        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_gpus(row, 'against_softmax')}{_restless(row)}"
+        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_across(row, name)}{_restless(row)}"
         for row in sound
-        if row.kind == RIVAL and _is_told(row, "against_softmax")
+        if row.kind == RIVAL and _is_told(row, name)
     ]
-    name = "transformers + FSDP2 + torch's context_parallel (rival)"
-    return [f"On as many GPUs a step of {name} takes {', '.join(told)}."] if told else []
+    rival = "transformers + FSDP2 + torch's context_parallel (rival)"
+    return [f"On as many GPUs a step of {rival} takes {', '.join(told)}."] if told else []
 
 
 def _restless(row: Row) -> str:
@@ -204,7 +207,13 @@ def _predictions(measured: Sequence[Row]) -> list[str]:
         ]
         if errors:
             told.append(f"{words} {_signed(min(errors))} to {_signed(max(errors))}")
-    return [f"Predicted before each step, against measured: {', '.join(told)}."] if told else []
+    if not told:
+        return []
+    return [
+        f"Predicted before each step, against measured: {', '.join(told)}. These are predictions of the planner of "
+        "each row's day, as its record holds them; today's planner is held against the committed records in "
+        "docs/memory.md and by tests/tools/test_step_records.py."
+    ]
 
 
 def _signed(error: float) -> str:
