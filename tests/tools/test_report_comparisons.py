@@ -225,6 +225,37 @@ def test_headlines_are_of_the_preset_as_it_is() -> None:
     assert labels[0].startswith("tokens: longest row trained (softmax, 4 layers, cp 4,"), "there is no other, so say it"
 
 
+def test_headlines_tell_rows_of_many_documents_from_one() -> None:
+    """Their attention is short: a long row of many takes as long as a much shorter one of one."""
+    kept = _row("softmax", 4, 2 * FAR, 269.0, documents="kept")
+    figures = {figure.value: figure.label for figure in key_figures(report((_row("softmax", 4, FAR, 208.0), kept)))}
+    words = "of many documents: attention is short"
+    assert figures["2M"].startswith("tokens: longest row trained (softmax, documents kept, cp 4, ")
+    assert words in figures["2M"]
+    assert figures["208 s"] == "a step over 1,048,576 tokens (softmax, cp 4)"
+    both = (replace(kept, tokens=FAR), _row("softmax", 4, FAR, 400.0))
+    figures = {figure.value: figure.label for figure in key_figures(report(both))}
+    assert "documents" not in figures["1M"] + figures["400 s"], "of two rows as long that of one document"
+    (time,) = [figure for figure in key_figures(report((kept,))) if figure.label.startswith("a step over")]
+    assert (time.value, words in time.label) == ("269 s", True), "there is no other, so say it"
+
+
+def test_losses_of_shorter_warm_ups_are_not_compared() -> None:
+    """The first loss is the warm-up's, above 262,144 tokens of another row."""
+    alone = _row("softmax", 1, FAR, 4.0, losses=(6.0, 5.0))
+    ring = _row("softmax", 4, FAR, 1.0, losses=(6.6, 5.0))
+    short = {"warmup": "32768 tokens"}
+    for first, second, wanted in (
+        (alone, ring, pytest.approx(0.1)),
+        (replace(alone, **short), replace(ring, **short), None),
+        (alone, replace(ring, **short), None),
+        (replace(alone, **short), ring, None),
+    ):
+        made = report((first, second))
+        assert made.rows[1].loss_difference == wanted
+        assert ("First losses agree" in " ".join(summary_sentences(made))) == (wanted is not None)
+
+
 def test_the_planned_headline_is_of_the_preset_as_it_is() -> None:
     made = report(MIXED)
     assert [one.changed for one in made.longest] == [False, True, True, True]

@@ -118,6 +118,7 @@ def conventions(report: Report) -> list[tuple[str, str]]:
         (
             "Loss difference",
             "relative difference of the first loss from that of cp 1 at the same length: a check that the ring "
-            "computes the same thing.",
+            "computes the same thing. The first loss is the warm-up's: nothing is compared where a warm-up ran on a "
+            "shorter row.",
         ),
     ]

@@ -18,6 +18,7 @@ from tools.report.kinds import RIVAL, changes_model, in_words, kind_of, other_se
 # From here on a number is called disturbed: spread of the timings; share of the used cores that others took.
 RESTLESS_SPREAD = 0.25
 RESTLESS_CORES = 0.1
+KEPT = "documents kept"  # the condition of rows whose documents do not see each other
 _Point = tuple[str, tuple[str, ...], int, int]  # attention, conditions, cp, tokens
 
 
@@ -35,7 +36,8 @@ class Row:
         cost_same_tokens: 1 - FLOP/s per unit over those of cp 1 with as many tokens per rank, a ratio.
         cost_same_length: 1 - tokens/s per unit over those of cp 1 at the same length, a ratio.
         against_softmax: Step time over that of our softmax at the same cp and length, a ratio.
-        loss_difference: |first loss - that of cp 1 at the same length| / the latter.
+        loss_difference: |first loss - that of cp 1 at the same length| / the latter, where both are of such a row.
+        warmed_up_on_itself: Whether the first loss is of a row as long as this one.
         across: GPU of the row it is compared with, by the comparison's name, where that is not its own.
         other_code: The same of its commit; nothing where one of the two has none.
         unsound: Names of the comparisons with a disturbed row.
@@ -72,6 +74,7 @@ class Row:
     predicted_used_gib: float | None = None
     predicted_host_gib: float | None = None
     first_loss: float | None = None
+    warmed_up_on_itself: bool = False
     loss_difference: float | None = None
     gpu_total_gib: float | None = None
     other_cores: float | None = None
@@ -96,6 +99,11 @@ class Row:
     def is_ours(self) -> bool:
         """Whether it is this project's own trainer."""
         return not self.kind.startswith(RIVAL)
+
+    @property
+    def one_document(self) -> bool:
+        """Whether every token of its row sees all that come before."""
+        return KEPT not in self.conditions
 
     @property
     def changed(self) -> bool:
@@ -145,7 +153,7 @@ def common_settings(steps: Sequence[StepRow]) -> tuple[str, ...]:
 
 def conditions_of(step: StepRow) -> tuple[str, ...]:
     """What a row was measured with beside kind and memory, in one order."""
-    documents = ("documents kept",) if step.documents == "kept" else ()
+    documents = (KEPT,) if step.documents == "kept" else ()
     return (*documents, *sorted(other_settings(settings_of(step.settings))))
 
 
@@ -223,6 +231,7 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
         predicted_allocated_gib=step.predicted_allocated,
         predicted_used_gib=step.predicted_device,
         predicted_host_gib=step.predicted_host,
+        warmed_up_on_itself=step.warmup == f"{step.tokens} tokens",
         first_loss=step.losses[0] if step.losses else None,
         gpu_total_gib=step.device_total,
         other_cores=step.other_cores,
@@ -252,7 +261,9 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
         narrow = yardstick(row.attention, 1, row.tokens // row.cp) if row.tokens % row.cp == 0 else None
         compared["cost_same_tokens"] = (narrow, _cost(row, narrow, "tflops_per_unit_causal"))
         compared["cost_same_length"] = (alone, _cost(row, alone, "tokens_per_second_per_unit"))
-        if alone is not None and alone.first_loss and row.first_loss is not None:
+        # Another row's loss is no check: long rows are warmed up on a short one, whose loss comes first.
+        same_row = alone is not None and alone.warmed_up_on_itself and row.warmed_up_on_itself
+        if alone is not None and same_row and alone.first_loss and row.first_loss is not None:
             compared["loss_difference"] = (alone, abs(row.first_loss - alone.first_loss) / abs(alone.first_loss))
     plain = None if row.attention == "softmax" else yardstick("softmax", row.cp, row.tokens)
     if plain is not None:

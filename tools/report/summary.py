@@ -40,19 +40,27 @@ def key_figures(report: Report) -> list[Figure]:
     def on(row: Row) -> str:
         return f", {row.gpu.removeprefix('NVIDIA ')}" if several and row.gpu else ""
 
-    last = max(whole, key=lambda row: (row.tokens, -(row.step_seconds or 0.0)))
+    def longest(rows: Sequence[Row]) -> Row:
+        return max(rows, key=lambda row: (row.tokens, row.one_document, -(row.step_seconds or 0.0)))
+
+    def named(row: Row) -> str:
+        return f"{row.kind}, cp {row.cp}{on(row)}"
+
+    def many(row: Row) -> str:
+        return "" if row.one_document else "; of many documents: attention is short"
+
+    last = longest(whole)
+    timed = longest([row for row in whole if row.one_document] or whole)
     memory = ""
     if last.gpu_allocated_gib is not None:
         memory = f", {last.gpu_allocated_gib:.3g} GiB allocated on a GPU"
     elif last.host_peak_gib is not None:
         memory = f", {last.host_peak_gib:.2g} GiB in the largest process"
     figures = [
+        Figure(value=count(last.tokens), label=f"tokens: longest row trained ({named(last)}{memory}{many(last)})"),
         Figure(
-            value=count(last.tokens), label=f"tokens: longest row trained ({last.kind}, cp {last.cp}{on(last)}{memory})"
-        ),
-        Figure(
-            value=seconds(last.step_seconds),
-            label=f"a step over {last.tokens:,} tokens ({last.kind}, cp {last.cp}{on(last)})",
+            value=seconds(timed.step_seconds),
+            label=f"a step over {timed.tokens:,} tokens ({named(timed)}{many(timed)})",
         ),
     ]
     used = max(whole, key=lambda row: row.mfu_causal or 0.0)
