@@ -166,7 +166,7 @@ def test_a_row_that_waits_for_its_host_is_no_yardstick_of_costs() -> None:
     sentences = " ".join(summary_sentences(made))
     assert "Cost of cp" not in sentences
     percent = f"{made.rows[1].cost_same_tokens:.1%}"
-    told = f"softmax cp 4 at 32,768 would cost {percent} against cp 1 with as many tokens per rank: something else "
+    told = f"would be {percent} for softmax cp 4 at 32,768 against cp 1 with as many tokens per rank: something else "
     assert told in sentences
     markdown = render_markdown(made, [])
     assert told in markdown
@@ -187,7 +187,7 @@ def test_a_yardstick_is_judged_for_all_kinds_alike() -> None:
     )
     assert not any("cost of cp" in figure.label for figure in key_figures(made))
     sentences = " ".join(summary_sentences(made))
-    assert "all 3 against cp 1 at 8,192 tokens on H200. softmax cp 4 at 32,768 would cost -" in sentences
+    assert "all 3 against cp 1 at 8,192 tokens on H200. They would be -" in sentences
     assert "Cost of cp" not in sentences
     assert "Cost, same" not in render_markdown(made, [])
     assert [row.no_yardstick for row in made.rows] == [

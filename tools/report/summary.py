@@ -150,15 +150,16 @@ def _no_costs(sound: Sequence[Row]) -> list[str]:
     sentences = []
     for (tokens, gpu), costs in left_out.items():
         shown = ", ".join(
-            f"{_where(row)} would cost {getattr(row, name):.1%} against cp 1 {COSTS[name]}"
+            f"{getattr(row, name):.1%} for {_where(row)} against cp 1 {COSTS[name]}"
             for row, name in costs
             if is_no_cost(row, name)
         )
         sentences.append(
             f"Left out of the costs of cp, here, in the table and the plots: all {len(costs)} against cp 1 at "
-            f"{tokens:,} tokens on {short(gpu)}. {shown or 'Another row against it would cost far less than nothing'}: "
-            "something else holds the row of cp 1 back there, its host or settings of memory that it needs. It is no "
-            "yardstick of what cutting a row costs, for other kinds neither, whatever side of 0 theirs are on."
+            f"{tokens:,} tokens on {short(gpu)}. They would be {shown or 'far below 0 for a row that is left out'}: "
+            "something else holds cp 1 back there, its host or settings of memory that it needs. So it is no yardstick "
+            "of what cutting a row costs, and that of other kinds is none either, on whichever side of 0 their costs "
+            "come out."
         )
     return sentences
 
