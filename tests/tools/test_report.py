@@ -19,12 +19,14 @@ from model.presets import PRESETS
 from tests.tools.report_records import CPU, CPU_ROWS, FAILED, GPU_ROWS, cpu_row, gpu_row, report
 from tools.bench.step_rows import StepRow
 from tools.report.axes import Looks, spread_ticks
-from tools.report.derive import Row, config_of, derive_rows, model_at
+from tools.report.derive import Row, derive_rows
 from tools.report.kinds import KINDS, kind_of, kind_settings, other_settings, settings_of
 from tools.report.longest import Limits, longest_contexts, machine_facts, machine_limits
-from tools.report.plots import draw_plots, sketches
+from tools.report.names import config_of, model_at
+from tools.report.plots import draw_plots
 from tools.report.render import render_markdown, write_report
 from tools.report.rows_csv import rows_csv
+from tools.report.sketches import sketches
 from tools.report.summary import count, key_figures, seconds, summary_sentences
 
 
@@ -299,6 +301,8 @@ def test_many_kinds_share_a_report() -> None:
     assert len(set(names)) == len(names) == 7
     memory = sketches(made, looks)[2]
     assert (memory.only, memory.reference) == (4, (79.0, "a GPU has 79"))
+    mixed = report((*GPU_ROWS, gpu_row("softmax", 4, 65536, 2.0, gpu="NVIDIA H200", device_total=139.8)))
+    assert sketches(mixed, Looks.of(mixed.rows))[2].reference == (79.0, "a GPU planned for has 79")
 
 
 def test_numbers_are_said_shortly() -> None:

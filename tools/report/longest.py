@@ -12,8 +12,8 @@ from launch.memory_search import DeviceFacts, case_at, choose, longest_row
 from launch.model_shape import model_of
 from launch.rates import RatesFile
 from tools.bench.step_rows import StepRow
-from tools.report.derive import common_settings, conditions_of, config_of, kind_name, kind_order
 from tools.report.kinds import RIVAL, changes_model
+from tools.report.names import common_settings, conditions_of, config_of, kind_name, kind_order
 
 _UNFIT = "predicted not to fit"  # in the note of a row that the planner refused; older ones were refused for more
 

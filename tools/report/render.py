@@ -11,10 +11,11 @@ from pathlib import Path
 
 from tools.bench.step_rows import StepRow
 from tools.report.conventions import conventions
-from tools.report.derive import Row, common_settings, is_disturbed
+from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import in_words
 from tools.report.longest import Longest
 from tools.report.model import Report
+from tools.report.names import common_settings
 from tools.report.plots import Plot, draw_plots
 from tools.report.rows_csv import rows_csv
 from tools.report.summary import (
