@@ -70,8 +70,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--max-step-seconds", type=_count, help="leave out points whose step is predicted to take longer")
     add("--timeout", type=_count, default=1800, help="seconds for one point (default: %(default)s)")
     add("--from", type=Path, action="append", dest="records", help="render a steps.jsonl, measure nothing; repeatable")
-    add("--gpu-gb", type=_size, help="memory of a GPU in GiB, where records do not say")
-    add("--host-gb", type=_size, help="host memory of the machine in GiB, where records do not say")
+    add("--gpu-gb", type=_size, help="memory of a GPU in GiB to plan for (default: what records say)")
+    add("--host-gb", type=_size, help="host memory of the machine in GiB to plan for")
     options = parser.parse_intermixed_args(arguments)
     if options.records and (options.cp or options.seq_len or options.overrides):
         parser.error("--from renders what was measured: drop --cp, --seq-len and settings")
@@ -157,8 +157,9 @@ def _write(options: argparse.Namespace, rows: Sequence[StepRow], command: str) -
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         limits=Limits(gpu=options.gpu_gb, host=options.host_gb),
     )
-    if any(one.planned is None for one in report.longest):
-        print("the planner's longest contexts need the machine's memory: --gpu-gb and --host-gb", flush=True)
+    if report.unknown:
+        lacking = ", ".join(report.unknown)
+        print(f"no row says what memory {lacking} has, so nothing is planned for it: --gpu-gb, --host-gb", flush=True)
     print(f"report: {write_report(report, options.out)[0]}", flush=True)
 
 
@@ -185,7 +186,7 @@ def _measure(options: argparse.Namespace, model: str, command: str, left_out: li
     most = min(options.nproc or sys.maxsize, gpus if device == "cuda" else sys.maxsize)
     wanted = wanted_cases(options, model)
     with Cases(out=options.out, device=device, choices=choices, command=command) as cases:
-        cases.config(replace(wanted[-1], size=1))  # a wrong setting is an error, not a table of refusals
+        _check(cases, wanted)
         for number, case in enumerate(wanted, start=1):
             kind = kind_of(case.overrides, model)
             print(f"[{number}/{len(wanted)}] {kind}, cp {case.size}, {case.tokens:,} tokens", flush=True)
@@ -193,6 +194,21 @@ def _measure(options: argparse.Namespace, model: str, command: str, left_out: li
             if row.status == "left out":
                 left_out.append(row)
             print(f"  {_line(row)}", flush=True)
+
+
+def _check(cases: Cases, wanted: Sequence[Case]) -> None:
+    """A wrong setting is an error, not a table of refusals; one that goes with some of the points is a setting.
+
+    Raises:
+        ConfigError: Of the last point, if no point has a configuration.
+    """
+    for case in wanted[:-1]:
+        try:
+            cases.config(case)
+        except ConfigError:
+            continue
+        return
+    cases.config(wanted[-1])
 
 
 def wanted_cases(options: argparse.Namespace, model: str) -> list[Case]:

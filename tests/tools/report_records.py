@@ -33,6 +33,7 @@ def cpu_row(cp: int, tokens: int, seconds: float, **change: Any) -> StepRow:
     values: dict[str, Any] = {
         "num_ranks": cp,
         "tokens": tokens,
+        "warmup": f"{tokens} tokens",
         "threads": max(1, 2 // cp),
         "units": 2,
         "other_cores": 0.02,
@@ -56,6 +57,7 @@ def gpu_row(kind: str, cp: int, tokens: int, seconds: float, **change: Any) -> S
         "model": "qwen3-0.6b",
         "num_ranks": cp,
         "tokens": tokens,
+        "warmup": f"{tokens} tokens",
         "units": cp,
         "step_seconds": (seconds,),
         "seconds": seconds,

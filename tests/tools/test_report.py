@@ -19,11 +19,14 @@ from model.presets import PRESETS
 from tests.tools.report_records import CPU, CPU_ROWS, FAILED, GPU_ROWS, cpu_row, gpu_row, report
 from tools.bench.step_rows import StepRow
 from tools.report.axes import Looks, spread_ticks
-from tools.report.derive import Row, config_of, derive_rows, model_at, rows_csv
+from tools.report.derive import Row, derive_rows
 from tools.report.kinds import KINDS, kind_of, kind_settings, other_settings, settings_of
-from tools.report.longest import Limits, longest_contexts, machine_facts
-from tools.report.plots import draw_plots, sketches
+from tools.report.longest import Limits, longest_contexts, machine_facts, machine_limits
+from tools.report.names import config_of, model_at
+from tools.report.plots import draw_plots
 from tools.report.render import render_markdown, write_report
+from tools.report.rows_csv import rows_csv
+from tools.report.sketches import sketches
 from tools.report.summary import count, key_figures, seconds, summary_sentences
 
 
@@ -88,7 +91,9 @@ def test_settings_that_only_some_rows_have_are_said() -> None:
 
 
 def test_the_longest_context_is_the_planners() -> None:
-    facts = machine_facts(GPU_ROWS, Limits(), 4)
+    machine, unknown = machine_limits(GPU_ROWS, Limits())
+    assert (machine, unknown) == (Limits(gpu=79.0, host=500.0), frozenset())
+    facts = machine_facts(machine, 4, on_gpu=True)
     assert facts is not None
     assert facts.host_bytes == 125 << 30
     found = {(one.kind, one.cp): one for one in longest_contexts(GPU_ROWS, Limits())}
@@ -110,6 +115,41 @@ def test_the_longest_context_is_the_planners() -> None:
     assert longest_contexts((replace(GPU_ROWS[2], host_total=None),), Limits())[0].planned is None
     small = longest_contexts((replace(GPU_ROWS[2], host_total=None),), Limits(gpu=20, host=100))[0]
     assert 0 < (small.planned or 0) < four.planned
+
+
+@pytest.mark.parametrize("status", ["invalid", "refused"])
+def test_a_row_too_short_for_its_ring_is_not_too_long(status: str) -> None:
+    """Older records call that "refused" too."""
+    note = "bench_step.yaml:3: data.seq_len: layout zigzag over cp=4 ranks needs at least 8 tokens per row"
+    short = replace(CPU, num_ranks=4, tokens=4, status=status, note=note)
+    far = replace(CPU, num_ranks=4, tokens=1 << 40, status="refused", note="memory: a row is predicted not to fit")
+    assert [one.too_long for one in longest_contexts((short, cpu_row(4, 1024, 1.0)), Limits())] == [None]
+    assert [one.too_long for one in longest_contexts((short, cpu_row(4, 1024, 1.0), far), Limits())] == [1 << 40]
+
+
+def test_one_machine_is_planned_for_and_shown() -> None:
+    """The smallest known; nothing is planned for rows on a GPU of which no row says its memory."""
+    h200: dict[str, Any] = {"gpu": "NVIDIA H200", "device_total": 139.8, "host_total": 600.0}
+    early = {"device_total": None, "host_total": None}
+    small, large = gpu_row("lagged", 4, 32768, 0.6), gpu_row("softmax", 4, 8192, 0.1, **h200)
+    # rows of an H100 that do not say its memory, beside one of an H200 and one of an H100 that do
+    made = report((gpu_row("softmax", 4, 32768, 0.5, **early), large, small))
+    alone = report((small, gpu_row("softmax", 4, 32768, 0.5)))
+    assert made.machine == alone.machine == Limits(gpu=79.0, host=500.0)
+    assert [one.planned for one in made.longest] == [one.planned for one in alone.longest]
+    text, words = render_markdown(made, []), "79.0 GiB per GPU, 500 GiB of host memory"
+    assert f"Planned for {words}; computed, not run." in text
+    assert f"| Memory | {words} |" in text
+    assert any(words in figure.label for figure in key_figures(made) if "planned to fit" in figure.label)
+    # no row of an H100 says it
+    made = report((gpu_row("softmax", 4, 32768, 0.5, **early), large, replace(small, **h200)))
+    assert (made.machine, made.unknown) == (Limits(gpu=139.8, host=600.0), ("NVIDIA H100 80GB HBM3",))
+    assert [one.planned is None for one in made.longest] == [True, False]
+    told = "| Memory | 139.8 GiB per GPU, 600 GiB of host memory; of H100 80GB HBM3 not recorded: nothing is planned"
+    assert told in render_markdown(made, [])
+    made = report(made.steps, Limits(gpu=20, host=100))
+    assert (made.machine, made.unknown) == (Limits(gpu=20, host=100), ())
+    assert None not in [one.planned for one in made.longest]
 
 
 def test_of_rows_whose_documents_are_kept_no_operations_are_told() -> None:
@@ -141,7 +181,8 @@ def test_the_summary_says_what_counts() -> None:
     told = "\n".join(summary_sentences(report((*GPU_ROWS[:rival], uneven, *GPU_ROWS[rival + 1 :]))))
     assert "takes 2.50 times ours at 32,768 tokens (its own steps differ by 20%)." in told
     assert "torch's part of GPU memory +10% to +10%, a GPU's memory in use -4% to -4%" in text
-    assert "step time -10% to -10%" in text
+    assert "step time -10% to -10%. These are predictions of the planner of each row's day" in text
+    assert (Path(__file__).parent / "test_step_records.py").exists(), "where that sentence sends its reader"
     figures = {figure.value: figure.label for figure in key_figures(made)}
     assert figures["32k"].startswith("tokens: longest row trained (softmax, cp 4, 20 GiB allocated on a GPU)")
     assert figures["400 ms"] == "a step over 32,768 tokens (softmax, cp 4)"
@@ -260,6 +301,8 @@ def test_many_kinds_share_a_report() -> None:
     assert len(set(names)) == len(names) == 7
     memory = sketches(made, looks)[2]
     assert (memory.only, memory.reference) == (4, (79.0, "a GPU has 79"))
+    mixed = report((*GPU_ROWS, gpu_row("softmax", 4, 65536, 2.0, gpu="NVIDIA H200", device_total=139.8)))
+    assert sketches(mixed, Looks.of(mixed.rows))[2].reference == (79.0, "a GPU planned for has 79")
 
 
 def test_numbers_are_said_shortly() -> None:

@@ -10,10 +10,11 @@ import pytest
 from tests.tools.report_records import cpu_row, gpu_row, report
 from tools.bench.step_rows import StepRow
 from tools.report.conventions import conventions
-from tools.report.derive import Row, derive_rows, rows_csv
+from tools.report.derive import Row, derive_rows
 from tools.report.kinds import in_words, kind_settings
 from tools.report.longest import Limits, longest_contexts
 from tools.report.render import render_markdown
+from tools.report.rows_csv import rows_csv
 from tools.report.summary import key_figures, summary_sentences
 
 H200 = {"gpu": "NVIDIA H200"}
@@ -112,6 +113,36 @@ def test_another_gpu_is_said_wherever_two_rows_are_compared() -> None:
     assert any("softmax, H100 80GB HBM3 against H200" in figure.label for figure in key_figures(made))
 
 
+def test_another_version_of_the_code_is_said_wherever_two_rows_are_compared() -> None:
+    steps = (
+        _row("softmax", 4, FAR, 2.0, commit="aaa"),
+        _row("softmax", 4, 8192, 0.5, commit=None),
+        _row("softmax", 1, 65536, 4.0, commit="aaa"),
+        _row("softmax", 4, 65536, 2.0, commit="bbb+"),
+        _row("lagged", 4, FAR, 3.0, commit="aaa"),
+        _row("lagged", 4, 8192, 1.0, commit="aaa"),
+        _row("sas", 4, FAR, 5.0, commit="bbb+"),
+    )
+    made = report(steps)
+    found = {(row.attention, row.tokens): dict(row.other_code) for row in made.rows if row.other_code}
+    softmax = {"cost_same_length": "aaa"}
+    assert found == {("SAS r=2", FAR): {"against_softmax": "aaa"}, ("softmax", 65536): softmax}, (
+        "of the others one is the same, one not recorded"
+    )
+    text = render_markdown(made, [])
+    assert [text.count(one) for one in ("| 2.50x ~ |", "| 50.0% ~ |", "| 1.50x |", "| 2.00x |")] == [1, 1, 1, 1]
+    assert "- **~**: the two compared rows were measured with different versions of the code (commits)" in text
+    sentences = " ".join(summary_sentences(made))
+    assert "SAS r=2 2.50 times (at 1,048,576 tokens, cp 4, by different commits)" in sentences
+    assert "lagged 128 1.50 times (at 1,048,576 tokens, cp 4)," in sentences
+    assert "as long a row (at 65,536 tokens, by different commits)" in sentences
+    assert "| Commit | aaa; bbb+; not recorded for 1 of 7 rows |" in text
+    same = report(tuple(replace(step, commit="aaa") for step in steps))
+    assert "~" not in dict(conventions(same))
+    assert "different commits" not in " ".join(summary_sentences(same))
+    assert "| Commit | aaa |" in render_markdown(same, [])
+
+
 def test_one_gpu_needs_no_mark() -> None:
     made = report(tuple(replace(step, gpu="NVIDIA H200") for step in MIXED))
     assert not any(row.across for row in made.rows)
@@ -135,11 +166,40 @@ def test_a_row_that_waits_for_its_host_is_no_yardstick_of_costs() -> None:
     sentences = " ".join(summary_sentences(made))
     assert "Cost of cp" not in sentences
     percent = f"{made.rows[1].cost_same_tokens:.1%}"
-    told = f"1 below -10%: softmax cp 4 at 32,768 ({percent} against cp 1 with as many tokens per rank). There "
+    told = f"would be {percent} for softmax cp 4 at 32,768 against cp 1 with as many tokens per rank: something else "
     assert told in sentences
     markdown = render_markdown(made, [])
     assert told in markdown
     assert markdown.count(percent) == 1, "in the sentence, and no cost in the table"
+
+
+def test_a_yardstick_is_judged_for_all_kinds_alike() -> None:
+    """The row of cp 1 that waits for its host in softmax does so in other kinds, whose costs are of either sign."""
+    waiting = (_row("softmax", 1, 8192, 0.264, **H200), _row("softmax", 4, 32768, 0.386, **H200))
+    others = (
+        _row("lagged", 1, 8192, 0.221, **H200),
+        _row("lagged", 4, 8192, 0.303, **H200),
+        _row("lagged", 4, 32768, 0.543, **H200),
+    )
+    alone, made = report(others), report((*waiting, *others))
+    assert [figure.value for figure in key_figures(alone) if figure.label.startswith("cost of cp 4")], (
+        "what else it said"
+    )
+    assert not any("cost of cp" in figure.label for figure in key_figures(made))
+    sentences = " ".join(summary_sentences(made))
+    assert "all 3 against cp 1 at 8,192 tokens on H200. They would be -" in sentences
+    assert "Cost of cp" not in sentences
+    assert "Cost, same" not in render_markdown(made, [])
+    assert [row.no_yardstick for row in made.rows] == [
+        *((), ("cost_same_tokens",)),
+        *((), ("cost_same_length",), ("cost_same_tokens",)),
+    ]
+    # at another length, and on another GPU, it is another row
+    far = (_row("lagged", 1, 65536, 1.0, **H200), _row("lagged", 4, 65536, 0.3, **H200))
+    h100 = (_row("sas", 1, 8192, 0.2), _row("sas", 4, 32768, 1.0))
+    told = " ".join(summary_sentences(report((*waiting, *others, *far, *h100))))
+    assert "Cost of cp 4, lagged 128: 16.7% against cp 1 as long a row (at 65,536 tokens)." in told
+    assert not any(row.no_yardstick for row in report((*waiting, *h100)).rows if row.attention != "softmax")
 
 
 @pytest.mark.parametrize(("seconds", "left_out"), [(0.5, 0), (0.46, 0), (0.45, 1)])
@@ -163,6 +223,37 @@ def test_headlines_are_of_the_preset_as_it_is() -> None:
     reduced = tuple(step for step in MIXED if "layers=4" in step.settings)
     labels = [figure.label for figure in key_figures(report(reduced))]
     assert labels[0].startswith("tokens: longest row trained (softmax, 4 layers, cp 4,"), "there is no other, so say it"
+
+
+def test_headlines_tell_rows_of_many_documents_from_one() -> None:
+    """Their attention is short: a long row of many takes as long as a much shorter one of one."""
+    kept = _row("softmax", 4, 2 * FAR, 269.0, documents="kept")
+    figures = {figure.value: figure.label for figure in key_figures(report((_row("softmax", 4, FAR, 208.0), kept)))}
+    words = "of many documents: attention is short"
+    assert figures["2M"].startswith("tokens: longest row trained (softmax, documents kept, cp 4, ")
+    assert words in figures["2M"]
+    assert figures["208 s"] == "a step over 1,048,576 tokens (softmax, cp 4)"
+    both = (replace(kept, tokens=FAR), _row("softmax", 4, FAR, 400.0))
+    figures = {figure.value: figure.label for figure in key_figures(report(both))}
+    assert "documents" not in figures["1M"] + figures["400 s"], "of two rows as long that of one document"
+    (time,) = [figure for figure in key_figures(report((kept,))) if figure.label.startswith("a step over")]
+    assert (time.value, words in time.label) == ("269 s", True), "there is no other, so say it"
+
+
+def test_losses_of_shorter_warm_ups_are_not_compared() -> None:
+    """The first loss is the warm-up's, above 262,144 tokens of another row."""
+    alone = _row("softmax", 1, FAR, 4.0, losses=(6.0, 5.0))
+    ring = _row("softmax", 4, FAR, 1.0, losses=(6.6, 5.0))
+    short = {"warmup": "32768 tokens"}
+    for first, second, wanted in (
+        (alone, ring, pytest.approx(0.1)),
+        (replace(alone, **short), replace(ring, **short), None),
+        (alone, replace(ring, **short), None),
+        (replace(alone, **short), ring, None),
+    ):
+        made = report((first, second))
+        assert made.rows[1].loss_difference == wanted
+        assert ("First losses agree" in " ".join(summary_sentences(made))) == (wanted is not None)
 
 
 def test_the_planned_headline_is_of_the_preset_as_it_is() -> None:

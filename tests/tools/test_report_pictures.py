@@ -192,6 +192,13 @@ def test_points_compared_with_another_gpu_are_hollow() -> None:
     crossed = [row.against_softmax for row in made.rows if row.across]
     assert [list(line.get_ydata()) for line in hollow] == [[value] for value in crossed] == [[5 / 4]]
     assert any("hollow: against a row on another GPU" in text.get_text() for text in axes.texts)
+    steps = tuple(replace(step, commit="another" if step.gpu == "NVIDIA H200" else "one") for step in made.steps)
+    both = report(steps)
+    drawing = next(one for one in list_drawings(both, looks) if one.name == "against_softmax")
+    (axes,) = _drawn([drawing], looks).axes
+    words = [text.get_text() for text in axes.texts]
+    assert any("hollow: against a row on another GPU or" in line for line in words), words
+    assert any("another commit" in line for line in words), words
     same = report(tuple(replace(step, gpu="NVIDIA H200") for step in made.steps))
     drawing = next(one for one in list_drawings(same, looks) if one.name == "against_softmax")
     (axes,) = _drawn([drawing], looks).axes

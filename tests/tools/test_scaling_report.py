@@ -142,13 +142,30 @@ def test_out_of_memory_is_a_row_and_other_failures_are_tried_again(
 
 def test_what_is_refused_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankPool, "run", _fail())  # StopIteration, were it called
-    assert main([*TINY, "--cp", "1", "--seq-len", str(1 << 40), "--out", str(tmp_path), *LITTLE]) == 0
-    assert main([*TINY, "--cp", "2", "--seq-len", "3", "--out", str(tmp_path), *LITTLE]) == 0
-    row, short = load_rows(tmp_path)
-    assert (row.status, short.status) == ("refused", "refused")
+    assert main([*TINY, "--cp", "2", "--seq-len", f"3,{1 << 40}", "--out", str(tmp_path), *LITTLE]) == 0
+    short, row = load_rows(tmp_path)
+    assert (row.status, short.status) == ("refused", "invalid"), "only the one is too long"
     assert short.note.startswith("bench_step.yaml:3: data.seq_len: layout zigzag over cp=2 ranks needs at least 4")
     assert "is predicted not to fit with any memory settings" in row.note
     assert not row.is_final, "judged again next time: it costs nothing"
+    assert not short.is_final
+
+
+def test_a_setting_that_goes_with_some_points_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A degree of 2 divides a ring of 2, and not one of 1, whose point is a row with that reason."""
+    monkeypatch.setattr(RankPool, "run", _fail("KeyError: 'planted'"))
+    common = [*TINY, "--seq-len", "64", "--out", str(tmp_path), *LITTLE, "parallel.ulysses=2"]
+    assert main([*common, "--cp", "1"]) == 64
+    assert "parallel.ulysses" in capsys.readouterr().err
+    assert load_rows(tmp_path) == []
+    assert main([*common, "--cp", "1,2"]) == 0
+    ring, alone = load_rows(tmp_path)
+    assert (ring.num_ranks, ring.note) == (2, "KeyError: 'planted'")
+    assert (alone.num_ranks, alone.status) == (1, "invalid")
+    assert "the degree must divide" in alone.note
+    assert "| 1 | 64 | invalid: " in (tmp_path / "report.md").read_text()
 
 
 def test_points_beyond_the_ranks_or_the_time_are_left_out(
@@ -203,14 +220,25 @@ def test_records_from_elsewhere_are_rendered(tmp_path: Path, capsys: pytest.Capt
 def test_the_committed_records_are_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = str(ROOT / "docs/records/steps-4-h100.jsonl")
     assert main(["--from", records, "--preset", "qwen3-0.6b", "--out", str(tmp_path)]) == 0
-    assert "need the machine's memory: --gpu-gb and --host-gb" in capsys.readouterr().out
+    assert "--gpu-gb" not in capsys.readouterr().out, "early rows do not say what an H100 has, later ones do"
     text = (tmp_path / "report.md").read_text()
     settings = "recompute=keep_attention, offload=inputs, tile=8192"
     assert f"| softmax | 4 | 1,048,576 | {settings} | 208 s (212 s) |" in text
-    assert "| softmax | 4 | 1,048,576 | - | machine not known |" in text
+    assert "Planned for 79.2 GiB per GPU, 504 GiB of host memory" in text
     rows = [json.loads(line) for line in Path(records).read_text().splitlines()]
     last = [row for row in rows if row["model"] == "qwen3-0.6b"][-1]
     assert f"{last['mfu_causal']:.1%}" in text
+
+
+def test_a_machine_that_no_record_tells_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    records = _records(tmp_path, gpu_row("softmax", 1, 8192, 1.0, device_total=None))
+    assert main(["--from", records, "--out", out]) == 0
+    hint = "no row says what memory NVIDIA H100 80GB HBM3 has, so nothing is planned for it: --gpu-gb, --host-gb"
+    assert hint in capsys.readouterr().out
+    assert "| softmax | 1 | 8,192 | - | machine not known |" in (tmp_path / "out/report.md").read_text()
+    assert main(["--from", records, "--out", out, "--gpu-gb", "79.2"]) == 0, "its host is known"
+    assert "--gpu-gb" not in capsys.readouterr().out
 
 
 def test_a_last_line_without_its_newline_is_read(tmp_path: Path) -> None:

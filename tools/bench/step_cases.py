@@ -154,16 +154,22 @@ class Cases:
         )
 
     def foresee(self, case: Case, known: StepRow) -> tuple[Config | None, StepRow]:
-        """(configuration, row with what the planner foresees), or (None, the row of a case that is refused)."""
+        """(configuration, row with what the planner foresees), or (None, the row of a case that is not to be tried).
+
+        Only what does not fit the memory is "refused". Any other reason, such as a row too short for its ring, makes
+        it "invalid", which says nothing of how long a row may be.
+        """
+        wrong = "invalid"
         try:
             config = self.config(case)
+            wrong = "refused"
             if case.variant == "rival":
                 return config, known
             device, host = known.device_total, (known.host_total or 0.0) / case.size
             facts = DeviceFacts(device_bytes=None if device is None else int(device * GIB), host_bytes=int(host * GIB))
             return config, replace(known, **foreseen(plan_memory(config, case.size, facts)))
         except ConfigError as error:
-            return None, replace(known, status="refused", note=" ".join(str(error).split()))
+            return None, replace(known, status=wrong, note=" ".join(str(error).split()))
 
     def find(self, known: StepRow) -> StepRow | None:
         """The row of the folder, if measuring again would tell nothing new."""

@@ -28,7 +28,8 @@ class StepRow:
         settings: What else makes the case: overrides, and the rival's own choices.
         tokens: Of a row, over all ranks.
         documents: "one": a row counts as one document; "kept": documents do not see each other (ours only).
-        status: "ok", "out of memory", "refused" (by the planner or the configuration), "unsupported" or "failed".
+        status: "ok", "out of memory", "refused" (by the planner, as it would not fit; in older rows also what is now
+            "invalid"), "invalid" (settings that do not go with size or length), "unsupported" or "failed".
         note: The reason, if not "ok".
         warmup: What ran before the timed steps.
         step_seconds: Every timing, slowest rank: a step, or where steps are short the mean of `steps_per_timing`.
@@ -106,7 +107,7 @@ class StepRow:
     @property
     def is_final(self) -> bool:
         """Whether measuring again would tell nothing new; failures are tried again, refusals judged again."""
-        return self.status not in ("failed", "refused")
+        return self.status not in ("failed", "refused", "invalid")
 
 
 def append_row(folder: Path, row: StepRow) -> None:

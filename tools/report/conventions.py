@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
 from tools.report.model import Report
-from tools.report.summary import OTHER_GPU
+from tools.report.summary import OTHER_CODE, OTHER_GPU, in_gib
 
 
 def conventions(report: Report) -> list[tuple[str, str]]:
@@ -74,6 +74,17 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             if pairs
             else []
         ),
+        *(
+            [
+                (
+                    OTHER_CODE,
+                    "the two compared rows were measured with different versions of the code (commits), so that part "
+                    "of the difference may be theirs. Nothing is marked where one of them has no commit recorded.",
+                )
+            ]
+            if any(row.other_code for row in report.rows)
+            else []
+        ),
         (
             "Peak memory",
             "GPU, torch: peak of torch's allocator in the timed steps. GPU, all: everything in use on the GPU at that "
@@ -100,12 +111,14 @@ def conventions(report: Report) -> list[tuple[str, str]]:
         (
             "Longest context",
             "measured: the longest row of this report that trained a step. Planned: the longest row that the planner "
-            "says fits this machine's memory with any settings, each process with its share of the host's memory; "
-            "computed, not run.",
+            f"says fits a machine of {in_gib(report.machine) or 'memory that nobody told'} with any settings, each "
+            "process with its share of the host's memory; computed, not run. It is one machine for all kinds, the "
+            "smallest where rows are of several.",
         ),
         (
             "Loss difference",
             "relative difference of the first loss from that of cp 1 at the same length: a check that the ring "
-            "computes the same thing.",
+            "computes the same thing. The first loss is the warm-up's: nothing is compared where a warm-up ran on a "
+            "shorter row.",
         ),
     ]

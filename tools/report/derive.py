@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from launch.config import Config
-from launch.errors import ConfigError
-from launch.model_shape import model_of
-from model.config import ModelConfig
 from model.flops import flops_per_token
-from tools.bench.step_cases import Case
 from tools.bench.step_rows import StepRow
-from tools.report.kinds import RIVAL, changes_model, in_words, kind_of, other_settings, settings_of
+from tools.report.kinds import RIVAL, changes_model
+from tools.report.names import KEPT, attention_of, common_settings, conditions_of, kind_name, kind_order, model_at
 
 # From here on a number is called disturbed: spread of the timings; share of the used cores that others took.
 RESTLESS_SPREAD = 0.25
@@ -38,9 +30,12 @@ class Row:
         cost_same_tokens: 1 - FLOP/s per unit over those of cp 1 with as many tokens per rank, a ratio.
         cost_same_length: 1 - tokens/s per unit over those of cp 1 at the same length, a ratio.
         against_softmax: Step time over that of our softmax at the same cp and length, a ratio.
-        loss_difference: |first loss - that of cp 1 at the same length| / the latter.
+        loss_difference: |first loss - that of cp 1 at the same length| / the latter, where both are of such a row.
+        warmed_up_on_itself: Whether the first loss is of a row as long as this one.
         across: GPU of the row it is compared with, by the comparison's name, where that is not its own.
+        other_code: The same of its commit; nothing where one of the two has none.
         unsound: Names of the comparisons with a disturbed row.
+        no_yardstick: Names of the costs whose row of cp 1 says nothing of what cutting a row costs; see `yardsticks`.
     """
 
     kind: str
@@ -73,6 +68,7 @@ class Row:
     predicted_used_gib: float | None = None
     predicted_host_gib: float | None = None
     first_loss: float | None = None
+    warmed_up_on_itself: bool = False
     loss_difference: float | None = None
     gpu_total_gib: float | None = None
     other_cores: float | None = None
@@ -81,8 +77,11 @@ class Row:
     timings: int = 0
     settings: str = ""
     gpu: str = ""
+    commit: str = ""
     across: Mapping[str, str] = field(default_factory=dict)
+    other_code: Mapping[str, str] = field(default_factory=dict)
     unsound: tuple[str, ...] = ()
+    no_yardstick: tuple[str, ...] = ()
     measured_at: str = ""
 
     @property
@@ -94,6 +93,11 @@ class Row:
     def is_ours(self) -> bool:
         """Whether it is this project's own trainer."""
         return not self.kind.startswith(RIVAL)
+
+    @property
+    def one_document(self) -> bool:
+        """Whether every token of its row sees all that come before."""
+        return KEPT not in self.conditions
 
     @property
     def changed(self) -> bool:
@@ -112,77 +116,6 @@ def derive_rows(steps: Sequence[StepRow]) -> list[Row]:
     order = kind_order(steps)
     rows = [_compared(row, measured) for row in first]
     return sorted(rows, key=lambda row: (order[row.kind], row.cp, row.tokens, not row.best))
-
-
-def kind_order(steps: Sequence[StepRow]) -> dict[str, int]:
-    """The place of each kind: ours before the rival, the preset as it is before changed models, rows of the same
-    conditions together, softmax before other attention, and else as they came."""
-    common = common_settings(steps)
-    came = list(dict.fromkeys(conditions_of(step) for step in steps))
-
-    def place(step: StepRow) -> tuple[bool, bool, bool, int, bool]:
-        conditions = conditions_of(step)
-        return (
-            step.variant == RIVAL,
-            any(map(changes_model, conditions)),
-            not set(conditions) <= set(common),
-            came.index(conditions),
-            attention_of(step) != "softmax",
-        )
-
-    names = dict.fromkeys(kind_name(step, common) for step in sorted(steps, key=place))
-    return {kind: number for number, kind in enumerate(names)}
-
-
-def common_settings(steps: Sequence[StepRow]) -> tuple[str, ...]:
-    """Settings beside kind and memory that all rows share; but for changes of the model, which names always say."""
-    sets = [other_settings(settings_of(step.settings)) for step in steps]
-    shared = (one for one in (sets[0] if sets else ()) if all(one in other for other in sets))
-    return tuple(one for one in shared if not changes_model(one))
-
-
-def conditions_of(step: StepRow) -> tuple[str, ...]:
-    """What a row was measured with beside kind and memory, in one order."""
-    documents = ("documents kept",) if step.documents == "kept" else ()
-    return (*documents, *sorted(other_settings(settings_of(step.settings))))
-
-
-def attention_of(step: StepRow) -> str:
-    """The name of a row's attention, or "rival" for the rival's."""
-    kind = kind_of(settings_of(step.settings), step.model)
-    if step.variant != RIVAL:
-        return kind
-    return RIVAL if kind == "softmax" else f"{RIVAL}, {kind}"
-
-
-def kind_name(step: StepRow, common: Sequence[str]) -> str:
-    """The attention of a row, with the conditions that only some rows have."""
-    return ", ".join((attention_of(step), *(in_words(one) for one in conditions_of(step) if one not in common)))
-
-
-def config_of(step: StepRow) -> Config:
-    """The configuration that a row was measured with.
-
-    Raises:
-        ConfigError: It is none of this version's.
-    """
-    case = Case(
-        variant=step.variant,
-        model=step.model,
-        size=step.num_ranks,
-        tokens=step.tokens,
-        overrides=settings_of(step.settings),
-        keep_documents=step.documents == "kept",
-    )
-    return case.config(device="cpu" if step.gpu == "cpu" else "cuda", folder=Path("unused"), timeout_seconds=1800)
-
-
-def model_at(step: StepRow) -> ModelConfig | None:
-    """The shape that a row was measured with; None if this version does not know its settings."""
-    try:
-        return model_of(config_of(step))
-    except ConfigError:
-        return None
 
 
 def _measured(step: StepRow, common: Sequence[str]) -> Row:
@@ -221,6 +154,7 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
         predicted_allocated_gib=step.predicted_allocated,
         predicted_used_gib=step.predicted_device,
         predicted_host_gib=step.predicted_host,
+        warmed_up_on_itself=step.warmup == f"{step.tokens} tokens",
         first_loss=step.losses[0] if step.losses else None,
         gpu_total_gib=step.device_total,
         other_cores=step.other_cores,
@@ -229,6 +163,7 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
         timings=len(step.step_seconds),
         settings=step.settings,
         gpu=step.gpu,
+        commit=step.commit or "",
         measured_at=step.measured_at,
     )
 
@@ -249,7 +184,9 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
         narrow = yardstick(row.attention, 1, row.tokens // row.cp) if row.tokens % row.cp == 0 else None
         compared["cost_same_tokens"] = (narrow, _cost(row, narrow, "tflops_per_unit_causal"))
         compared["cost_same_length"] = (alone, _cost(row, alone, "tokens_per_second_per_unit"))
-        if alone is not None and alone.first_loss and row.first_loss is not None:
+        # Another row's loss is no check: long rows are warmed up on a short one, whose loss comes first.
+        same_row = alone is not None and alone.warmed_up_on_itself and row.warmed_up_on_itself
+        if alone is not None and same_row and alone.first_loss and row.first_loss is not None:
             compared["loss_difference"] = (alone, abs(row.first_loss - alone.first_loss) / abs(alone.first_loss))
     plain = None if row.attention == "softmax" else yardstick("softmax", row.cp, row.tokens)
     if plain is not None:
@@ -261,6 +198,11 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
         **{name: value for name, (_, value) in compared.items()},  # type: ignore[arg-type]
         best=min(same, key=lambda other: _or_zero(other.step_seconds)) is row,
         across={name: other.gpu for name, other in others.items() if other.gpu != row.gpu},
+        other_code={
+            name: other.commit
+            for name, other in others.items()
+            if row.commit and other.commit and other.commit != row.commit
+        },
         unsound=tuple(name for name, other in others.items() if is_disturbed(other)),
     )
 
@@ -272,23 +214,6 @@ def _cost(row: Row, other: Row | None, name: str) -> float | None:
 
 def _or_zero(value: float | None) -> float:
     return value or 0.0
-
-
-def rows_csv(rows: Sequence[Row]) -> str:
-    """The rows as CSV, full precision, units in the names of the columns; an empty cell is "not measured"."""
-    names = [field.name for field in fields(Row)]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        writer.writerow([_in_csv(getattr(row, name)) for name in names])
-    return out.getvalue()
-
-
-def _in_csv(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        value = tuple(f"{name}: {what}" for name, what in value.items())
-    return "; ".join(value) if isinstance(value, tuple) else "" if value is None else value
 
 
 def is_disturbed(row: Row) -> bool:

@@ -12,10 +12,10 @@ from launch.memory_search import DeviceFacts, case_at, choose, longest_row
 from launch.model_shape import model_of
 from launch.rates import RatesFile
 from tools.bench.step_rows import StepRow
-from tools.report.derive import common_settings, conditions_of, config_of, kind_name, kind_order
 from tools.report.kinds import RIVAL, changes_model
+from tools.report.names import common_settings, conditions_of, config_of, kind_name, kind_order
 
-_TOO_LONG = ("out of memory", "refused")
+_UNFIT = "predicted not to fit"  # in the note of a row that the planner refused; older ones were refused for more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Longest:
     Attributes:
         changed: Whether the model is not the preset as it is.
         measured: Longest row in tokens that trained a step; None if none did.
-        too_long: Shortest row that ran out of memory or was refused; None if none was.
+        too_long: Shortest row that ran out of memory or that the planner refused; None if none was.
         planned: Longest row predicted to fit, with whatever memory settings; None where the machine is not known.
         memory: Those settings.
         seconds: Predicted time of its step; None on CPUs, and with documents kept, whose attention is shorter.
@@ -43,42 +43,69 @@ class Longest:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Memory of the machine in GiB, where the records do not say; None is not known."""
+    """Memory of a GPU and of its host in GiB; None is not known."""
 
     gpu: float | None = None
     host: float | None = None
 
 
+def machine_limits(steps: Sequence[StepRow], limits: Limits) -> tuple[Limits, frozenset[str]]:
+    """(the one machine that all of a report is planned for: the smallest known, GPUs of which no row says it).
+
+    Rows on a GPU of a name share what any of them says of its memory and its host's. `limits` go before that.
+    """
+    known = {gpu: _limits_of(gpu, steps, limits) for gpu in {step.gpu for step in steps}}
+    unknown = frozenset(gpu for gpu, one in known.items() if one.host is None or (gpu != "cpu" and one.gpu is None))
+    found = [one for gpu, one in known.items() if gpu not in unknown]
+    machine = Limits(
+        gpu=min((one.gpu for one in found if one.gpu is not None), default=None),
+        host=min((one.host for one in found if one.host is not None), default=None),
+    )
+    return machine, unknown
+
+
+def _limits_of(gpu: str, steps: Sequence[StepRow], limits: Limits) -> Limits:
+    own = [step for step in steps if step.gpu == gpu]
+    device = limits.gpu or min((step.device_total for step in own if step.device_total), default=None)
+    host = limits.host or min((step.host_total for step in own if step.host_total), default=None)
+    return Limits(gpu=None if gpu == "cpu" else device, host=host)
+
+
 def longest_contexts(steps: Sequence[StepRow], limits: Limits) -> list[Longest]:
-    """Of our own rows, by kind as in the table, and cp."""
+    """Of our own rows, by kind as in the table, and cp; nothing is planned where a GPU of theirs is not known."""
     common = common_settings(steps)
+    machine, unknown = machine_limits(steps, limits)
     groups: dict[tuple[str, int], list[StepRow]] = {}
     for step in steps:
         if step.variant != RIVAL:
             groups.setdefault((kind_name(step, common), step.num_ranks), []).append(step)
     order = kind_order(steps)
     ordered = sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1]))
-    return [_longest(kind, cp, group, limits) for (kind, cp), group in ordered]
+
+    def facts(group: Sequence[StepRow], cp: int) -> DeviceFacts | None:
+        gpus = {step.gpu for step in group}
+        return None if gpus & unknown else machine_facts(machine, cp, on_gpu=gpus != {"cpu"})
+
+    return [_longest(kind, cp, group, facts(group, cp)) for (kind, cp), group in ordered]
 
 
-def machine_facts(steps: Sequence[StepRow], limits: Limits, cp: int) -> DeviceFacts | None:
-    """What a process of a ring of `cp` has to live in; None where neither records nor `limits` say."""
-    on_gpu = any(step.gpu != "cpu" for step in steps)
-    host = limits.host or min((step.host_total for step in steps if step.host_total), default=None)
-    gpu = limits.gpu or min((step.device_total for step in steps if step.device_total), default=None)
-    if host is None or (on_gpu and gpu is None):
+def machine_facts(machine: Limits, cp: int, *, on_gpu: bool) -> DeviceFacts | None:
+    """What a process of a ring of `cp` has to live in; None where that is not known."""
+    if machine.host is None or (on_gpu and machine.gpu is None):
         return None
-    return DeviceFacts(
-        device_bytes=int(gpu * GIB) if on_gpu and gpu is not None else None, host_bytes=int(host * GIB / cp)
-    )
+    device = int(machine.gpu * GIB) if on_gpu and machine.gpu is not None else None
+    return DeviceFacts(device_bytes=device, host_bytes=int(machine.host * GIB / cp))
 
 
-def _longest(kind: str, cp: int, steps: Sequence[StepRow], limits: Limits) -> Longest:
+def _is_too_long(step: StepRow) -> bool:
+    return step.status == "out of memory" or (step.status == "refused" and _UNFIT in step.note)
+
+
+def _longest(kind: str, cp: int, steps: Sequence[StepRow], facts: DeviceFacts | None) -> Longest:
     measured = max((step.tokens for step in steps if step.seconds), default=None)
-    too_long = min((step.tokens for step in steps if step.status in _TOO_LONG), default=None)
+    too_long = min((step.tokens for step in steps if _is_too_long(step)), default=None)
     changed = any(map(changes_model, conditions_of(steps[0])))
     known = {"kind": kind, "changed": changed, "cp": cp, "measured": measured, "too_long": too_long}
-    facts = machine_facts(steps, limits, cp)
     if facts is None:
         return Longest(**known, planned=None)  # type: ignore[arg-type]
     for step in sorted(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from tools.bench.step_rows import StepRow
 from tools.report.derive import Row, derive_rows
-from tools.report.longest import Limits, Longest, longest_contexts
+from tools.report.longest import Limits, Longest, longest_contexts, machine_limits
+from tools.report.yardsticks import judge_yardsticks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,8 @@ class Report:
         steps: The records.
         command: That rendered it.
         date: When.
-        limits: Of the machine, where records do not say.
+        machine: What its longest rows are planned for, see `machine_limits`.
+        unknown: GPUs whose memory or host no row tells.
     """
 
     steps: tuple[StepRow, ...]
@@ -25,27 +27,24 @@ class Report:
     longest: tuple[Longest, ...]
     command: str
     date: str
-    limits: Limits
+    machine: Limits
+    unknown: tuple[str, ...] = ()
 
     @property
     def on_gpu(self) -> bool:
         """Whether it was measured on GPUs."""
         return any(step.gpu != "cpu" for step in self.steps)
 
-    @property
-    def gpu_limit(self) -> float | None:
-        """Memory of a GPU in GiB."""
-        known = [step.device_total for step in self.steps if step.device_total]
-        return self.limits.gpu or (min(known) if known else None)
-
 
 def make_report(steps: tuple[StepRow, ...], *, command: str, date: str, limits: Limits) -> Report:
-    """Derive everything."""
+    """Derive everything; `limits` are those of the machine, where the records are not to say."""
+    machine, unknown = machine_limits(steps, limits)
     return Report(
         steps=steps,
-        rows=tuple(derive_rows(steps)),
+        rows=tuple(judge_yardsticks(derive_rows(steps))),
         longest=tuple(longest_contexts(steps, limits)),
         command=command,
         date=date,
-        limits=limits,
+        machine=machine,
+        unknown=tuple(sorted(unknown)),
     )

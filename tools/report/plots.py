@@ -11,8 +11,9 @@ from tools.report.axes import Looks, bar_handles, bars, bars_height, dress
 from tools.report.derive import Row
 from tools.report.layout import MARKERS, finish, handles_of, heading
 from tools.report.model import Report
+from tools.report.sketches import Sketch, sketches
 from tools.report.style import STYLE, darkened
-from tools.report.summary import is_no_cost, three_digits
+from tools.report.summary import three_digits
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -43,30 +44,6 @@ class Plot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sketch:
-    """A picture to be drawn.
-
-    Attributes:
-        value: What a row contributes; None: nothing.
-        predicted: A second, dashed line.
-        only: The cp it is about; None: all of them.
-        reference: (height, name) of a horizontal line; None: none.
-        compares: The comparison that it shows; "": none.
-    """
-
-    name: str
-    title: str
-    unit: str
-    value: Callable[[Row], float | None]
-    predicted: Callable[[Row], float | None] | None = None
-    log: bool = False
-    percent: bool = False
-    reference: tuple[float, str] | None = None
-    only: int | None = None
-    compares: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Drawing:
     """How a picture is drawn.
 
@@ -83,83 +60,6 @@ class Drawing:
     lines: tuple[tuple[str, int], ...] = ()
     handles: Callable[[], list[Artist]] = list
     height: float = _SIZE[1]
-
-
-def sketches(report: Report, looks: Looks) -> list[Sketch]:
-    """The questions, for this kind of machine."""
-    limit = report.gpu_limit
-    # Two lines for each kind and ring would be a thicket.
-    only = looks.rings[-1] if len(looks.kinds) > 2 and len(looks.rings) > 1 else None
-    at = "" if only is None else f", cp {only}"
-    speed = Sketch(
-        name="mfu",
-        title="MFU, causal count",
-        unit="of the GPU's dense peak",
-        value=lambda row: row.mfu_causal,
-        percent=True,
-    )
-    memory = Sketch(
-        name="gpu_memory",
-        title=f"Memory in use on a GPU{at}",
-        only=only,
-        unit="GiB; dashed: predicted",
-        value=lambda row: row.gpu_used_gib,
-        predicted=lambda row: row.predicted_used_gib,
-        reference=None if limit is None else (limit, f"a GPU has {limit:.0f}"),
-    )
-    if not report.on_gpu:
-        speed = Sketch(
-            name="speed",
-            title="Speed, causal count",
-            unit="GFLOP/s per core in use",
-            value=lambda row: None if row.tflops_per_unit_causal is None else 1000 * row.tflops_per_unit_causal,
-        )
-        memory = Sketch(
-            name="host_memory",
-            title=f"Peak memory per process{at}",
-            only=only,
-            unit="GiB; dashed: predicted",
-            value=lambda row: row.host_peak_gib,
-            predicted=lambda row: row.predicted_host_gib,
-        )
-    return [
-        Sketch(name="step_time", title="Step time", unit="s", value=lambda row: row.step_seconds, log=True),
-        speed,
-        memory,
-        Sketch(
-            name="cost_same_tokens",
-            title="Cost of cp, same tokens per rank",
-            unit="FLOP/s lost against cp 1",
-            value=lambda row: None if is_no_cost(row, "cost_same_tokens") else row.cost_same_tokens,
-            compares="cost_same_tokens",
-            percent=True,
-            reference=(0.0, "as cp 1"),
-        ),
-        Sketch(
-            name="cost_same_length",
-            title="Cost of cp, same length",
-            unit="tokens/s lost against cp 1",
-            value=lambda row: None if is_no_cost(row, "cost_same_length") else row.cost_same_length,
-            compares="cost_same_length",
-            percent=True,
-            reference=(0.0, "as cp 1"),
-        ),
-        Sketch(
-            name="exposed",
-            title="Exposed communication",
-            unit="of the step time",
-            value=lambda row: row.exposed_fraction,
-            percent=True,
-        ),
-        Sketch(
-            name="against_softmax",
-            title="Step time against softmax",
-            unit="times",
-            value=lambda row: row.against_softmax,
-            compares="against_softmax",
-            reference=(1.0, "softmax"),
-        ),
-    ]
 
 
 def draw_plots(report: Report) -> tuple[list[Plot], bytes]:
@@ -271,9 +171,17 @@ def _drawer(sketch: Sketch, report: Report, looks: Looks) -> Callable[[Axes], No
                 markeredgecolor="white",
                 linewidth=2,
             )
-        across = [row for row in report.rows if sketch.compares in row.across]
-        for (kind, cp), line in _lines(sketch.value, across, sketch.only).items():
-            notes = [*dict.fromkeys([*notes, "hollow: against a row on another GPU"])]
+        gpus = [row for row in report.rows if sketch.compares in row.across]
+        commits = [row for row in report.rows if sketch.compares in row.other_code]
+        reasons = [
+            words
+            for words, rows in (("on another GPU", gpus), ("of another commit", commits))
+            if _lines(sketch.value, rows, sketch.only)
+        ]
+        if reasons:
+            notes.append(f"hollow: against a row {' or '.join(reasons)}")
+        hollow = [row for row in report.rows if row in gpus or row in commits]
+        for (kind, cp), line in _lines(sketch.value, hollow, sketch.only).items():
             axes.plot(
                 *zip(*line, strict=True),
                 color="white",

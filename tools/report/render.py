@@ -11,12 +11,23 @@ from pathlib import Path
 
 from tools.bench.step_rows import StepRow
 from tools.report.conventions import conventions
-from tools.report.derive import Row, common_settings, is_disturbed, rows_csv
+from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import in_words
 from tools.report.longest import Longest
 from tools.report.model import Report
+from tools.report.names import common_settings
 from tools.report.plots import Plot, draw_plots
-from tools.report.summary import OTHER_GPU, is_no_cost, key_figures, seconds, short, summary_sentences, three_digits
+from tools.report.rows_csv import rows_csv
+from tools.report.summary import (
+    OTHER_CODE,
+    OTHER_GPU,
+    in_gib,
+    key_figures,
+    seconds,
+    short,
+    summary_sentences,
+    three_digits,
+)
 
 TITLE = "How far does a longer context cost what it should?"
 _NONE = "-"
@@ -83,17 +94,18 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
 
     def cell(name: str, show: Callable[..., str], predicted: str | None) -> _Cell:
         def shown(row: Row) -> str:
-            value = None if is_no_cost(row, name) else getattr(row, name)
+            value = None if name in row.no_yardstick else getattr(row, name)
             foreseen = None if predicted is None else getattr(row, predicted)
             told = (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
-            return f"{told} {OTHER_GPU}" if name in row.across and value is not None else told
+            marks = ((OTHER_GPU, row.across), (OTHER_CODE, row.other_code))
+            return " ".join([told, *(mark for mark, others in marks if name in others and value is not None)])
 
         return shown
 
     found = [
         (heading, cell(name, show, predicted))
         for heading, name, show, predicted in columns
-        if any(getattr(row, name) is not None for row in report.rows)
+        if any(getattr(row, name) is not None and name not in row.no_yardstick for row in report.rows)
     ]
     about: list[tuple[str, _Cell]] = [("Memory settings", lambda row: row.memory or _NONE)]
     if len({row.gpu for row in report.rows}) > 1:
@@ -133,6 +145,7 @@ def _render(template: str, report: Report, **more: object) -> str:
         report=report,
         headings=[name for name, _ in columns],
         lines=lines,
+        planned_for=in_gib(report.machine),
         longest=[_longest_line(one) for one in report.longest],
         figures=[asdict(figure) for figure in key_figures(report)],
         sentences=summary_sentences(report),
@@ -182,7 +195,7 @@ def _sources(report: Report) -> list[tuple[str, str]]:
         ("Memory", _memory(report)),
         ("Threads per process", _threads(steps)),
         ("Versions", all_of("versions")),
-        ("Commit", all_of("commit")),
+        ("Commit", "; ".join(filter(None, (all_of("commit"), _without_commit(steps))))),
         ("Timings", f"{min(len(s.step_seconds) for s in ok)} to {max(len(s.step_seconds) for s in ok)} per point")
         if (ok := [step for step in steps if step.seconds])
         else ("Timings", ""),
@@ -194,15 +207,22 @@ def _sources(report: Report) -> list[tuple[str, str]]:
     return [(name, value) for name, value in known if value]
 
 
+def _without_commit(steps: Sequence[StepRow]) -> str:
+    number = sum(not step.commit for step in steps)
+    return f"not recorded for {number} of {len(steps)} rows" if number else ""
+
+
 def _shared(steps: Sequence[StepRow]) -> str:
     shared = common_settings(steps)
     return f", {', '.join(map(in_words, shared))}" if shared else ", bf16, fsdp, zigzag" if steps else ""
 
 
 def _memory(report: Report) -> str:
-    host = report.limits.host or max((step.host_total or 0.0 for step in report.steps), default=0.0)
-    parts = [f"{report.gpu_limit:.1f} GiB per GPU"] if report.gpu_limit else []
-    return ", ".join([*parts, *([f"{host:.0f} GiB of host memory"] if host else [])])
+    told = [in_gib(report.machine)] if report.machine.host is not None else []
+    if report.unknown:
+        unknown = " and ".join("of the host" if gpu == "cpu" else f"of {short(gpu)}" for gpu in report.unknown)
+        told.append(f"{unknown} not recorded: nothing is planned for its rows without --gpu-gb and --host-gb")
+    return "; ".join(told)
 
 
 def _threads(steps: Sequence[StepRow]) -> str:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from launch.progress import format_duration
 from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import RIVAL
+from tools.report.longest import Limits
 from tools.report.model import Report
+from tools.report.yardsticks import COSTS, is_no_cost, yardstick_of
 
-_YARDSTICKS = {"cost_same_tokens": "with as many tokens per rank", "cost_same_length": "as long a row"}
-_NO_COST = -0.1
 _RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
 OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
+OTHER_CODE = "~"  # and one of rows that different versions of the code measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +40,27 @@ def key_figures(report: Report) -> list[Figure]:
     def on(row: Row) -> str:
         return f", {row.gpu.removeprefix('NVIDIA ')}" if several and row.gpu else ""
 
-    last = max(whole, key=lambda row: (row.tokens, -(row.step_seconds or 0.0)))
+    def longest(rows: Sequence[Row]) -> Row:
+        return max(rows, key=lambda row: (row.tokens, row.one_document, -(row.step_seconds or 0.0)))
+
+    def named(row: Row) -> str:
+        return f"{row.kind}, cp {row.cp}{on(row)}"
+
+    def many(row: Row) -> str:
+        return "" if row.one_document else "; of many documents: attention is short"
+
+    last = longest(whole)
+    timed = longest([row for row in whole if row.one_document] or whole)
     memory = ""
     if last.gpu_allocated_gib is not None:
         memory = f", {last.gpu_allocated_gib:.3g} GiB allocated on a GPU"
     elif last.host_peak_gib is not None:
         memory = f", {last.host_peak_gib:.2g} GiB in the largest process"
     figures = [
+        Figure(value=count(last.tokens), label=f"tokens: longest row trained ({named(last)}{memory}{many(last)})"),
         Figure(
-            value=count(last.tokens), label=f"tokens: longest row trained ({last.kind}, cp {last.cp}{on(last)}{memory})"
-        ),
-        Figure(
-            value=seconds(last.step_seconds),
-            label=f"a step over {last.tokens:,} tokens ({last.kind}, cp {last.cp}{on(last)})",
+            value=seconds(timed.step_seconds),
+            label=f"a step over {timed.tokens:,} tokens ({named(timed)}{many(timed)})",
         ),
     ]
     used = max(whole, key=lambda row: row.mfu_causal or 0.0)
@@ -61,11 +70,11 @@ def key_figures(report: Report) -> list[Figure]:
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
     for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
         priced = [row for row in sound if _is_told(row, name)]
-        if any(not row.changed for row in sound if any(_is_told(row, one) for one in _YARDSTICKS)):
+        if any(not row.changed for row in sound if any(_is_told(row, one) for one in COSTS)):
             priced = [row for row in priced if not row.changed]
         if priced:
             row = max(priced, key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
-            where = f"{row.tokens:,} tokens, {row.kind}{_gpus(row, name)}"
+            where = f"{row.tokens:,} tokens, {row.kind}{_across(row, name)}"
             label = f"cost of cp {row.cp} against cp 1 at the same {words}: {where}"
             figures.append(Figure(value=f"{getattr(row, name):.1%}", label=label))
             break
@@ -73,7 +82,8 @@ def key_figures(report: Report) -> list[Figure]:
     planned = [one for one in planned if not one.changed] or planned
     if planned:
         most = max(planned, key=lambda one: one.planned or 0)
-        label = f"tokens: longest row planned to fit ({most.kind}, cp {most.cp}); computed, not run"
+        where = f"{most.kind}, cp {most.cp}, {in_gib(report.machine)}"
+        label = f"tokens: longest row planned to fit ({where}); computed, not run"
         figures.append(Figure(value=count(most.planned or 0), label=label))
     return figures
 
@@ -116,55 +126,52 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
 
 def _costs(sound: Sequence[Row]) -> list[str]:
     """Of the first kind that has any: the longest row of each ring that has its yardstick. The table has all."""
-    priced = [row for row in sound if any(_is_told(row, name) for name in _YARDSTICKS)]
+    priced = [row for row in sound if any(_is_told(row, name) for name in COSTS)]
     kind = priced[0].kind if priced else ""
     sentences = []
     for cp in sorted({row.cp for row in priced if row.kind == kind}):
         told = []
-        for name, words in _YARDSTICKS.items():
+        for name, words in COSTS.items():
             own = [row for row in priced if (row.kind, row.cp) == (kind, cp) and _is_told(row, name)]
             if own:
                 row = max(own, key=lambda row: row.tokens)
-                where = f"at {row.tokens:,} tokens{_gpus(row, name)}"
+                where = f"at {row.tokens:,} tokens{_across(row, name)}"
                 told.append(f"{getattr(row, name):.1%} against cp 1 {words} ({where})")
         sentences.append(f"Cost of cp {cp}, {kind}: {'; '.join(told)}.")
     return sentences
 
 
 def _no_costs(sound: Sequence[Row]) -> list[str]:
-    """What `_costs` and the key figures leave out, and why."""
-    listed = [
-        f"{_where(row)} ({getattr(row, name):.1%} against cp 1 {words})"
-        for row in sound
-        for name, words in _YARDSTICKS.items()
-        if name not in row.unsound and is_no_cost(row, name)
-    ]
-    if not listed:
-        return []
-    return [
-        f"Left out of the costs of cp, here, in the table and the plots: {len(listed)} below {_NO_COST:.0%}: "
-        f"{', '.join(listed)}. "
-        "There something else holds the row of cp 1 back, its host or settings of memory that it needs: it is no "
-        "yardstick of what cutting a row costs."
-    ]
-
-
-def is_no_cost(row: Row, name: str) -> bool:
-    """Whether a comparison says nothing of what cutting a row costs. The CSV has it all the same."""
-    value = getattr(row, name)
-    return name in _YARDSTICKS and value is not None and value < _NO_COST
+    """What `_costs` and the key figures leave out, and why: a sentence for each row of cp 1 that is no yardstick."""
+    left_out: dict[tuple[int, str], list[tuple[Row, str]]] = {}
+    for row in sound:
+        for name in row.no_yardstick:
+            left_out.setdefault(yardstick_of(row, name), []).append((row, name))
+    sentences = []
+    for (tokens, gpu), costs in left_out.items():
+        shown = ", ".join(
+            f"{getattr(row, name):.1%} for {_where(row)} against cp 1 {COSTS[name]}"
+            for row, name in costs
+            if is_no_cost(row, name)
+        )
+        sentences.append(
+            f"Left out of the costs of cp, here, in the table and the plots: all {len(costs)} against cp 1 at "
+            f"{tokens:,} tokens on {short(gpu)}. They would be {shown or 'far below 0 for a row that is left out'}: "
+            "something else holds cp 1 back there, its host or settings of memory that it needs. So it is no yardstick "
+            "of what cutting a row costs, and that of other kinds is none either, on whichever side of 0 their costs "
+            "come out."
+        )
+    return sentences
 
 
 def _is_told(row: Row, name: str) -> bool:
-    """Whether the row has this comparison, with an undisturbed one.
-
-    A shorter row that loses far more than the longer one waits for its host: no yardstick for what cutting a row costs.
-    """
-    return getattr(row, name) is not None and name not in row.unsound and not is_no_cost(row, name)
+    """Whether the row has this comparison, with an undisturbed one, and with a yardstick that is one."""
+    return getattr(row, name) is not None and name not in row.unsound and name not in row.no_yardstick
 
 
-def _gpus(row: Row, name: str) -> str:
-    return f", {short(row.gpu)} against {short(row.across[name])}" if name in row.across else ""
+def _across(row: Row, name: str) -> str:
+    gpus = f", {short(row.gpu)} against {short(row.across[name])}" if name in row.across else ""
+    return f"{gpus}{', by different commits' if name in row.other_code else ''}"
 
 
 def _kinds(sound: Sequence[Row]) -> list[str]:
@@ -172,19 +179,20 @@ def _kinds(sound: Sequence[Row]) -> list[str]:
     told = []
     for kind in dict.fromkeys(row.kind for row in compared):
         row = max((row for row in compared if row.kind == kind), key=lambda row: (row.tokens, row.cp))
-        where = f"at {row.tokens:,} tokens, cp {row.cp}{_gpus(row, 'against_softmax')}"
+        where = f"at {row.tokens:,} tokens, cp {row.cp}{_across(row, 'against_softmax')}"
         told.append(f"{kind} {row.against_softmax:.2f} times ({where})")
     return [f"Step time against softmax: {', '.join(told)}."] if told else []
 
 
 def _rival(sound: Sequence[Row]) -> list[str]:
+    name = "against_softmax"
     told = [
-        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_gpus(row, 'against_softmax')}{_restless(row)}"
+        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_across(row, name)}{_restless(row)}"
         for row in sound
-        if row.kind == RIVAL and _is_told(row, "against_softmax")
+        if row.kind == RIVAL and _is_told(row, name)
     ]
-    name = "transformers + FSDP2 + torch's context_parallel (rival)"
-    return [f"On as many GPUs a step of {name} takes {', '.join(told)}."] if told else []
+    rival = "transformers + FSDP2 + torch's context_parallel (rival)"
+    return [f"On as many GPUs a step of {rival} takes {', '.join(told)}."] if told else []
 
 
 def _restless(row: Row) -> str:
@@ -208,7 +216,13 @@ def _predictions(measured: Sequence[Row]) -> list[str]:
         ]
         if errors:
             told.append(f"{words} {_signed(min(errors))} to {_signed(max(errors))}")
-    return [f"Predicted before each step, against measured: {', '.join(told)}."] if told else []
+    if not told:
+        return []
+    return [
+        f"Predicted before each step, against measured: {', '.join(told)}. These are predictions of the planner of "
+        "each row's day, as its record holds them; today's planner is held against the committed records in "
+        "docs/memory.md and by tests/tools/test_step_records.py."
+    ]
 
 
 def _signed(error: float) -> str:
@@ -238,6 +252,12 @@ def count(tokens: int) -> str:
 def short(gpu: str) -> str:
     """Its name without the maker's."""
     return gpu.removeprefix("NVIDIA ")
+
+
+def in_gib(machine: Limits) -> str:
+    """Memory of a machine."""
+    gpu = [] if machine.gpu is None else [f"{machine.gpu:.1f} GiB per GPU"]
+    return ", ".join([*gpu, *([] if machine.host is None else [f"{machine.host:.0f} GiB of host memory"])])
 
 
 def seconds(value: float | None) -> str:

@@ -1,0 +1,112 @@
+"""What each picture asks: of which rows, which number, against what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tools.report.axes import Looks
+from tools.report.derive import Row
+from tools.report.model import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketch:
+    """A picture to be drawn.
+
+    Attributes:
+        value: What a row contributes; None: nothing.
+        predicted: A second, dashed line.
+        only: The cp it is about; None: all of them.
+        reference: (height, name) of a horizontal line; None: none.
+        compares: The comparison that it shows; "": none.
+    """
+
+    name: str
+    title: str
+    unit: str
+    value: Callable[[Row], float | None]
+    predicted: Callable[[Row], float | None] | None = None
+    log: bool = False
+    percent: bool = False
+    reference: tuple[float, str] | None = None
+    only: int | None = None
+    compares: str = ""
+
+
+def sketches(report: Report, looks: Looks) -> list[Sketch]:
+    """The questions, for this kind of machine."""
+    limit = report.machine.gpu
+    has = "a GPU planned for has" if len({row.gpu for row in report.rows}) > 1 else "a GPU has"
+    # Two lines for each kind and ring would be a thicket.
+    only = looks.rings[-1] if len(looks.kinds) > 2 and len(looks.rings) > 1 else None
+    at = "" if only is None else f", cp {only}"
+    speed = Sketch(
+        name="mfu",
+        title="MFU, causal count",
+        unit="of the GPU's dense peak",
+        value=lambda row: row.mfu_causal,
+        percent=True,
+    )
+    memory = Sketch(
+        name="gpu_memory",
+        title=f"Memory in use on a GPU{at}",
+        only=only,
+        unit="GiB; dashed: predicted",
+        value=lambda row: row.gpu_used_gib,
+        predicted=lambda row: row.predicted_used_gib,
+        reference=None if limit is None else (limit, f"{has} {limit:.0f}"),
+    )
+    if not report.on_gpu:
+        speed = Sketch(
+            name="speed",
+            title="Speed, causal count",
+            unit="GFLOP/s per core in use",
+            value=lambda row: None if row.tflops_per_unit_causal is None else 1000 * row.tflops_per_unit_causal,
+        )
+        memory = Sketch(
+            name="host_memory",
+            title=f"Peak memory per process{at}",
+            only=only,
+            unit="GiB; dashed: predicted",
+            value=lambda row: row.host_peak_gib,
+            predicted=lambda row: row.predicted_host_gib,
+        )
+    return [
+        Sketch(name="step_time", title="Step time", unit="s", value=lambda row: row.step_seconds, log=True),
+        speed,
+        memory,
+        Sketch(
+            name="cost_same_tokens",
+            title="Cost of cp, same tokens per rank",
+            unit="FLOP/s lost against cp 1",
+            value=lambda row: None if "cost_same_tokens" in row.no_yardstick else row.cost_same_tokens,
+            compares="cost_same_tokens",
+            percent=True,
+            reference=(0.0, "as cp 1"),
+        ),
+        Sketch(
+            name="cost_same_length",
+            title="Cost of cp, same length",
+            unit="tokens/s lost against cp 1",
+            value=lambda row: None if "cost_same_length" in row.no_yardstick else row.cost_same_length,
+            compares="cost_same_length",
+            percent=True,
+            reference=(0.0, "as cp 1"),
+        ),
+        Sketch(
+            name="exposed",
+            title="Exposed communication",
+            unit="of the step time",
+            value=lambda row: row.exposed_fraction,
+            percent=True,
+        ),
+        Sketch(
+            name="against_softmax",
+            title="Step time against softmax",
+            unit="times",
+            value=lambda row: row.against_softmax,
+            compares="against_softmax",
+            reference=(1.0, "softmax"),
+        ),
+    ]
