@@ -158,6 +158,15 @@ def test_of_two_gpus_the_rows_own_is_the_yardstick() -> None:
     assert [(row.gpu, row.best) for row in rows[:2]] == [("NVIDIA H200", True), ("NVIDIA H100 80GB HBM3", False)]
 
 
+@pytest.mark.parametrize(("commit", "against"), [("bbb+", 2.0), ("ccc", 1.0), (None, 1.0)])
+def test_of_two_runs_that_of_the_rows_own_commit_is_the_yardstick(commit: str | None, against: float) -> None:
+    faster = _row("softmax", 4, 8192, 1.0, commit="aaa")
+    slower = _row("softmax", 4, 8192, 2.0, "memory.recompute=true", commit="bbb+")
+    lagged = _row("lagged", 4, 8192, 4.0, commit=commit)
+    found = [row for row in report((faster, slower, lagged)).rows if row.attention == "lagged 128"]
+    assert [row.against_softmax for row in found] == [4.0 / against]
+
+
 def test_a_row_that_waits_for_its_host_is_no_yardstick_of_costs() -> None:
     """8,192 tokens on one GPU take 0.264 s whatever is in them, so that cutting a longer row would seem to pay."""
     made = report((_row("softmax", 1, 8192, 0.264), _row("softmax", 4, 32768, 0.386)))

@@ -174,9 +174,15 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
         return row
 
     def yardstick(attention: str, cp: int, tokens: int) -> Row | None:
-        """The fastest, if there is one on the same GPU of those."""
-        known = measured.get((attention, row.conditions, cp, tokens), ())
-        return min(known, key=lambda other: (other.gpu != row.gpu, _or_zero(other.step_seconds)), default=None)
+        """Of those on the same GPU, then of the same commit, if there are any, the fastest.
+
+        Runs of one commit were most likely on one machine, whose host is the slow part of short rows.
+        """
+
+        def far(other: Row) -> tuple[bool, bool, float]:
+            return other.gpu != row.gpu, not row.commit or other.commit != row.commit, _or_zero(other.step_seconds)
+
+        return min(measured.get((attention, row.conditions, cp, tokens), ()), key=far, default=None)
 
     compared: dict[str, tuple[Row | None, float | None]] = {}
     if row.cp > 1:
