@@ -47,7 +47,8 @@ def write(kind: str, texts: list[str], stem: Path) -> list[str]:
     path = stem.with_suffix("." + kind.replace("json array", "json"))
     if kind == "parquet":
         # One row group, and a page for each document: by default Arrow puts 1024 in a page, whatever their size.
-        parquet.write_table(pa.table({"text": texts}), path, use_dictionary=False, write_batch_size=1)
+        plain = {"use_dictionary": False, "compression": "none", "write_batch_size": 1}
+        parquet.write_table(pa.table({"text": texts}), path, **plain)
     elif kind == "txt":
         paths = [stem.with_name(f"{stem.name}{number:04}.txt") for number in range(len(texts))]
         for each, text in zip(paths, texts, strict=True):
