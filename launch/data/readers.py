@@ -18,10 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from launch.data.files import open_binary
+from launch.data.json_array import ArrayError, elements
 from launch.data.parallel import in_order
 from launch.errors import DataError
 
 _READING_BYTES = 8 << 20  # of files that are read ahead
+# Of Parquet: what is decoded at a time, and what is read at a time. Bytes are known as a mean over many rows, in which
+# a few long texts do not show, nor texts that a dictionary holds once: hence so few rows.
+_BATCH_ROWS = 32
+_BATCH_BYTES = 4 << 20
+_BUFFER_BYTES = 1 << 20
 
 # A candidate is a plain dict, since it travels through `datasets`: exactly one of text and problem is not None.
 Candidate = dict[str, Any]
@@ -78,23 +84,24 @@ def read_json(paths: list[str], field: str) -> Iterator[Candidate]:
             file.seek(0)
             lines_only = any(suffix in (".jsonl", ".ndjson") for suffix in Path(path).suffixes)
             if start.startswith(b"[") and not lines_only:
-                yield from _array(path, file.read(), field)
+                yield from _array(path, file, field)
             else:
                 yield from _lines(path, file, field)
 
 
 def read_parquet(paths: list[str], field: str) -> Iterator[Candidate]:
-    """One document per row; only the column `field` is read."""
+    """One document per row; only the column `field` is read, a page at a time: how much that is, the writer chose."""
     import pyarrow
     from pyarrow import parquet
 
     for path in paths:
         row = 0
         try:
-            file = parquet.ParquetFile(path)
+            # Unless told so, Arrow reads whole row groups ahead, and a column of one at once.
+            file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
             _check_column(path, file.schema_arrow, field)
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for value in _values(batch.column(0)):
+            for column in _batches(file, field):
+                for value in _values(column):
                     row += 1
                     yield _parquet_value(value, field, f"{path}:row {row}")
         except (pyarrow.ArrowException, OSError) as error:
@@ -119,18 +126,24 @@ def _json_candidate(where: str, line: bytes, field: str) -> Candidate:
         return candidate(where, problem=f"invalid JSON: {_one_line(error)}{cut}")
 
 
-def _array(path: str, data: bytes, field: str) -> Iterator[Candidate]:
+def _array(path: str, file: Any, field: str) -> Iterator[Candidate]:
     try:
-        records = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        yield candidate(f"{path}:{data.count(10, 0, error.start) + 1}", problem=_bad_utf8(error, "file"))
-        return
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        yield candidate(f"{path}:{line}", problem=f"invalid JSON array: {_one_line(error)}")
-        return
-    for number, record in enumerate(records, start=1):
-        yield from_record(record, field, f"{path}:element {number}")
+        for number, record in enumerate(elements(file), start=1):
+            yield from_record(record, field, f"{path}:element {number}")
+    except ArrayError as error:
+        # The rest of the file cannot be reached: one damaged record as far as counting goes.
+        yield candidate(f"{path}:{error.line}", problem=_one_line(error))
+
+
+def _batches(file: Any, field: str) -> Iterator[Any]:
+    """The column `field`, some rows at a time: few where texts are long."""
+    names = [file.metadata.schema.column(index).path for index in range(file.metadata.num_columns)]
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        size = group.column(names.index(field)).total_uncompressed_size
+        rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, size)))
+        for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=[field]):
+            yield batch.column(0)
 
 
 def _check_column(path: str, schema: Any, field: str) -> None:

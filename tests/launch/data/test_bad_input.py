@@ -56,6 +56,8 @@ def test_a_damaged_json_array_names_the_line(tmp_path: Path) -> None:
     path.write_text('[{"text": "x"},\n{"text": "y"},\n{"text": "z"')
     with pytest.raises(DataError, match=r"a\.json:3: invalid JSON array"):
         open_here(make_config(source="json", paths=[str(path)]), tmp_path / "cache")
+    kept = open_here(make_config(source="json", paths=[str(path)], seq_len=2, on_error="skip"), tmp_path / "cache")
+    assert (kept.report.documents, kept.report.skipped) == (2, 1)
     path.write_text('[{"text": "x"}, {"text": 1}]')
     with pytest.raises(DataError, match=r"a\.json:element 2: field 'text' must be a string, got int"):
         open_here(make_config(source="json", paths=[str(path)]), tmp_path / "cache")
