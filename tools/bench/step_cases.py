@@ -240,7 +240,7 @@ def foreseen(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _status(reason: str) -> str:
-    if "out of memory" in reason:
+    if "out of memory:" in reason:  # see `tools.bench.processes.describe_failure`
         return "out of memory"
     if "UnsupportedError" in reason:
         return "unsupported"
