@@ -84,7 +84,7 @@ class MemoryPlan:
 
 
 def device_facts(topology: Topology) -> DeviceFacts:
-    """The least that any process of the run has. Collective."""
+    """The least that any process of the run has, and how many share a host at most. Collective."""
     import torch
 
     device = topology.device
@@ -94,6 +94,7 @@ def device_facts(topology: Topology) -> DeviceFacts:
     return DeviceFacts(
         device_bytes=None if on_gpu is None else min(found for _, found, _ in everyone),
         host_bytes=min(total // neighbours[name] for name, _, total in everyone),
+        per_node=max(neighbours.values()),
     )
 
 
@@ -105,7 +106,8 @@ def plan_memory(
     Args:
         config: Of the run.
         num_processes: Of the whole run.
-        facts: None where the machine is not known (`--plan` for another one): `auto` chooses for `ASSUMED_MACHINE`.
+        facts: None where the machine is not known (`--plan` for another one): `auto` chooses for `ASSUMED_MACHINE`,
+            all processes count as on one node.
         model: Its shape; None is what the configuration says.
 
     Raises:
@@ -115,7 +117,8 @@ def plan_memory(
     on_gpu = facts is None or facts.device_bytes is not None
     if facts is None and config.run.device == "cpu":
         on_gpu, facts = False, DeviceFacts(device_bytes=None, host_bytes=host_memory_limit() // num_processes)
-    case = case_of(config, model or model_of(config), num_processes, on_gpu=on_gpu)
+    per_node = None if facts is None else facts.per_node
+    case = case_of(config, model or model_of(config), num_processes, per_node=per_node, on_gpu=on_gpu)
     if config.memory.auto:
         picked = choose(case, facts or ASSUMED_MACHINE, rates)
         if picked is None:

@@ -43,10 +43,12 @@ class DeviceFacts:
     Attributes:
         device_bytes: Memory of its GPU; None where it computes on the CPU.
         host_bytes: Host memory for this process: the machine's, divided by its processes.
+        per_node: Processes of the run on one host, of the host that has most; None: all of them.
     """
 
     device_bytes: int | None
     host_bytes: int
+    per_node: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 _UNKNOWN = ("GB200", " MIG ")
 _PROC = Path("/proc/self")
 _CGROUPS = Path("/sys/fs/cgroup")
+_VMSTAT = Path("/proc/vmstat")
 
 
 def known_peak_tflops(device_name: str, precision: str) -> float | None:
@@ -130,17 +131,21 @@ def host_memory_available() -> int:
     return min([int(psutil.virtual_memory().available), *left])
 
 
+def kernel_kills() -> int:
+    """Processes that the kernel ended for want of memory, of this control group, else of the machine; 0 if unknown."""
+    for place in (_own_group() / "memory.events", _VMSTAT):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return int(dict(line.split() for line in place.read_text().splitlines())["oom_kill"])
+    return 0
+
+
 def _control_groups() -> list[tuple[int, int]]:
     """(limit, used) of the control group (version 2) that this process is in and of those around it.
 
     What files are cached is not counted as used: the kernel gives it back first.
     """
     found = []
-    try:
-        own = next(line[3:] for line in (_PROC / "cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        own = "/"
-    folder = _CGROUPS / own.strip("/")
+    folder = _own_group()
     for place in (folder, *folder.parents):
         if not place.is_relative_to(_CGROUPS):
             break
@@ -150,6 +155,14 @@ def _control_groups() -> list[tuple[int, int]]:
             stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
             found.append((limit, used - int(stat.get("inactive_file", 0)) - int(stat.get("active_file", 0))))
     return found
+
+
+def _own_group() -> Path:
+    try:
+        own = next(line[3:] for line in (_PROC / "cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        own = "/"
+    return _CGROUPS / own.strip("/")
 
 
 def _proc_status() -> dict[str, int]:

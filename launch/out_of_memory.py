@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from launch.errors import OutOfMemory
 from launch.memory_advice import advice, largest_items
@@ -20,12 +20,25 @@ _GPU_WORDS = (
     "cuda out of memory",
     "cuda error: out of memory",
     "cuda driver error: out of memory",
-    "cublas_status_alloc_failed",
+    "_status_alloc_failed",  # of cuBLAS, cuDNN and others
     "'out of memory'",
     "cuda_error_out_of_memory",
 )
 # How host memory that cannot be had shows, beside MemoryError.
 _HOST_WORDS = ("can't allocate memory", "cannot allocate memory", "could not be pinned", "cudahostalloc")
+
+
+def memory_that_ran_out(error: BaseException) -> Literal["GPU", "host"] | None:
+    """Which memory lacked, if that is what `error` tells of: of a GPU or of the host."""
+    import torch
+
+    text = str(error).lower()
+    told_by = isinstance(error, RuntimeError | OSError)  # every error of torch, CUDA and NCCL is a RuntimeError
+    if isinstance(error, torch.OutOfMemoryError):
+        return "GPU"
+    if isinstance(error, MemoryError) or (told_by and any(word in text for word in _HOST_WORDS)):
+        return "host"
+    return "GPU" if told_by and any(word in text for word in _GPU_WORDS) else None
 
 
 def as_out_of_memory(
@@ -40,17 +53,11 @@ def as_out_of_memory(
         step: Steps done; None before it is known.
         plan: What memory was predicted; None if it did not come to that.
     """
-    import torch
-
-    text = str(error).lower()
-    told_by = isinstance(error, RuntimeError | OSError)  # every error of torch, CUDA and NCCL is a RuntimeError
-    on_host = isinstance(error, MemoryError) or (told_by and any(word in text for word in _HOST_WORDS))
-    on_gpu = isinstance(error, torch.OutOfMemoryError)
-    on_gpu = on_gpu or (told_by and not on_host and any(word in text for word in _GPU_WORDS))
-    if isinstance(error, OutOfMemory) or not (on_gpu or on_host):
+    what = memory_that_ran_out(error)
+    if isinstance(error, OutOfMemory) or what is None:
         return error
+    on_gpu = what == "GPU"
     where = "before the first step" if step is None else f"in step {step + 1}"
-    what = "GPU" if on_gpu else "host"
     told = _allocation(str(error)) or type(error).__name__
     parts = [f"rank {topology.rank} of {topology.world_size} ran out of {what} memory {where}, {doing}: {told}"]
     if plan is not None:

@@ -129,7 +129,7 @@ def _memory_lines(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
     if plan.facts is None:
         per_gpu, host = (format_bytes(size) for size in (machine.device_bytes or 0, machine.host_bytes))
         what = "chosen for" if plan.chosen else "judged by"
-        yield what, f"GPUs of {per_gpu}, {host} of host memory each; tools.plan_memory takes others"
+        yield what, f"GPUs of {per_gpu}, {host} of host memory each, all on one node; tools.plan_memory takes others"
     for item in estimate.peak_items:
         device = format_bytes(item.device) if item.device else ""
         yield (

@@ -108,8 +108,10 @@ def main(
 def _run(cases: Cases, case: Case, out: Path) -> None:
     known = cases.known(case)
     name = f"{case.variant}, {case.tokens:,} tokens{f', {known.settings}' if known.settings else ''}"
-    if cases.find(known) is not None:
-        print(f"{name}: already in {out}", flush=True)
+    there = cases.find(known)
+    if there is not None:
+        otherwise = cases.otherwise(known, there)
+        print(f"{name}: already in {out}{f', measured otherwise: {otherwise}' if otherwise else ''}", flush=True)
         return
     print(name, flush=True)
     row = cases.run(case)

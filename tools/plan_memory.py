@@ -80,7 +80,12 @@ def main(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings that win over the file")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="processes, one per GPU, all on one node")] = 4,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1, help="processes, one per GPU; all are taken to be on one node, while a run looks where its own are"
+        ),
+    ] = 4,
     gpu_gb: Annotated[float, typer.Option(help="memory of a GPU, GiB")] = 80.0,
     host_gb: Annotated[float, typer.Option(help="host memory of the node, GiB")] = 500.0,
     tokens: Annotated[str | None, typer.Option(help="row lengths, with commas; else that of the file")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +10,12 @@ import pytest
 from launch.config import Config, MemoryConfig
 from launch.errors import ConfigError
 from launch.memory_advice import describe
-from launch.memory_choice import plan_memory, refuse_hopeless
+from launch.memory_choice import device_facts, plan_memory, refuse_hopeless
 from launch.memory_plan import GIB, estimate_memory
 from launch.memory_search import LADDER, DeviceFacts, _fitting, case_at, choose, families, fits, longest_row
 from launch.step_time import step_time
 from model.config import preset
-from tests.launch.test_memory_plan import RATES, config, gpu_case, machine
+from tests.launch.test_memory_plan import RATES, SAS, config, gpu_case, machine
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,32 @@ def test_on_a_cpu_only_the_host_counts() -> None:
     picked = plan_memory(config(65_536, "test", "fp32", memory={"auto": True}), 2, tight, preset("test"))
     assert picked.memory.recompute
     assert (picked.memory.offload, picked.memory.optimizer) == ("none", "device")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "most", "seconds", "regions"),
+    [
+        ("aaaaaaaa", 8, 0.392, True),
+        ("aaaabbbb", 4, 0.952, True),  # no graphs between hosts, but GPUs of one copy from each other
+        ("aaaaaabb", 6, 0.952, False),  # not equally many: NCCL
+    ],
+)
+def test_a_run_is_planned_over_the_hosts_that_it_is_on(hosts: str, most: int, seconds: float, regions: bool) -> None:
+    """What `memory: auto` predicts, by what each of eight processes tells of itself."""
+    everyone = [(host, 80 * GIB, 1000 * GIB) for host in hosts]
+    facts = facts_of(everyone)
+    assert facts == DeviceFacts(device_bytes=80 * GIB, host_bytes=1000 * GIB // most, per_node=most)
+    auto = config(32_768, model={"preset": "qwen3-0.6b", **SAS}, memory={"auto": True})
+    plan = plan_memory(auto, 8, facts)
+    assert plan.time.seconds == pytest.approx(seconds)
+    assert plan.estimate.host_bytes_per_node == most * plan.estimate.host_bytes
+    device = {item.name: item.device for item in plan.estimate.peak_items}
+    assert ("peer memory of the ring" in device, "tensors of CUDA graphs" in device) == (regions, most == 8)
+
+
+def facts_of(everyone: list[tuple[str, int, int]]) -> DeviceFacts:
+    """`device_facts` where each process has (host, bytes of its GPU, bytes of its host)."""
+    topology: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), gather_objects=lambda own: everyone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+        return device_facts(topology)

@@ -184,18 +184,29 @@ def test_auto_says_what_it_chose_and_predicted_stands_beside_measured(corpus, tm
     assert " predicted" in told
 
 
+WAYS = [
+    (torch.OutOfMemoryError(TORCH_SAYS), "GPU"),
+    (torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "GPU"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "GPU"),
+    (RuntimeError("CUDA driver error: out of memory"), "GPU"),
+    (TopologyError(f"transport: copy_engine cannot map them: rank 1: OutOfMemoryError: {TORCH_SAYS}"), "GPU"),
+    (torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), "GPU"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "host"),
+    (RuntimeError("memory.offload: 4.00 GiB of host memory could not be pinned (error 2)"), "host"),
+    (OSError(12, "Cannot allocate memory"), "host"),
+    (MemoryError(), "host"),
+]
+NO_MEMORY = (
+    RuntimeError("shape mismatch"),
+    torch.distributed.DistBackendError("NCCL error: remote closed"),
+    KeyError("out of memory"),
+)
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
-    [
-        (torch.OutOfMemoryError(TORCH_SAYS), "GPU"),
-        (torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "GPU"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
-        (RuntimeError("CUDA driver error: out of memory"), "GPU"),
-        (TopologyError(f"transport: copy_engine cannot map them: rank 1: OutOfMemoryError: {TORCH_SAYS}"), "GPU"),
-        (torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), "GPU"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "host"),
-        (MemoryError(), "host"),
-    ],
+    WAYS,
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value,
 )
 def test_every_way_in_which_memory_runs_out_is_told_as_that(error, kind):
@@ -208,7 +219,7 @@ def test_every_way_in_which_memory_runs_out_is_told_as_that(error, kind):
 
 
 def test_other_errors_are_not_memory():
-    for error in (RuntimeError("shape mismatch"), torch.distributed.DistBackendError("NCCL error: remote closed")):
+    for error in NO_MEMORY:
         assert as_out_of_memory(error, SimpleNamespace(rank=0, world_size=2), "training", 0, None) is error
 
 

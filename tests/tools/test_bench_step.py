@@ -29,6 +29,7 @@ from launch.topology import Topology
 from tests.processes import run_ranks
 from tools.bench import rival_step, step_variants
 from tools.bench.ranks import UnsupportedError
+from tools.bench.step_cases import Case, Cases, Choices
 from tools.bench.step_profile import REST, Kernel, group_of, summarise
 from tools.bench.step_rows import StepRow, append_row, load_rows
 from tools.bench.step_variants import Task
@@ -158,6 +159,27 @@ def test_a_long_row_is_warmed_up_on_a_short_one_and_timed_once(tmp_path: Path) -
     assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 2, "kept before the profile, and after it"
 
 
+def test_a_row_that_is_there_says_what_it_was_not_asked_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("--tokens", "32", "--variants", "ours", "engine.precision=fp32")
+
+    def nothing(pool: Any, *_: Any, **__: Any) -> str:
+        raise AssertionError("it is there")
+
+    monkeypatch.setattr("tools.bench.processes.RankPool.run", nothing)
+    choices = Choices(steps=1, seconds=60.0, timeout_seconds=60.0)
+    case = Case(variant="ours", model="test", size=1, tokens=32, overrides=settings[4:])
+    with Cases(out=tmp_path, device="cpu", choices=choices, command="") as cases:
+        old = replace(cases.known(case), status="ok", step_seconds=(1.0,), commit="0a1b2c3")
+    append_row(tmp_path, old)
+    told = _run(tmp_path, *settings, "--steps", "3", "--warmup-tokens", "16", "--profile")
+    for what in (
+        f"measured otherwise: commit 0a1b2c3, now {cases.machine.commit}; timed steps 1, 3 asked for",
+        "; warmed up on 32 tokens, 16 tokens asked for; no profile, which is asked for",
+    ):
+        assert what in told
+    assert load_rows(tmp_path) == [old]
+
+
 def test_what_the_rival_cannot_do_is_refused() -> None:
     from model.config import preset
 
@@ -185,6 +207,7 @@ def test_the_command_keeps_rows_and_goes_on_after_them(tmp_path: Path) -> None:
     _run(tmp_path, "--tokens", "32", *settings)
     again = _run(tmp_path, "--tokens", "32", "--variants", "rival,ours", *settings)
     assert again.count("already in") == 2
+    assert "measured otherwise" not in again
     rows = load_rows(tmp_path)
     assert [(row.variant, row.status) for row in rows] == [("ours", "ok"), ("rival", "ok")]
     assert rows[0].losses == pytest.approx(rows[1].losses, rel=1e-5)

@@ -16,14 +16,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch import meters
+from ringattn.errors import PeerError
+from tests.launch.test_out_of_memory import NO_MEMORY, WAYS
 from tests.processes import run_ranks
 from tools.bench import processes, step_cases, step_process
-from tools.bench.processes import Place, RankPool, Ring, run_rank
+from tools.bench.processes import Place, RankPool, Ring, describe_failure, root_cause, run_rank
 from tools.bench.step_cases import Case, Cases, Choices
 from tools.bench.step_process import Held, let_go
 from tools.bench.step_rows import StepRow
 from tools.bench.step_watch import StartClock
 
+KILLED = "killed by SIGKILL, perhaps by the kernel for want of host memory"
 ALONE = Ring(size=1, device="cpu", threads=1, timeout_seconds=30)
 CPU = torch.device("cpu")
 PAIR = Ring(size=2, device="cpu", threads=1, timeout_seconds=30)
@@ -94,7 +98,7 @@ def test_tasks_share_processes_and_another_ring_does_not(pool: RankPool, tmp_pat
 @pytest.mark.parametrize(
     ("what", "timeout", "reason"),
     [
-        ("die", 30, "rank 1: killed by SIGKILL, probably out of memory"),
+        ("die", 30, f"rank 1: {KILLED}"),
         ("raise", 30, "rank 1: KeyError: 'planted'"),
         ("sleep", 0.5, "not done after 0.5 s"),
     ],
@@ -146,8 +150,50 @@ def _unread(pipe: Any, place: Place) -> None:
 
 def test_a_process_that_never_starts_is_a_reason(tmp_path: Path) -> None:
     pool = RankPool(_unread)
-    assert pool.run(ALONE, {}, timeout=30) == "killed by SIGKILL, probably out of memory"
+    assert pool.run(ALONE, {}, timeout=30) == KILLED
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("kills", "status"), [((3, 3), "failed"), ((3, 4), "out of memory")])
+def test_who_is_killed_lacked_memory_only_if_the_kernel_did_it(
+    kills: tuple[int, int], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter(kills)
+    monkeypatch.setattr(processes, "kernel_kills", lambda: next(counts))
+    reason = RankPool(_unread).run(ALONE, {}, timeout=30)
+    assert reason is not None
+    assert "killed by" in reason
+    assert step_cases._status(reason) == status
+
+
+@pytest.mark.parametrize("where", ["group", "machine", "nowhere"])
+def test_what_the_kernel_has_killed_is_counted_in_the_own_group(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_PROC", "_CGROUPS"):
+        monkeypatch.setattr(meters, name, tmp_path)
+    monkeypatch.setattr(meters, "_VMSTAT", tmp_path / "vmstat")
+    (tmp_path / "cgroup").write_text("4:memory:/old\n0::/job\n")
+    (tmp_path / "job").mkdir()
+    if where == "group":
+        (tmp_path / "job/memory.events").write_text("oom 9\noom_kill 2\noom_group_kill 0\n")
+    if where != "nowhere":
+        (tmp_path / "vmstat").write_text("nr_free_pages 8\noom_kill 7\n")
+    assert meters.kernel_kills() == {"group": 2, "machine": 7, "nowhere": 0}[where]
+
+
+@pytest.mark.parametrize("error", [error for error, _ in WAYS], ids=lambda error: type(error).__name__)
+def test_every_way_in_which_memory_runs_out_is_the_cause_and_final(error: BaseException) -> None:
+    """The trainer's: what others say of a rank that is gone comes first here, and explains less."""
+    lost = f"rank 0: {describe_failure(PeerError('rank 1 is gone'))}"
+    cause = root_cause([lost, f"rank 1: {describe_failure(error)}"])
+    assert cause.startswith("rank 1: out of memory:")
+    assert step_cases._status(cause) == "out of memory"
+
+
+def test_other_failures_are_not_memory() -> None:
+    for error in NO_MEMORY:
+        assert step_cases._status(describe_failure(error)) == "failed"
 
 
 LITTLE = ("engine.precision=fp32", "model.layers=1", "data.max_documents=20")

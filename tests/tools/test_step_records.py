@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.memory_choice import plan_memory
+from launch.memory_choice import MemoryPlan, plan_memory
 from launch.memory_search import DeviceFacts
 from tools.bench.step_cases import Case
 from tools.bench.step_rows import GIB, StepRow, read_rows
@@ -20,8 +20,46 @@ ROWS = [
 NAMES = [f"{row.model} cp {row.num_ranks} {row.tokens} {row.settings}" for row in ROWS]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=NAMES)
-def test_memory_is_within_a_tenth_of_what_was_measured(row: StepRow, tmp_path: Path) -> None:
+# Farther off than a twentieth, but no more than a tenth, by (model, ranks, tokens): measured before a head of its own
+# was reduced by itself, which is more at the end of a short row.
+FAR_PEAKS = {("llama-3-8b", 2, 65_536), ("llama-3-8b", 4, 65_536)}
+# Of whole devices, farther off than a tenth, but no more than a fifth: with room to spare the allocator keeps more.
+FAR_DEVICES = FAR_PEAKS
+every_row = pytest.mark.parametrize("row", ROWS, ids=NAMES)
+
+
+@every_row
+def test_torch_s_peak_is_within_a_twentieth_or_listed_and_within_a_tenth(row: StepRow, tmp_path: Path) -> None:
+    assert row.peak_allocated is not None
+    error = planned(row, tmp_path).estimate.allocated / GIB / row.peak_allocated - 1
+    assert abs(error) <= 0.1
+    assert (abs(error) > 0.05) == (place(row) in FAR_PEAKS)
+
+
+@every_row
+def test_a_whole_device_is_within_a_tenth_or_listed_and_within_a_fifth(row: StepRow, tmp_path: Path) -> None:
+    assert row.device_used is not None
+    if row.device_used <= (row.peak_reserved or 0):
+        pytest.skip("read after the step")
+    error = planned(row, tmp_path).estimate.device_bytes / GIB / row.device_used - 1
+    assert abs(error) <= 0.2
+    assert (abs(error) > 0.1) == (place(row) in FAR_DEVICES)
+    near = row.model != "llama-3-8b" and (row.tokens, row.num_ranks) != (8_192, 2)
+    assert abs(error) <= (0.05 if near else 0.2)
+
+
+@every_row
+def test_times_are_within_their_wide_limits(row: StepRow, tmp_path: Path) -> None:
+    assert row.seconds is not None
+    if row.documents != "one":
+        pytest.skip("several documents shorten attention")
+    time = planned(row, tmp_path).time
+    slower, faster = time_tolerance(row, waits_for_host=time.host != 0)
+    assert (1 - slower) * row.seconds <= time.seconds <= (1 + faster) * row.seconds
+
+
+def planned(row: StepRow, folder: Path) -> MemoryPlan:
+    """What the planner foresees for the case of a record."""
     case = Case(
         variant="ours",
         model=row.model,
@@ -30,25 +68,13 @@ def test_memory_is_within_a_tenth_of_what_was_measured(row: StepRow, tmp_path: P
         overrides=settings_of(row.settings),
         keep_documents=row.documents == "kept",
     )
-    config = case.config(device="cuda", folder=tmp_path, timeout_seconds=60)
+    config = case.config(device="cuda", folder=folder, timeout_seconds=60)
     facts = DeviceFacts(device_bytes=int((row.device_total or 79.2) * GIB), host_bytes=int(503 * GIB / row.num_ranks))
-    planned = plan_memory(config, row.num_ranks, facts)
-    assert row.peak_allocated is not None
-    # measured before a head of its own was reduced by itself, which is more at the end of a short row
-    before = row.model == "llama-3-8b" and row.tokens == 65_536
-    assert planned.estimate.allocated / GIB == pytest.approx(row.peak_allocated, rel=0.1 if before else 0.05)
-    assert row.device_used is not None
-    if row.device_used > (row.peak_reserved or 0):  # else it was read after the step
-        assert planned.estimate.device_bytes / GIB == pytest.approx(row.device_used, rel=device_tolerance(row))
-    assert row.seconds is not None
-    if row.documents == "one":  # several shorten attention
-        slower, faster = time_tolerance(row, waits_for_host=planned.time.host != 0)
-        assert (1 - slower) * row.seconds <= planned.time.seconds <= (1 + faster) * row.seconds
+    return plan_memory(config, row.num_ranks, facts)
 
 
-def device_tolerance(row: StepRow) -> float:
-    """Where a GPU has room to spare the allocator keeps more than is in use: 8 to 13 GiB of Llama-3-8B's."""
-    return 0.2 if row.model == "llama-3-8b" else 0.1 if (row.tokens, row.num_ranks) == (8_192, 2) else 0.05
+def place(row: StepRow) -> tuple[str, int, int]:
+    return row.model, row.num_ranks, row.tokens
 
 
 def time_tolerance(row: StepRow, *, waits_for_host: bool) -> tuple[float, float]:

@@ -19,9 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.meters import kernel_kills
 from launch.orphans import die_with_parent
+from launch.out_of_memory import memory_that_ran_out
 
 _GRACE_SECONDS = 5.0  # after a first failure the other ranks notice by themselves; then they are ended
+_OUT_OF_MEMORY = "out of memory:"  # begins the reason of a rank that lacked some
 _ECHOES = ("PeerError", "PeerLost", "DistBackendError", "RuntimeError")
 
 
@@ -78,11 +81,12 @@ class RankPool:
         if ring != self._ring or not all(process.is_alive() for process, _ in self._started):
             self.close()
             self._start(ring)
+        kills = kernel_kills()
         try:
             for _, pipe in self._started:
                 with contextlib.suppress(OSError):  # it has died, which is found out below
                     pipe.send(task)
-            left, failure = _collect(self._started, timeout)
+            left, failure = _collect(self._started, timeout, kills)
         except BaseException:
             self.close()  # they are still at work
             raise
@@ -136,8 +140,10 @@ def rank_processes(
             receive.close()
 
 
-def _collect(started: list[tuple[BaseProcess, Connection]], timeout: float) -> tuple[str | None, str | None]:
-    """(what the task has left behind, why it failed); None each if it has not."""
+def _collect(
+    started: list[tuple[BaseProcess, Connection]], timeout: float, kills: int
+) -> tuple[str | None, str | None]:
+    """(what the task has left behind, why it failed); None each if it has not. `kills`: `kernel_kills` before it."""
     deadline = time.monotonic() + timeout
     left: list[str] = []
     failures: list[str] = []
@@ -153,7 +159,7 @@ def _collect(started: list[tuple[BaseProcess, Connection]], timeout: float) -> t
                 outcome, content = receive.recv()
             except (EOFError, ConnectionResetError):  # reset: what it was sent was not read
                 process.join(_GRACE_SECONDS)
-                outcome, content = "failed", _death(process.exitcode)
+                outcome, content = "failed", _death(process.exitcode, kernel_kills() > kills)
             where = f"rank {rank}: {content}" if len(started) > 1 else content
             if outcome == "failed":
                 failures.append(where)
@@ -171,17 +177,21 @@ def root_cause(failures: list[str]) -> str:
     """The failure that explains the others: lack of memory first, ranks that only lost a peer last."""
 
     def weight(failure: str) -> int:
-        if "out of memory" in failure:
+        if _OUT_OF_MEMORY in failure:
             return 0
         return 2 if any(f"{name}:" in failure for name in _ECHOES) else 1
 
     return min(failures, key=weight)
 
 
-def _death(exitcode: int | None) -> str:
+def _death(exitcode: int | None, by_kernel: bool) -> str:
+    """Why a process said nothing; `by_kernel`: the kernel has ended one since, for want of memory."""
+    if exitcode == -signal.SIGKILL:  # by anyone: no proof that the case needs more than there is
+        if by_kernel:
+            return f"{_OUT_OF_MEMORY} killed by the kernel for want of host memory"
+        return "killed by SIGKILL, perhaps by the kernel for want of host memory"
     if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        return f"killed by {name}" + (", probably out of memory" if name == "SIGKILL" else "")
+        return f"killed by {signal.Signals(-exitcode).name}"
     return f"ended without a result (exit status {exitcode})"
 
 
@@ -211,13 +221,8 @@ def run_rank(pipe: Connection, place: Place, begin: Callable[[], Callable[[Any],
 def describe_failure(error: BaseException) -> str:
     """The reason of a failed point, in one line."""
     text = str(error).strip().splitlines() or [""]
-    words = str(error).lower()
-    if (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "allocate memory" in words
-        or "out of memory" in words
-    ):
-        return f"out of memory: {text[0]}"
+    if memory_that_ran_out(error) is not None:
+        return f"{_OUT_OF_MEMORY} {text[0]}"
     return f"{type(error).__name__}: {text[0]}"
 
 

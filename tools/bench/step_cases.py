@@ -175,6 +175,18 @@ class Cases:
         """The row of the folder, if measuring again would tell nothing new."""
         return next((row for row in load_rows(self._out) if row.case == known.case and row.is_final), None)
 
+    def otherwise(self, known: StepRow, there: StepRow) -> str:
+        """How a row of the folder was measured other than is asked for now, in words; "" if it was not."""
+        steps = len(there.step_seconds)
+        asked = {
+            f"commit {there.commit}, now {known.commit}": there.commit != known.commit,
+            f"timed steps {steps}, {self._choices.steps} asked for": there.status == "ok"
+            and steps != self._choices.steps,
+            f"warmed up on {there.warmup}, {known.warmup} asked for": there.warmup != known.warmup,
+            "no profile, which is asked for": there.status == "ok" and self._choices.profile and not there.profile,
+        }
+        return "; ".join(what for what, differs in asked.items() if differs)
+
     def run(self, case: Case) -> StepRow:
         """The case's row, which is in the folder afterwards; measured now unless it was there."""
         known = self.known(case)
@@ -246,7 +258,7 @@ def foreseen(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _status(reason: str) -> str:
-    if "out of memory" in reason:
+    if "out of memory:" in reason:  # see `tools.bench.processes.describe_failure`
         return "out of memory"
     if "UnsupportedError" in reason:
         return "unsupported"
