@@ -11,7 +11,10 @@ import time
 from collections.abc import Callable
 
 from launch.pulse import Pulse
+from launch.topology import TORCH_LATER_S
 from ringattn.transport import RingStats
+
+_MOST_LATER_S = TORCH_LATER_S - 5.0  # `look` comes every second or so
 
 
 class Stall:
@@ -40,8 +43,10 @@ class Stall:
     def look(self) -> str | None:
         """What is waited for in vain, in words, or None while all is well.
 
-        A wait of the ring is one after the limit. Anything else, such as an engine's collective, cannot be told from
-        work: it counts as stalled after the limit and three times the longest stay at one place so far.
+        A wait of the ring is one after the limit. Anything else, such as an engine's collective or a pass of the ring
+        from a graph, cannot be told from work: it counts as stalled after the limit and three times the longest stay
+        at one place so far, but before torch's own limit ends it. Only where work by itself took longer than the
+        limit once, as it may while the first step's longer one is in force, it may do so again.
         """
         moment, now = self._pulse.now(), self._clock()
         ended, waiting = (0, None) if self._stats is None else self._stats.waits()
@@ -59,7 +64,10 @@ class Stall:
                 f"{place}, {waiting.where}: {waiting.what} did not come within {setting}={limit:g} s; look at "
                 "the log of that rank, or at whether it still runs; start again to resume from the last checkpoint"
             )
-        if here > limit + 3.0 * self._longest:
+        more = 3.0 * self._longest
+        if self._longest <= limit:
+            more = min(more, _MOST_LATER_S)
+        if here > limit + more:
             return (
                 f"{place}: nothing has moved for {here:.0f} s ({setting}={limit:g} s), so a collective "
                 "of the engine or of the ring waits for a rank that does not come; look at the other ranks' logs, and "

@@ -27,7 +27,7 @@ from launch.errors import ConfigError, PeerLost
 if TYPE_CHECKING:
     from launch.config import Config
 
-_TORCH_LATER_S = 30.0
+TORCH_LATER_S = 30.0  # after `parallel.hop_timeout_s` torch ends what waits on a GPU; by then it has been told why
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SLURM_NAMES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
@@ -207,7 +207,7 @@ class Topology:
 
         They end by a signal or by an error of the device there; `launch.stall` comes first, and has the words.
         """
-        return timeout if self.device.type != "cuda" else timeout + timedelta(seconds=_TORCH_LATER_S)
+        return timeout if self.device.type != "cuda" else timeout + timedelta(seconds=TORCH_LATER_S)
 
     @property
     def ring_timeout(self) -> timedelta:

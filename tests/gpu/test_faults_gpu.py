@@ -12,7 +12,7 @@ import torch
 from launch.errors import EXIT_PEER
 from launch.metrics import read_metrics
 from launch.status import read_status
-from launch.topology import _TORCH_LATER_S
+from launch.topology import TORCH_LATER_S
 from tests.launch.runs import overrides_of, settings, write_corpus
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_a_rank_that_stalls_is_a_lost_peer_within_the_timeout(tmp_path, transpor
     told = read_status(tmp_path / "run")
     assert told is not None
     # Not before its time, and before torch ends the process without a word.
-    assert LIMIT_S - 1.0 < told.written_at - began < LIMIT_S + _TORCH_LATER_S, told.message
+    assert LIMIT_S - 1.0 < told.written_at - began < LIMIT_S + TORCH_LATER_S, told.message
     assert "rank 0 of 2 lost a peer in step" in told.message
     assert "hop_timeout_s" in told.message or f"{LIMIT_S * 1000:.0f}ms" in told.message  # gloo's words
     assert told.step is not None

@@ -13,6 +13,7 @@ import ringattn
 from launch.errors import EXIT_PEER
 from launch.pulse import Pulse
 from launch.stall import Stall
+from launch.topology import TORCH_LATER_S
 from launch.watch import Watch
 from ringattn.ring import Ring, ring_backward, ring_forward
 from ringattn.transport import RingStats
@@ -110,6 +111,28 @@ def test_work_may_take_three_times_the_longest_stay_beyond_the_limit(device: Dev
     assert "in step 22, forward of row 7: nothing has moved for 33 s (parallel.hop_timeout_s=8 s)" in told
     device.done += 2  # and on
     assert step.look(0.5) is None
+
+
+@pytest.mark.parametrize(("first", "told_after"), [(3.0, 8.0 + 9.0), (60.0, 120.0 + 25.0), (200.0, 120.0 + 600.0)])
+def test_a_pass_from_a_graph_is_told_before_torch_ends_it(device: Device, first: float, told_after: float) -> None:
+    """After a first step that compiles for a minute, too: of such a pass no wait is known."""
+    step = Step(device)
+    limit = [600.0]
+    step.stall = Stall(step.pulse, step.stats, lambda: ("its name", limit[0]), clock=step.clock)
+    step.queue()
+    device.done = 1
+    step.look(0.0)
+    assert step.look(first) is None
+    device.done = device.recorded
+    assert step.look(0.0) is None
+    step.pulse.end()
+    limit[0] = 8.0 if first < 8.0 else 120.0  # the first step is over
+    step.queue(22)
+    device.done += 1
+    step.look(0.0)
+    assert step.look(told_after - 0.5) is None
+    assert "nothing has moved" in str(step.look(1.0))
+    assert first > 120.0 or told_after < limit[0] + TORCH_LATER_S
 
 
 def test_without_a_ring_only_places_count(device: Device) -> None:
