@@ -204,7 +204,10 @@ class MetricsConfig(Section):
         default=50, ge=0, description="steps between looks at what selective attention does in each layer; 0: never"
     )
     hop_trace_every_steps: int = Field(
-        default=0, ge=0, description="steps between tables of exposed communication per layer and hop; 0: never"
+        default=0,
+        ge=0,
+        description="steps between tables of exposed communication per layer and hop; such a step takes no "
+        "CUDA graphs and is slower at short shards; 0: never",
     )
     tensorboard: bool = Field(default=False, description="also write TensorBoard events")
     wandb: bool = Field(default=False, description="also log to Weights & Biases, if installed")

@@ -1,8 +1,8 @@
 """Where the ring was waited for: exposed milliseconds per layer and hop, on rank 0 and the most of any rank.
 
 The figures are those of `ringattn.transport.HopWait`: "forward hop 2" is the wait for the payload of hop 2, "backward
-hop 2 gradients" the wait at hop 2 for gradients under way, "last gradients" the wait for the rest at the end. Hops
-inside replayed CUDA graphs have no times: they are counted as untimed, and no number is made up for them.
+hop 2 gradients" the wait at hop 2 for gradients under way, "last gradients" the wait for the rest at the end. In such a step
+no pass runs from a CUDA graph, in which hops have no times.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class HopTrace:
         layers: Likewise; None is what belongs to no layer.
         own, most: Seconds of rank 0, and the largest of any rank.
         slowest: The rank with the largest.
-        untimed: Hops of rank 0 without times, by layer.
     """
 
     places: tuple[str, ...]
@@ -34,7 +33,6 @@ class HopTrace:
     own: dict[_Key, float]
     most: dict[_Key, float]
     slowest: dict[_Key, int]
-    untimed: dict[int | None, int]
 
 
 def combine(everyone: Sequence[RingTotals]) -> HopTrace:
@@ -42,15 +40,13 @@ def combine(everyone: Sequence[RingTotals]) -> HopTrace:
     seconds = [{(wait.layer, wait.where): wait.seconds for wait in totals.waits} for totals in everyone]
     keys = list(dict.fromkeys(key for of_rank in seconds for key in of_rank))
     most = {key: max(of_rank.get(key, 0.0) for of_rank in seconds) for key in keys}
-    untimed = dict(everyone[0].untimed)
-    layers = {layer for layer, _ in keys} | set(untimed)
+    layers = {layer for layer, _ in keys}
     return HopTrace(
         places=tuple(dict.fromkeys(where for _, where in keys)),
         layers=tuple(sorted(layers, key=lambda layer: (layer is None, layer or 0))),
         own={key: seconds[0].get(key, 0.0) for key in keys},
         most=most,
         slowest={key: [of_rank.get(key, 0.0) for of_rank in seconds].index(most[key]) for key in keys},
-        untimed=untimed,
     )
 
 
@@ -59,28 +55,22 @@ def table(trace: HopTrace, step: int) -> list[str]:
     if not trace.layers:
         return [f"exposed communication in step {step}: no hop was waited for"]
     lines = [f"exposed communication in step {step}, ms: rank 0 / most of any rank"]
-    head = ["layer", *trace.places, *(("untimed hops",) if trace.untimed else ())]
-    rows = [head]
+    rows = [["layer", *trace.places]]
     for layer in trace.layers:
         cells = [str(_counted(layer) or "-")]
         for where in trace.places:
             key = (layer, where)
             known = key in trace.most
             cells.append(f"{1e3 * trace.own[key]:.2f} / {1e3 * trace.most[key]:.2f}" if known else "-")
-        if trace.untimed:
-            cells.append(str(trace.untimed.get(layer, 0)))
         rows.append(cells)
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     own, most = sum(trace.own.values()), sum(trace.most.values())
-    end = f"in all {1e3 * own:.2f} ms on rank 0; at every place the slowest rank: {1e3 * most:.2f} ms"
-    if trace.untimed:
-        end += f"; {sum(trace.untimed.values())} hops ran inside CUDA graphs and are not in these times"
-    return [*lines, end]
+    return [*lines, f"in all {1e3 * own:.2f} ms on rank 0; at every place the slowest rank: {1e3 * most:.2f} ms"]
 
 
 def report(trace: HopTrace, step: int, bar: RunProgress, metrics: MetricsWriter) -> None:
-    """Print the table, and write an event `hop_trace` per layer and place, and one `hop_trace_untimed` per layer."""
+    """Print the table, and write an event `hop_trace` per layer and place."""
     for line in table(trace, step):
         bar.note(line)
     for (layer, where), seconds in trace.most.items():
@@ -94,8 +84,6 @@ def report(trace: HopTrace, step: int, bar: RunProgress, metrics: MetricsWriter)
             "slowest_rank": trace.slowest[key],
         }
         metrics.event("hop_trace", **fields)
-    for layer, hops in trace.untimed.items():
-        metrics.event("hop_trace_untimed", step=step, layer=_counted(layer), untimed_hops=hops)
 
 
 def _counted(layer: int | None) -> int | None:

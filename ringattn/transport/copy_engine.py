@@ -123,8 +123,9 @@ class CopyEngineTransport:
     ) -> tuple[Tensor, ...]:
         if not self.captures(plan, inputs, payload) or not inputs[0].shape[1]:
             return step(*inputs, payload)
-        # A graph of launches that are left out; and where the caller captures, its graph holds it all.
-        if rehearsing.get() or torch.cuda.is_current_stream_capturing():
+        # A graph of launches that are left out; where the caller captures, its graph holds it all; and hops that are
+        # looked at one by one have no times in a graph.
+        if rehearsing.get() or torch.cuda.is_current_stream_capturing() or self.stats.by_place:
             return step(*inputs, payload)
         self.turn.check()
         self.follow(self.memory.caller())

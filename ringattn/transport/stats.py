@@ -36,7 +36,7 @@ class RingTotals:
     """Counts of one rank since the last `take`: exchanges, bytes sent, seconds in which compute stood waiting.
 
     `untimed_hops` of the exchanges are not in `exposed_seconds`: those inside of replayed CUDA graphs.
-    `waits` has the seconds by layer and place, `untimed` the untimed hops by layer, if `RingStats.by_place` was set.
+    `waits` has the seconds by layer and place, if `RingStats.by_place` was set.
     """
 
     hops: int
@@ -44,7 +44,6 @@ class RingTotals:
     exposed_seconds: float
     untimed_hops: int = 0
     waits: tuple[HopWait, ...] = ()
-    untimed: tuple[tuple[int | None, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,8 @@ class RingStats:
 
     Attributes:
         timed: measure the waiting at all. Off, a hop on CUDA issues two events less.
-        by_place: also keep it by layer and place.
+        by_place: also keep it by layer and place. Passes are then launched one by one, as in a CUDA graph there are no
+            times, and short shards wait for the host.
         layer: whose attention runs, from 0; for the caller to set. Errors name it, counted from 1.
         at: where in the ring it is; set by the hop loops.
         what: what is waited for there, in words.
@@ -90,7 +90,6 @@ class RingStats:
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event, _Place, str]] = field(default_factory=list)
     _folded: int = 0
     _waits: dict[_Place, list[float]] = field(default_factory=dict)
-    _untimed: dict[int | None, int] = field(default_factory=dict)
 
     @property
     def in_layer(self) -> str:
@@ -126,8 +125,6 @@ class RingStats:
         self.hops += hops
         self.untimed_hops += hops
         self.bytes_sent += bytes_sent
-        if self.by_place:
-            self._untimed[self.layer] = self._untimed.get(self.layer, 0) + hops
 
     def _add(self, place: _Place, seconds: float) -> None:
         self.waited_seconds += seconds
@@ -170,9 +167,7 @@ class RingStats:
                 HopWait(layer=layer, where=where, seconds=seconds, waits=int(waits))
                 for (layer, where), (seconds, waits) in self._waits.items()
             ),
-            untimed=tuple(self._untimed.items()),
         )
         self.hops, self.bytes_sent, self.waited_seconds, self.untimed_hops = 0, 0, 0.0, 0
         self._waits.clear()
-        self._untimed.clear()
         return totals

@@ -318,6 +318,28 @@ def test_the_graph_not_used_for_longest_makes_room():
     run_ranks(eviction_worker, 1)
 
 
+def by_place_worker(rank, world_size, folder):
+    """Of calls that are looked at hop by hop in between: hops, those without times, places that were waited at."""
+    transport, found = recording_transport(folder), []
+    plan = ringattn.Plan(TOKENS, world_size)
+    for number, by_place in enumerate((False, False, True, False, True)):
+        transport.stats.by_place = by_place
+        assert two_layers(plan, rank, transport, number) <= 1e-10
+        totals = transport.stats.take()
+        found.append((totals.hops, totals.untimed_hops, {wait.where for wait in totals.waits}))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_hops_that_are_looked_at_one_by_one_are_launched(size, tmp_path):
+    for first, second, looked_at, replayed, again in run_ranks(by_place_worker, size, str(tmp_path)):
+        hops = first[0]
+        assert first[1:] == (0, set())
+        assert second == replayed == (hops, hops, set())  # the third call, in the second step, is captured and replayed
+        assert looked_at[:2] == again[:2] == (hops, 0)
+        assert looked_at[2] == again[2] >= {"forward hop 1", "forward end"}
+
+
 def traced_worker(rank, world_size):
     steps = Steps()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
