@@ -1,8 +1,8 @@
 """Where the ring was waited for: exposed milliseconds per layer and hop, on rank 0 and the most of any rank.
 
 The figures are those of `ringattn.transport.HopWait`: "forward hop 2" is the wait for the payload of hop 2, "backward
-hop 2 gradients" the wait at hop 2 for gradients under way, "last gradients" the wait for the rest at the end. In such a step
-no pass runs from a CUDA graph, in which hops have no times.
+hop 2 gradients" the wait at hop 2 for gradients under way, "last gradients" the wait for the rest at the end. In such a
+step no pass runs from a CUDA graph, in which hops have no times.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def table(trace: HopTrace, step: int) -> list[str]:
             known = key in trace.most
             cells.append(f"{1e3 * trace.own[key]:.2f} / {1e3 * trace.most[key]:.2f}" if known else "-")
         rows.append(cells)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     own, most = sum(trace.own.values()), sum(trace.most.values())
     return [*lines, f"in all {1e3 * own:.2f} ms on rank 0; at every place the slowest rank: {1e3 * most:.2f} ms"]
