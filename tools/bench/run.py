@@ -186,6 +186,7 @@ class _Bench:
             note=note,
             extra_gib=_gib(timing.extra_bytes),
             outside_gib=_gib(timing.outside_bytes),
+            graphs_gib=_gib(timing.graphs_bytes),
             **kept,
         )
         return timed(row, point, timing.forward_ms, timing.both_ms)
