@@ -19,7 +19,11 @@ def memory_of(both: Callable[[int], None], warmup: int, ranks: Ranks) -> tuple[i
     device = ranks.device
     ranks.synchronize()
     torch.cuda.empty_cache()
-    before, outside, graphs = torch.cuda.memory_allocated(device), _outside(device), _in_pools(device)
+    before, outside, graphs = (
+        torch.cuda.memory_allocated(device),
+        _outside(device),
+        free_in_pools(torch.cuda.memory_snapshot()),
+    )
     for number in range(warmup):
         both(number)
     ranks.synchronize()
@@ -27,13 +31,8 @@ def memory_of(both: Callable[[int], None], warmup: int, ranks: Ranks) -> tuple[i
     both(0)
     ranks.synchronize()
     extra = torch.cuda.max_memory_allocated(device) - before
-    return extra, max(0, _outside(device) - outside), max(0, _in_pools(device) - graphs)
-
-
-def _in_pools(device: torch.device) -> int:
-    """Bytes that pools of graphs keep, and that nothing is allocated in: nobody else gets them."""
-    segments = torch.cuda.memory_snapshot()
-    return free_in_pools(segment for segment in segments if segment["device"] == device.index)
+    kept = free_in_pools(torch.cuda.memory_snapshot()) - graphs  # a process has one GPU
+    return extra, max(0, _outside(device) - outside), max(0, kept)
 
 
 def free_in_pools(segments: Iterable[dict[str, Any]]) -> int:

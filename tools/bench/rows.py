@@ -34,6 +34,7 @@ class Row:
         drift_percent: for the ideal, how much slower it was after the others of its point than before them.
         extra_gib: see `measure.Timing`; so for outside_gib and graphs_gib, which records before it do not have.
         error_out: largest relative error of a token at the size of the check, and of the gradients likewise.
+        profile: where the time goes, for `call_profile.profiles_of`; empty if it was not asked for.
     """
 
     variant: str
@@ -62,6 +63,7 @@ class Row:
     error_dq: float | None = None
     error_dk: float | None = None
     error_dv: float | None = None
+    profile: str = ""
 
     @property
     def place(self) -> tuple[Any, ...]:
