@@ -80,8 +80,12 @@ def test_a_call_s_columns_gap_and_idle() -> None:
         "busy": 6 + 2,
     }
     assert {name: 2 * getattr(found, name) for name in columns} == pytest.approx(columns)
+    assert found.top[0] == (BARRIER[:80], 0.5, 4.5)
+    assert found.top[1] == (FPROP, 1.0, 2.5)
     assert profiles_of(text_of([found, replace(found, rank=0)])) == [found, replace(found, rank=0)]
     assert profiles_of("") == []
+    with pytest.raises(ValueError, match="expected what --profile writes"):
+        profiles_of('[{"call": "forward"}]')
     assert of_kernels([], "forward", 0, calls=2) is None
 
 

@@ -17,9 +17,10 @@ from tools.bench.measure import Effort, Steps
 from tools.bench.problem import Case, Point
 from tools.bench.ranks import Ranks
 from tools.bench.rows import Row, number
-from tools.bench.step_profile import Kernel, covered, group_of, record
+from tools.bench.step_profile import Kernel, covered, group_of, record, summarise
 
 _PROFILED = 4  # calls in a row
+_TOP, _LONGEST_NAME = 12, 80  # kernels that are named, and characters of a name
 _FORWARD, _BACKWARD, _BARRIERS = "attention forward", "attention backward", "NCCL and barriers"
 _COLUMNS = {_FORWARD: "attention_forward", _BACKWARD: "attention_backward", "merge": "merges", _BARRIERS: "barriers"}
 
@@ -42,6 +43,7 @@ class CallProfile:
         idle: in which nothing runs at all.
         span: from the first call's first kernel to the last one's end, over the calls; without a GPU by the clock.
         busy: in which anything but barriers and NCCL runs; the rank with most is the busiest.
+        top: (name, launches, milliseconds) of what took most, by which the columns can be checked.
     """
 
     call: str
@@ -57,6 +59,7 @@ class CallProfile:
     idle: float | None = None
     span: float
     busy: float | None = None
+    top: tuple[tuple[str, float, float], ...] = ()
 
 
 def column_of(name: str) -> str:
@@ -84,7 +87,11 @@ def of_kernels(kernels: Sequence[Kernel], call: str, rank: int, calls: int) -> C
         "busy": covered(kernel for kernel, group in groups if group != _BARRIERS),
     }
     per_call = {name: microseconds / 1e3 / calls for name, microseconds in numbers.items()}
-    return CallProfile(call=call, rank=rank, **per_call)
+    most = tuple(
+        (name[:_LONGEST_NAME], launches / calls, round(seconds * 1e3 / calls, 4))
+        for name, launches, seconds in summarise(kernels, top=_TOP).top
+    )
+    return CallProfile(call=call, rank=rank, top=most, **per_call)
 
 
 def after_the_meeting(kernels: Sequence[Kernel]) -> list[Kernel]:
@@ -152,8 +159,9 @@ def profiles_of(text: str) -> list[CallProfile]:
         ValueError: if it is something else.
     """
     try:
-        return [CallProfile(**given) for given in json.loads(text or "[]")]
-    except (TypeError, ValueError) as error:
+        found = json.loads(text or "[]")
+        return [CallProfile(**{**given, "top": tuple(map(tuple, given["top"]))}) for given in found]
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError("column profile: expected what --profile writes") from error
 
 
