@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from tools.bench.call_profile import after_the_meeting, column_of, of_kernels, profiles_of, text_of
+from tests.processes import run_ranks
+from tests.tools.test_bench_attention import _settings
+from tools.bench import run as bench_run
+from tools.bench.call_profile import (
+    CallProfile,
+    after_the_meeting,
+    column_of,
+    of_kernels,
+    profile_case,
+    profiles_of,
+    text_of,
+)
+from tools.bench.problem import Case, Point
+from tools.bench.ranks import Ranks
 from tools.bench.rows import read_file
+from tools.bench.run import all_variants, chosen, run
 from tools.bench.step_profile import Kernel, covered
 from tools.bench_attention import app
 
@@ -125,3 +142,42 @@ def test_without_a_gpu_it_says_so_and_is_shown_again(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows({name: row[name] for name in writer.fieldnames} for row in table)
     assert [(row.profile, row.graphs_gib) for row in read_file(tmp_path / "old.csv")[0]] == 4 * [("", None)]
+
+
+def _failing(rank: int, size: int, folder: str) -> list[tuple[str, str, str, bool]]:
+    """A profile that fails on one rank, of the first variant only; then one that comes too late."""
+    ranks = Ranks(torch.device("cpu"), timeout=5.0)
+
+    def fail(number: int) -> None:
+        if rank == 1:
+            raise KeyError("planted")
+
+    def planted(case: Case, point: Point, *rest: Any) -> list[CallProfile]:
+        bench_run.profile_case = profile_case  # type: ignore[attr-defined]
+        ranks.together(partial(fail, 0))
+        return []
+
+    def late() -> None:
+        raise AssertionError("profiled after the budget")
+
+    bench_run.profile_case = planted  # type: ignore[attr-defined]
+    settings = replace(_settings(Path(folder)), variants=("ours p2p",), profile=True)
+    variants = chosen(settings.variants, all_variants())
+    rows = run(settings, ranks, variants)
+    is_late = bench_run._Bench._is_late
+    bench_run._Bench._is_late = lambda bench: bool(bench.rows) or is_late(bench)  # type: ignore[method-assign]
+    bench_run._Bench._profiles = late  # type: ignore[assignment, method-assign]
+    rows += run(settings, ranks, variants)
+    return [(row.variant, row.status, row.note, bool(row.profile)) for row in rows]
+
+
+def test_a_profile_that_fails_or_comes_late_is_a_note(tmp_path: Path) -> None:
+    found = run_ranks(_failing, 2, str(tmp_path))
+    late = "no profile: the budget of 60 s is spent (--budget-seconds)"
+    assert found[0] == found[1]
+    assert found[0] == [
+        ("ideal", "ok", "no profile: rank 1: KeyError: 'planted'", False),
+        ("ours p2p", "ok", "", True),
+        ("ideal", "ok", late, False),
+        ("ours p2p", "ok", late, False),
+    ]
