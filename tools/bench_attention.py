@@ -50,6 +50,9 @@ def main(
     timeout: Annotated[float, typer.Option(help="seconds until a rank gives up waiting for another")] = 60.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     nproc: Annotated[int | None, typer.Option(help="start this many ranks here, without torchrun", min=1)] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="then profile some calls of the ideal and of ours at each point")
+    ] = False,
     read: Annotated[
         Path | None, typer.Option(help="attention.json or .csv: show and draw it again, measure nothing")
     ] = None,
@@ -95,6 +98,7 @@ def main(
         timeout=timeout,
         out=out,
         command=command_line("tools.bench_attention"),
+        profile=profile,
     )
     raise typer.Exit(run_on_ranks(partial(_measure, settings), nproc, pick_device(device), timeout))
 

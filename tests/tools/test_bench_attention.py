@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from ringattn.kernels import KERNELS
 from tests.processes import run_ranks
+from tools.bench.call_memory import free_in_pools
 from tools.bench.flash_stand_in import VERSION, flash_attn_stand_in
 from tools.bench.measure import Effort, verdict
 from tools.bench.problem import Case, Cut, Point, Variant
@@ -285,6 +286,16 @@ def test_the_stand_in_computes_what_flash_attn_would() -> None:
     torch.testing.assert_close(found, tuple(expected))
     with pytest.raises(NotImplementedError, match="window"):
         _flash_attn_forward(q, k, v, 0.0, 0.3, causal=True, window_size_left=4)
+
+
+def test_memory_of_graphs_is_what_is_free_in_their_pools() -> None:
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 60},  # common: anybody may get the rest
+        {"segment_pool_id": (0, 3), "total_size": 30, "allocated_size": 10},
+        {"segment_pool_id": (0, 3), "total_size": 8, "allocated_size": 8},
+        {"segment_pool_id": (2, 0), "total_size": 5, "allocated_size": 0},
+    ]
+    assert free_in_pools(segments) == 25
 
 
 def _hang(rank: int, size: int, folder: str) -> None:

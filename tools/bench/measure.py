@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ringattn.testing import dense_attention
+from tools.bench.call_memory import memory_of
 from tools.bench.problem import Case, Cut, Point, Variant
 from tools.bench.ranks import Ranks, VariantError
 
@@ -50,14 +51,16 @@ class Timing:
     Attributes:
         extra_bytes: most that was allocated during forward and backward beyond q, k, v and dout; None on the CPU. If
             the caller captures, that is of calls before it. Of the graphs of a transport's own only inputs and results
-            count: what else their pool reserves is in neither number.
+            count.
         outside_bytes: what the device has lost meanwhile beside torch's allocator: peer buffers, NCCL's own.
+        graphs_bytes: what graphs of a transport's own keep in their pool beyond what `extra_bytes` counts.
     """
 
     forward_ms: float
     both_ms: float
     extra_bytes: int | None
     outside_bytes: int | None
+    graphs_bytes: int | None
 
 
 class Oracle:
@@ -147,29 +150,39 @@ def time_case(case: Case, point: Point, effort: Effort, ranks: Ranks) -> Timing:
     Raises:
         VariantError: on all ranks, if it fails on one.
     """
-    sets = ranks.together(lambda: [_inputs(case.cut, point, ranks, number) for number in range(effort.sets)])
-
-    def forward(number: int) -> None:
-        q, k, v, _ = sets[number % len(sets)]
-        case.attend(q, k, v)
-
-    def both(number: int) -> None:
-        q, k, v, dout = sets[number % len(sets)]
-        torch.autograd.grad(case.attend(q, k, v), (q, k, v), dout)
-
-    extra, outside = ranks.together(lambda: _memory(both, effort, ranks))
+    steps = ranks.together(lambda: Steps(case, point, effort, ranks))
+    memory = ranks.together(lambda: memory_of(steps.both, effort.warmup, ranks))
     forward_ms, both_ms = (
         measure_in_turn([timed], ranks, repeat=effort.repeat, sample_seconds=effort.sample_seconds)[0]
-        for step in (forward, both)
-        for timed in [ranks.together(partial(_captured, step, len(sets), effort)) if case.captured else step]
+        for step in (steps.forward, steps.both)
+        for timed in [ranks.together(partial(steps.as_timed, step))]
     )
-    most = ranks.largest([extra or 0, outside or 0])
-    return Timing(
-        forward_ms=forward_ms,
-        both_ms=both_ms,
-        extra_bytes=None if extra is None else int(most[0]),
-        outside_bytes=None if outside is None else int(most[1]),
-    )
+    most = None if memory is None else [int(most) for most in ranks.largest([float(x) for x in memory])]
+    extra, outside, graphs = most or (None, None, None)
+    return Timing(forward_ms=forward_ms, both_ms=both_ms, extra_bytes=extra, outside_bytes=outside, graphs_bytes=graphs)
+
+
+class Steps:
+    """The calls of a variant that are timed: forward, and forward with backward, on inputs that take turns.
+
+    All inputs require gradients, as in training.
+    """
+
+    def __init__(self, case: Case, point: Point, effort: Effort, ranks: Ranks) -> None:
+        self._case, self._effort = case, effort
+        self._sets = [_inputs(case.cut, point, ranks, number) for number in range(effort.sets)]
+
+    def forward(self, number: int) -> None:
+        q, k, v, _ = self._sets[number % len(self._sets)]
+        self._case.attend(q, k, v)
+
+    def both(self, number: int) -> None:
+        q, k, v, dout = self._sets[number % len(self._sets)]
+        torch.autograd.grad(self._case.attend(q, k, v), (q, k, v), dout)
+
+    def as_timed(self, step: Callable[[int], None]) -> Callable[[int], None]:
+        """The step, as graphs if the case is captured."""
+        return _captured(step, len(self._sets), self._effort) if self._case.captured else step
 
 
 @contextmanager
@@ -200,25 +213,6 @@ def _inputs(cut: Cut, point: Point, ranks: Ranks, number: int) -> tuple[Tensor, 
     return q, k, v, draw(cut.heads)
 
 
-def _memory(both: Callable[[int], None], effort: Effort, ranks: Ranks) -> tuple[int | None, int | None]:
-    """Warms up, and finds the most memory that a call needs and what stays taken; see `Timing` for what is missed."""
-    if not ranks.on_cuda:
-        for number in range(effort.warmup):
-            both(number)
-        return None, None
-    device = ranks.device
-    ranks.synchronize()
-    torch.cuda.empty_cache()
-    before, outside = torch.cuda.memory_allocated(device), _outside(device)
-    for number in range(effort.warmup):
-        both(number)
-    ranks.synchronize()
-    torch.cuda.reset_peak_memory_stats(device)
-    both(0)
-    ranks.synchronize()
-    return torch.cuda.max_memory_allocated(device) - before, max(0, _outside(device) - outside)
-
-
 def _captured(step: Callable[[int], None], count: int, effort: Effort) -> Callable[[int], None]:
     """The step as one CUDA graph per set of inputs."""
     graphs = []
@@ -234,12 +228,6 @@ def _captured(step: Callable[[int], None], count: int, effort: Effort) -> Callab
             step(number)
         graphs.append(graph)
     return lambda number: graphs[number % count].replay()
-
-
-def _outside(device: torch.device) -> int:
-    """Bytes of the device that are taken, but not by torch's allocator."""
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
 
 
 def measure_in_turn(

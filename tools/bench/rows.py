@@ -32,8 +32,9 @@ class Row:
         status: "ok", "wrong" (its answer is, so it was not timed), "failed", "unsupported" or "skipped".
         note: the reason, if not "ok".
         drift_percent: for the ideal, how much slower it was after the others of its point than before them.
-        extra_gib: see `measure.Timing`.
+        extra_gib: see `measure.Timing`; so for outside_gib and graphs_gib, which records before it do not have.
         error_out: largest relative error of a token at the size of the check, and of the gradients likewise.
+        profile: where the time goes, for `call_profile.profiles_of`; empty if it was not asked for.
     """
 
     variant: str
@@ -57,10 +58,12 @@ class Row:
     drift_percent: float | None = None
     extra_gib: float | None = None
     outside_gib: float | None = None
+    graphs_gib: float | None = None
     error_out: float | None = None
     error_dq: float | None = None
     error_dk: float | None = None
     error_dv: float | None = None
+    profile: str = ""
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -185,7 +188,17 @@ def show(rows: Sequence[Row], about: dict[str, Any], console: Console) -> None:
 
 def _show_point(rows: list[Row], about: dict[str, Any], console: Console) -> None:
     first = rows[0]
-    columns = ("forward ms", "% of ideal", "fwd+bwd ms", "% of ideal", "TFLOP/s", "extra GiB", "outside GiB", "error")
+    columns = (
+        "forward ms",
+        "% of ideal",
+        "fwd+bwd ms",
+        "% of ideal",
+        "TFLOP/s",
+        "extra GiB",
+        "outside GiB",
+        "graphs GiB",
+        "error",
+    )
     table = Table(box=None, title_justify="left")
     table.title = (
         f"{first.tokens_per_rank:,} tokens per rank, {first.num_ranks} ranks, heads {first.heads}/{first.kv_heads}, "
@@ -211,6 +224,7 @@ def _show_point(rows: list[Row], about: dict[str, Any], console: Console) -> Non
             number(row.both_tflops, ".0f" if (row.both_tflops or 0) >= 10 else ".2g"),
             number(row.extra_gib, ".2f"),
             number(row.outside_gib, ".2f"),
+            number(row.graphs_gib, ".2f"),
             number(max(errors) if errors else None, ".1e"),
             Text(note),
         )

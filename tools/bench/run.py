@@ -6,11 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from tools.bench.call_profile import CallProfile, profile_case, show_profiles, text_of
 from tools.bench.crossover import show_crossovers
 from tools.bench.measure import PARTS, Effort, Oracle, Timing, check, opened, time_case, verdict
 from tools.bench.problem import Point, Variant
@@ -30,6 +32,7 @@ class Settings:
         variants: patterns of names; the ideal is measured whether they match it or not.
         budget_seconds: no further variant is begun after that.
         timeout: seconds until a rank that waits for another gives up.
+        profile: some calls of the ideal and of ours, once all times are there.
     """
 
     tokens_per_rank: tuple[int, ...]
@@ -45,6 +48,7 @@ class Settings:
     timeout: float
     out: Path
     command: str
+    profile: bool = False
 
 
 def all_variants() -> list[Variant]:
@@ -84,6 +88,10 @@ def show_again(path: Path, out: Path) -> None:
         raise ValueError(f"{path}: no row")
     console = wide_console()
     show(rows, about, console)
+    try:
+        show_profiles(rows, console)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     show_crossovers(rows, about, console)
     out.mkdir(parents=True, exist_ok=True)
     draw(rows, about, out)
@@ -98,20 +106,25 @@ def run(settings: Settings, ranks: Ranks, variants: Sequence[Variant]) -> list[R
         "settings": {**asdict(settings), "out": str(settings.out)},
     }
     bench = _Bench(settings, ranks, variants, about)
-    for tokens in settings.tokens_per_rank:
-        for heads, kv_heads in settings.head_settings:
-            point = Point(
-                tokens_per_rank=tokens,
-                heads=heads,
-                kv_heads=kv_heads,
-                head_dim=settings.head_dim,
-                causal=settings.causal,
-                layout=settings.layout,
-                documents=settings.documents,
-                dtype=settings.dtype,
-                num_ranks=ranks.size,
-            )
-            bench.measure(point)
+    points = [
+        Point(
+            tokens_per_rank=tokens,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=settings.head_dim,
+            causal=settings.causal,
+            layout=settings.layout,
+            documents=settings.documents,
+            dtype=settings.dtype,
+            num_ranks=ranks.size,
+        )
+        for tokens, (heads, kv_heads) in product(settings.tokens_per_rank, settings.head_settings)
+    ]
+    for point in points:
+        bench.measure(point)
+    if settings.profile:  # only now, as launches may be slower once a profiler was there
+        for point in points:
+            bench.profile(point)
     bench.finish()
     return bench.rows
 
@@ -132,6 +145,8 @@ class _Bench:
         self._watchdog = Watchdog(5 * settings.timeout, self._last_words)
         ranks.beat = self._watchdog.beat
         self._now: tuple[str, Point] | None = None
+        self._spent = f"the budget of {settings.budget_seconds:g} s is spent (--budget-seconds)"
+        self._profiled = {variant.name for variant in own_variants()}
 
     def measure(self, point: Point) -> None:
         """All variants at one point. The ideal comes again at the end: GPUs slow down as they get warm."""
@@ -152,6 +167,26 @@ class _Bench:
         if self._ranks.rank == 0:
             show(found, self._about, self._console)
 
+    def profile(self, point: Point) -> None:
+        """Where the time goes of the ideal and of ours at one point, where they were timed."""
+        self._now = None  # all rows are there
+        for variant in self._variants:
+            here = {**asdict(point), "variant": variant.name, "status": "ok"}
+            at = next((n for n, row in enumerate(self.rows) if here.items() <= asdict(row).items()), None)
+            if at is None or variant.name not in self._profiled:
+                continue
+            try:
+                if self._is_late():
+                    raise VariantError(self._spent, unsupported=True, everywhere=True)
+                with self._watchdog.watch(f"profile of {variant.name} at {point.tokens_per_rank} tokens per rank"):
+                    values: dict[str, Any] = {"profile": text_of(self._profiles(variant, point))}
+            except VariantError as failure:
+                values = {"note": f"{self.rows[at].note}; no profile: {failure}".removeprefix("; ")}
+            self.rows[at] = replace(self.rows[at], **values)
+            self._save(self.rows)
+        if self._ranks.rank == 0:
+            show_profiles([row for row in self.rows if asdict(point).items() <= asdict(row).items()], self._console)
+
     def finish(self) -> None:
         """What follows from all points, and the plot. The others wait, so that none leaves the group early."""
         if self._ranks.rank == 0:
@@ -163,10 +198,8 @@ class _Bench:
 
     def _row(self, variant: Variant, point: Point) -> Row:
         name = variant.name
-        late = max(self._ranks.gather(time.monotonic() > self._deadline))
-        if late:
-            budget = self._settings.budget_seconds
-            return row_of(name, point, "skipped", note=f"the budget of {budget:g} s is spent (--budget-seconds)")
+        if self._is_late():
+            return row_of(name, point, "skipped", note=self._spent)
         self._now = (name, point)
         try:
             with self._watchdog.watch(f"{name} at {point.tokens_per_rank} tokens per rank"):
@@ -186,9 +219,13 @@ class _Bench:
             note=note,
             extra_gib=_gib(timing.extra_bytes),
             outside_gib=_gib(timing.outside_bytes),
+            graphs_gib=_gib(timing.graphs_bytes),
             **kept,
         )
         return timed(row, point, timing.forward_ms, timing.both_ms)
+
+    def _is_late(self) -> bool:
+        return max(self._ranks.gather(time.monotonic() > self._deadline))
 
     def _check(self, variant: Variant, point: Point) -> dict[str, float]:
         """Once per variant and head setting."""
@@ -212,6 +249,10 @@ class _Bench:
         with opened(variant, point, self._ranks) as case:
             return time_case(case, point, self._settings.effort, self._ranks), case.note
 
+    def _profiles(self, variant: Variant, point: Point) -> list[CallProfile]:
+        with opened(variant, point, self._ranks) as case:
+            return profile_case(case, point, self._settings.effort, self._ranks)
+
     def _again(self, row: Row, point: Point) -> Row:
         """The ideal's row with the mean of both times it was measured."""
         ideal = next(variant for variant in self._variants if variant.name == IDEAL)
@@ -230,7 +271,9 @@ class _Bench:
             write_files(rows, self._about, self._settings.out)
 
     def _last_words(self, reason: str) -> None:
-        if self._now is not None:
+        if self._now is None:
+            self._save(self.rows)
+        else:
             name, point = self._now
             self._save([*self.rows, *with_percentages([*self._found, row_of(name, point, "failed", note=reason)])])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -78,6 +79,15 @@ def group_of(name: str) -> str:
     return next((group for group, pattern in _GROUPS if re.search(pattern, name, re.IGNORECASE)), REST)
 
 
+def covered(kernels: Iterable[Kernel]) -> float:
+    """Microseconds in which at least one of them runs: several side by side count once."""
+    total, reached = 0.0, -math.inf
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        total += max(0.0, kernel.end - max(kernel.start, reached))
+        reached = max(reached, kernel.end)
+    return total
+
+
 def summarise(kernels: Iterable[Kernel], *, top: int = 12) -> Summary:
     """Group kernels, and find how long none of them ran."""
     found = sorted(kernels, key=lambda kernel: kernel.start)
@@ -85,31 +95,36 @@ def summarise(kernels: Iterable[Kernel], *, top: int = 12) -> Summary:
         return Summary(span_seconds=0.0, idle_share=0.0, groups=(), top=())
     groups: dict[str, float] = defaultdict(float)
     names: dict[str, list[float]] = defaultdict(list)
-    busy, reached = 0.0, found[0].start
     for kernel in found:
         groups[group_of(kernel.name)] += (kernel.end - kernel.start) / 1e6
         names[kernel.name].append((kernel.end - kernel.start) / 1e6)
-        busy += max(0.0, kernel.end - max(kernel.start, reached))
-        reached = max(reached, kernel.end)
-    span = reached - found[0].start
+    span = max(kernel.end for kernel in found) - found[0].start
     most = sorted(((name, len(times), sum(times)) for name, times in names.items()), key=lambda entry: -entry[2])
     return Summary(
         span_seconds=span / 1e6,
-        idle_share=1 - busy / span if span else 0.0,
+        idle_share=1 - covered(found) / span if span else 0.0,
         groups=tuple(sorted(groups.items(), key=lambda entry: -entry[1])),
         top=tuple(most[:top]),
     )
 
 
 def profile_step(step: Callable[[], object]) -> Summary:
-    """Run `step` under torch's profiler; nothing but the device's own records are kept, which slows it least."""
+    """Run `step` under torch's profiler, and what it took."""
+    return summarise(record(step))
+
+
+def record(step: Callable[[], object]) -> list[Kernel]:
+    """Run `step` under torch's profiler; nothing but the device's own records are kept, which slows it least.
+
+    Without a GPU it runs, and there are none.
+    """
     if not torch.cuda.is_available():
         step()
-        return summarise(())
+        return []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    return summarise(_device_kernels(profiler.events() or ()))
+    return _device_kernels(profiler.events() or ())
 
 
 def _device_kernels(events: Sequence[torch.autograd.profiler_util.FunctionEvent]) -> list[Kernel]:
