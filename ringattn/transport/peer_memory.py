@@ -278,7 +278,7 @@ def _unreachable(device: int, everyone: dict[int, tuple[str, str]]) -> str | Non
     if len(hosts) > 1:
         return f"the ranks are on {len(hosts)} hosts ({', '.join(hosts[:3])})"
     if len({gpu for _, gpu in everyone.values()}) < len(everyone):
-        return "two ranks share one GPU"
+        return "two ranks share one GPU"  # in groups that NCCL accepts: it refuses most such ones itself, before
     visible = {str(torch.cuda.get_device_properties(n).uuid): n for n in range(torch.cuda.device_count())}
     for rank, (_, gpu) in everyone.items():
         other = visible.get(gpu, device)  # a GPU hidden from this process is not asked after
