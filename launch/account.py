@@ -76,6 +76,7 @@ class Account:
         if self._carrier is not None and totals is not None and self._carrier.stats.by_place:
             trace = combine(topology.gather_objects(totals))
             report(trace, progress.step, bar, self._metrics)
+            self._carrier.stats.by_place = False  # evaluations are not looked at, and may take graphs
         if not self._metrics.due(progress.step) and progress.step < self._config.optim.steps:
             return
         mfu = self._utilisation(tokens / seconds)

@@ -20,12 +20,19 @@ _GPU_WORDS = (
     "cuda out of memory",
     "cuda error: out of memory",
     "cuda driver error: out of memory",
-    "_status_alloc_failed",  # of cuBLAS, cuDNN and others
+    "_status_alloc_failed",  # of cuBLAS and others
+    "_device_allocation_failed",  # of cuDNN 9
     "'out of memory'",
     "cuda_error_out_of_memory",
 )
 # How host memory that cannot be had shows, beside MemoryError.
-_HOST_WORDS = ("can't allocate memory", "cannot allocate memory", "could not be pinned", "cudahostalloc")
+_HOST_WORDS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "could not be pinned",
+    "cudahostalloc",
+    "_host_allocation_failed",
+)
 
 
 def memory_that_ran_out(error: BaseException) -> Literal["GPU", "host"] | None:

@@ -27,7 +27,7 @@ from launch.errors import ConfigError, PeerLost
 if TYPE_CHECKING:
     from launch.config import Config
 
-TORCH_LATER_S = 30.0  # after `parallel.hop_timeout_s` torch ends what waits on a GPU; by then it has been told why
+TORCH_LATER_S = 30.0  # after `parallel.hop_timeout_s` torch ends what waits on a GPU; see `launch.stall`
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SLURM_NAMES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
@@ -205,7 +205,8 @@ class Topology:
     def _of_tensors(self, timeout: timedelta) -> timedelta:
         """What groups of tensors, and the ring, wait at most: on GPUs a little longer than is asked for.
 
-        They end by a signal or by an error of the device there; `launch.stall` comes first, and has the words.
+        They end by a signal or by an error of the device there; `launch.stall` comes first, and has the words, but where
+        work by itself took longer than that before.
         """
         return timeout if self.device.type != "cuda" else timeout + timedelta(seconds=TORCH_LATER_S)
 

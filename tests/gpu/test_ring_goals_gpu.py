@@ -1,4 +1,4 @@
-"""What the ring promises of itself on GPUs: the host never waits, errors do not grow with it, nor does its memory."""
+"""What the ring promises of itself on GPUs: the host never waits, errors do not grow with it, its memory hardly."""
 
 import csv
 
@@ -93,7 +93,8 @@ def test_errors_are_near_one_kernel_s_and_do_not_grow_with_the_ring(options, tmp
         assert max(rings) <= GROWTH * min(rings), part
 
 
-MOST_EXTRA = 1.5 * 2**30  # 0.97 GiB measured on four H100; out, dq, dk and dv are 0.5 of it
+# The goal is 1.5 GiB, 0.97 was measured on four H100: out, dq, dk and dv are 0.5 of it, a payload is a quarter more.
+MOST_EXTRA = 1.15 * 2**30
 
 
 def memory_worker(rank, world_size):

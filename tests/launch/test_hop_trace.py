@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ringattn
+from launch import account
 from launch.attention import RowAttention
 from launch.errors import EXIT_DONE
 from launch.hop_trace import combine, table
@@ -201,6 +202,22 @@ def test_a_run_writes_the_table_of_the_steps_asked_for(tmp_path, capfd) -> None:
         total = sum(line["exposed_ms"] for line in of_step)
         assert total == pytest.approx(1e3 * records[step]["exposed_communication_seconds"])
     assert all(record["untimed_hops"] == 0 for record in records.values())
+
+
+def evaluating_worker(rank: int, world_size: int, nested: dict) -> list[bool]:
+    """Whether hops are looked at in the evaluations of a run that looks at those of every step."""
+    seen = []
+    account.Account.skip = lambda self: seen.append(self._carrier.stats.by_place)
+    assert train_worker(rank, world_size, [nested]) == [EXIT_DONE]
+    return seen
+
+
+def test_hops_of_evaluations_are_not_looked_at(tmp_path) -> None:
+    every = {"metrics__hop_trace_every_steps": 1, "evaluate__every_steps": 1, "data__held_out_rows": 1}
+    run = settings(write_corpus(tmp_path), tmp_path / "run", optim__steps=2, optim__rows_per_step=1, **every)
+    for seen in run_ranks(evaluating_worker, 2, run):
+        assert len(seen) >= 3
+        assert not any(seen)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ WAYS = [
     (torch.OutOfMemoryError(TORCH_SAYS), "GPU"),
     (torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "GPU"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "GPU"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), "GPU"),  # as seen
     (RuntimeError("CUDA driver error: out of memory"), "GPU"),
     (TopologyError(f"transport: copy_engine cannot map them: rank 1: OutOfMemoryError: {TORCH_SAYS}"), "GPU"),
     (torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), "GPU"),

@@ -83,9 +83,9 @@ def time_tolerance(row: StepRow, *, waits_for_host: bool) -> tuple[float, float]
         # By the planner's host it would not: that of one machine was slower, and its GPUs were idle 29% of the step.
         slow_host = row.commit == "97bb3e50bdbf+"
         return 0.25 if slow_host else 0.2, 0.25
-    if row.num_ranks == 2 or "attention=sas" in row.settings:
-        return 0.65, 0.3  # on that day two GPUs were half as fast; and passes of SAS were no graphs yet
-    return 0.2, 0.3
+    if row.num_ranks == 2:
+        return 0.65, 0.3  # on that day two GPUs were half as fast
+    return 0.21, 0.3
 
 
 def test_there_is_something_of_each_kind() -> None:

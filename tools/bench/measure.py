@@ -53,7 +53,8 @@ class Timing:
             the caller captures, that is of calls before it. Of the graphs of a transport's own only inputs and results
             count.
         outside_bytes: what the device has lost meanwhile beside torch's allocator: peer buffers, NCCL's own.
-        graphs_bytes: what graphs of a transport's own keep in their pool beyond what `extra_bytes` counts.
+        graphs_bytes: what graphs of a transport's own keep in their pool beyond what `extra_bytes` counts; None where
+            the caller captures.
     """
 
     forward_ms: float
@@ -159,6 +160,7 @@ def time_case(case: Case, point: Point, effort: Effort, ranks: Ranks) -> Timing:
     )
     most = None if memory is None else [int(most) for most in ranks.largest([float(x) for x in memory])]
     extra, outside, graphs = most or (None, None, None)
+    graphs = None if case.captured else graphs  # of calls before the caller's capture, which holds memory of its own
     return Timing(forward_ms=forward_ms, both_ms=both_ms, extra_bytes=extra, outside_bytes=outside, graphs_bytes=graphs)
 
 

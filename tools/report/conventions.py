@@ -54,7 +54,8 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "Cost of cp, same length",
             f"1 - tokens/s per {unit} / those of cp 1 on a row of the same length: what is lost of a perfect "
             f"{'speed-up by more GPUs' if cuda else 'division of the cores'}. Below 0: faster than that. Both compare "
-            "the fastest measured settings of memory, which may differ: a shorter row can keep more.",
+            "the fastest measured settings of memory, which may differ: a shorter row can keep more; of cp 1 those "
+            "of the row's own commit, where there are any.",
         ),
         ("Against softmax", "step time / that of our softmax at the same length and cp; FLOPs may differ."),
         (
