@@ -205,8 +205,8 @@ class Topology:
     def _of_tensors(self, timeout: timedelta) -> timedelta:
         """What groups of tensors, and the ring, wait at most: on GPUs a little longer than is asked for.
 
-        They end by a signal or by an error of the device there; `launch.stall` comes first, and has the words, but where
-        work by itself took longer than that before.
+        They end by a signal or by an error of the device there; `launch.stall` comes first, and has the words, but
+        where work by itself took longer than that before.
         """
         return timeout if self.device.type != "cuda" else timeout + timedelta(seconds=TORCH_LATER_S)
 
