@@ -22,7 +22,8 @@ from ringattn.transport.stats import RingStats
 from tests.processes import run_ranks
 from tests.recorded_graphs import RecordedEvent, use_recorded_graphs
 from tests.ringattn.packing import PackingReference
-from tests.ringattn.test_graphs import Kept, OnGpu, recording_transport
+from tests.ringattn.test_graph_lifetimes import Kept
+from tests.ringattn.test_graphs import OnGpu, recording_transport
 
 TOKENS = 37
 # One after the other; in tokens of a document, all masks where they are few.

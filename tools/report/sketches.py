@@ -76,24 +76,8 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
         Sketch(name="step_time", title="Step time", unit="s", value=lambda row: row.step_seconds, log=True),
         speed,
         memory,
-        Sketch(
-            name="cost_same_tokens",
-            title="Cost of cp, same tokens per rank",
-            unit="FLOP/s lost against cp 1",
-            value=lambda row: None if "cost_same_tokens" in row.no_yardstick else row.cost_same_tokens,
-            compares="cost_same_tokens",
-            percent=True,
-            reference=(0.0, "as cp 1"),
-        ),
-        Sketch(
-            name="cost_same_length",
-            title="Cost of cp, same length",
-            unit="tokens/s lost against cp 1",
-            value=lambda row: None if "cost_same_length" in row.no_yardstick else row.cost_same_length,
-            compares="cost_same_length",
-            percent=True,
-            reference=(0.0, "as cp 1"),
-        ),
+        _cost_of_cp("cost_same_tokens", "same tokens per rank", "FLOP/s"),
+        _cost_of_cp("cost_same_length", "same length", "tokens/s"),
         Sketch(
             name="exposed",
             title="Exposed communication",
@@ -110,3 +94,15 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
             reference=(1.0, "softmax"),
         ),
     ]
+
+
+def _cost_of_cp(name: str, same: str, lost: str) -> Sketch:
+    return Sketch(
+        name=name,
+        title=f"Cost of cp, {same}",
+        unit=f"{lost} lost against cp 1",
+        value=lambda row: None if name in row.no_yardstick else getattr(row, name),
+        compares=name,
+        percent=True,
+        reference=(0.0, "as cp 1"),
+    )
