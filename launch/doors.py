@@ -192,13 +192,13 @@ def verdict(run_dir: Path, status: RunStatus | None, returncode: int, *, stopped
         return EXIT_DONE, ""
     last = "" if status is None or status.step is None else f" after step {status.step}"
     folder = f"run folder {run_dir}"
+    kept = any((run_dir / "checkpoints").glob("step-[0-9]*"))
+    then = "goes on from the last checkpoint" if kept else "begins anew, as there is no checkpoint yet"
     if stopped:
-        kept = any((run_dir / "checkpoints").glob("step-*"))
-        then = "goes on from the last checkpoint" if kept else "begins anew, as there is no checkpoint yet"
         return EXIT_PREEMPTED, f"train: stopped{last}; the same command {then} ({folder})"
     if returncode < 0:
         name = signal.Signals(-returncode).name
-        return EXIT_PEER, f"train: the agent was killed by {name}{last}; the same command goes on ({folder})"
+        return EXIT_PEER, f"train: the agent was killed by {name}{last}; the same command {then} ({folder})"
     exit_status = returncode if returncode > 2 else EXIT_BUG
     return exit_status, f"train: failed{last}, see above (exit status {exit_status}, {folder})"
 

@@ -184,6 +184,14 @@ def test_the_verdict(status: RunStatus | None, returncode: int, stopped: bool, e
     assert "\n" not in found[1]
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_the_verdict_says_whether_there_is_a_checkpoint(stopped: bool, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step-old-copy").mkdir(parents=True)  # somebody's own folder
+    assert "the same command begins anew" in doors.verdict(tmp_path, None, -9, stopped=stopped)[1]
+    (tmp_path / "checkpoints/step-000007").mkdir()
+    assert "the same command goes on from the last" in doors.verdict(tmp_path, None, -9, stopped=stopped)[1]
+
+
 @pytest.mark.parametrize(
     ("exit_codes", "status", "said"),
     [

@@ -113,7 +113,9 @@ def test_work_may_take_three_times_the_longest_stay_beyond_the_limit(device: Dev
     assert step.look(0.5) is None
 
 
-@pytest.mark.parametrize(("first", "told_after"), [(3.0, 8.0 + 9.0), (60.0, 120.0 + 25.0), (200.0, 120.0 + 600.0)])
+@pytest.mark.parametrize(
+    ("first", "told_after"), [(3.0, 8.0 + 9.0), (60.0, 120.0 + TORCH_LATER_S - 5.0), (200.0, 120.0 + 600.0)]
+)
 def test_a_pass_from_a_graph_is_told_before_torch_ends_it(device: Device, first: float, told_after: float) -> None:
     """After a first step that compiles for a minute, too: of such a pass no wait is known."""
     step = Step(device)
@@ -132,7 +134,6 @@ def test_a_pass_from_a_graph_is_told_before_torch_ends_it(device: Device, first:
     step.look(0.0)
     assert step.look(told_after - 0.5) is None
     assert "nothing has moved" in str(step.look(1.0))
-    assert first > 120.0 or told_after < limit[0] + TORCH_LATER_S
 
 
 def test_without_a_ring_only_places_count(device: Device) -> None:

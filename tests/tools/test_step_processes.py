@@ -20,7 +20,7 @@ from launch import meters
 from ringattn.errors import PeerError
 from tests.launch.test_out_of_memory import NO_MEMORY, WAYS
 from tests.processes import run_ranks
-from tools.bench import processes, step_cases, step_process
+from tools.bench import processes, ranks, step_cases, step_process
 from tools.bench.processes import Place, RankPool, Ring, describe_failure, root_cause, run_rank
 from tools.bench.step_cases import Case, Cases, Choices
 from tools.bench.step_process import Held, let_go
@@ -189,6 +189,7 @@ def test_every_way_in_which_memory_runs_out_is_the_cause_and_final(error: BaseEx
     cause = root_cause([lost, f"rank 1: {describe_failure(error)}"])
     assert cause.startswith("rank 1: out of memory:")
     assert step_cases._status(cause) == "out of memory"
+    assert not isinstance(error, Exception) or ranks._reason(error).startswith("out of memory:")
 
 
 def test_other_failures_are_not_memory() -> None:

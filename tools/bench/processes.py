@@ -24,7 +24,7 @@ from launch.orphans import die_with_parent
 from launch.out_of_memory import memory_that_ran_out
 
 _GRACE_SECONDS = 5.0  # after a first failure the other ranks notice by themselves; then they are ended
-_OUT_OF_MEMORY = "out of memory:"  # begins the reason of a rank that lacked some
+OUT_OF_MEMORY = "out of memory:"  # begins the reason of a rank that lacked some
 _ECHOES = ("PeerError", "PeerLost", "DistBackendError", "RuntimeError")
 
 
@@ -177,7 +177,7 @@ def root_cause(failures: list[str]) -> str:
     """The failure that explains the others: lack of memory first, ranks that only lost a peer last."""
 
     def weight(failure: str) -> int:
-        if _OUT_OF_MEMORY in failure:
+        if OUT_OF_MEMORY in failure:
             return 0
         return 2 if any(f"{name}:" in failure for name in _ECHOES) else 1
 
@@ -188,7 +188,7 @@ def _death(exitcode: int | None, by_kernel: bool) -> str:
     """Why a process said nothing; `by_kernel`: the kernel has ended one since, for want of memory."""
     if exitcode == -signal.SIGKILL:  # by anyone: no proof that the case needs more than there is
         if by_kernel:
-            return f"{_OUT_OF_MEMORY} killed by the kernel for want of host memory"
+            return f"{OUT_OF_MEMORY} killed by the kernel for want of host memory"
         return "killed by SIGKILL, perhaps by the kernel for want of host memory"
     if exitcode is not None and exitcode < 0:
         return f"killed by {signal.Signals(-exitcode).name}"
@@ -222,7 +222,7 @@ def describe_failure(error: BaseException) -> str:
     """The reason of a failed point, in one line."""
     text = str(error).strip().splitlines() or [""]
     if memory_that_ran_out(error) is not None:
-        return f"{_OUT_OF_MEMORY} {text[0]}"
+        return f"{OUT_OF_MEMORY} {text[0]}"
     return f"{type(error).__name__}: {text[0]}"
 
 

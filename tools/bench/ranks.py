@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tools.bench.processes import describe_failure
+
 T = TypeVar("T")
 
 EXIT_STUCK = 70
@@ -182,9 +184,6 @@ class Watchdog:
 
 def _reason(error: Exception) -> str:
     """In one line."""
-    lines = str(error).strip().splitlines() or [""]
     if isinstance(error, UnsupportedError):
-        return lines[0]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return f"out of memory: {lines[0]}"
-    return f"{type(error).__name__}: {lines[0]}"
+        return (str(error).strip().splitlines() or [""])[0]
+    return describe_failure(error)

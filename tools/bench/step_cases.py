@@ -27,6 +27,7 @@ from launch.memory_choice import MemoryPlan, plan_memory
 from launch.memory_search import DeviceFacts
 from launch.progress import format_bytes
 from model.presets import PRESETS
+from tools.bench.processes import OUT_OF_MEMORY
 from tools.bench.step_rows import GIB, StepRow, append_row, load_rows
 from tools.report.machine import describe_machine, device_bytes, usable_cores
 
@@ -258,7 +259,7 @@ def foreseen(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _status(reason: str) -> str:
-    if "out of memory:" in reason:  # see `tools.bench.processes.describe_failure`
+    if OUT_OF_MEMORY in reason:
         return "out of memory"
     if "UnsupportedError" in reason:
         return "unsupported"

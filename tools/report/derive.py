@@ -94,6 +94,11 @@ class Row:
         """Whether it is this project's own trainer."""
         return not self.kind.startswith(RIVAL)
 
+    def told(self, name: str) -> float | None:
+        """The number of that name, but no cost against what is no yardstick."""
+        value: float | None = None if name in self.no_yardstick else getattr(self, name)
+        return value
+
     @property
     def one_document(self) -> bool:
         """Whether every token of its row sees all that come before."""

@@ -94,7 +94,7 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
 
     def cell(name: str, show: Callable[..., str], predicted: str | None) -> _Cell:
         def shown(row: Row) -> str:
-            value = None if name in row.no_yardstick else getattr(row, name)
+            value = row.told(name)
             foreseen = None if predicted is None else getattr(row, predicted)
             told = (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
             marks = ((OTHER_GPU, row.across), (OTHER_CODE, row.other_code))
@@ -105,7 +105,7 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
     found = [
         (heading, cell(name, show, predicted))
         for heading, name, show, predicted in columns
-        if any(getattr(row, name) is not None and name not in row.no_yardstick for row in report.rows)
+        if any(row.told(name) is not None for row in report.rows)
     ]
     about: list[tuple[str, _Cell]] = [("Memory settings", lambda row: row.memory or _NONE)]
     if len({row.gpu for row in report.rows}) > 1:

@@ -101,7 +101,7 @@ def _cost_of_cp(name: str, same: str, lost: str) -> Sketch:
         name=name,
         title=f"Cost of cp, {same}",
         unit=f"{lost} lost against cp 1",
-        value=lambda row: None if name in row.no_yardstick else getattr(row, name),
+        value=lambda row: row.told(name),
         compares=name,
         percent=True,
         reference=(0.0, "as cp 1"),

@@ -166,7 +166,7 @@ def _no_costs(sound: Sequence[Row]) -> list[str]:
 
 def _is_told(row: Row, name: str) -> bool:
     """Whether the row has this comparison, with an undisturbed one, and with a yardstick that is one."""
-    return getattr(row, name) is not None and name not in row.unsound and name not in row.no_yardstick
+    return row.told(name) is not None and name not in row.unsound
 
 
 def _across(row: Row, name: str) -> str:
