@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ TRANSPORTS = ("copy_engine", "hybrid", "p2p")
 MADE = "made before"
 """Stands for a transport (or Ulysses with its own) that the caller made, where names of transports are asked for."""
 
+NOT_WATCHED = nullcontext()
 _TRANSPORTS = ("auto", *TRANSPORTS, MADE)
 _STEPS = ("attention", "make_transport", "make_ulysses")
 _ASKED = ("step", "layout", "ulysses", "transport")
@@ -74,6 +76,7 @@ def agree(
     scale: float,
     scoring: str,
     asked: Asked,
+    waiting: AbstractContextManager[object] = NOT_WATCHED,
 ) -> None:
     """Make sure that all ranks are about to exchange messages of the same kind.
 
@@ -86,6 +89,7 @@ def agree(
         scale: factor of the scores.
         scoring: description of selection and expansion, equal on all ranks.
         asked: what shall carry the messages; nothing of it has been made unless it is MADE.
+        waiting: entered while the others are waited for.
 
     Raises:
         TopologyError: on every rank of the group.
@@ -118,7 +122,8 @@ def agree(
         )
     device = message_device(group)
     device = q.device if q.device.type == device.type else device  # which may not be the current one
-    rows = _exchanged(own, group, device, f"ring_attention: rank {rank}", f"a call with: {scoring}")
+    with waiting:
+        rows = _exchanged(own, group, device, f"ring_attention: rank {rank}", f"a call with: {scoring}")
     if problem is not None:
         raise TopologyError(f"ring_attention: rank {rank}: {problem}")
     _refuse_differing(rows, "ring_attention", "any hop", f"the scoring of rank {rank}: {scoring}")

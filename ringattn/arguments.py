@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.agreement import DTYPES, MADE, Asked, agree, transport_problem
+from ringattn.agreement import DTYPES, MADE, NOT_WATCHED, Asked, agree, transport_problem
 from ringattn.groups import device_problem
 from ringattn.kernels import check_kernel
 from ringattn.kernels.selective import selective_problem
@@ -75,10 +76,12 @@ def prepare(
     channel = None
     if group is not None and plan.cp_size > 1:
         known = known_transport(transport, plan, group)
+        waiting: AbstractContextManager[object] = NOT_WATCHED
         if known is not None:
             known.turn.check()  # agreeing is an exchange too
+            waiting = known.stats.agreeing(q.is_cuda)
         asked = Asked(1, transport if isinstance(transport, str) else MADE)
-        agree(q, k, v, plan, group, problem, scale, scoring_description(selection, expand), asked)
+        agree(q, k, v, plan, group, problem, scale, scoring_description(selection, expand), asked, waiting)
         channel = transport_of(transport, plan, group)
     elif problem is not None:
         raise ValueError(f"ring_attention: {problem}")

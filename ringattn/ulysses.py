@@ -290,7 +290,8 @@ def _check(
         problem = problem or device_problem(ulysses.group, q.device)
         ulysses.turn.check()  # agreeing is an exchange too
         scoring = scoring_description(selection, expand)
-        agree(q, k, v, plan, ulysses.group, problem, scale, scoring, Asked(ulysses.degree, MADE))
+        waiting = ulysses.stats.agreeing(q.is_cuda)
+        agree(q, k, v, plan, ulysses.group, problem, scale, scoring, Asked(ulysses.degree, MADE), waiting)
     elif problem is not None:
         raise ValueError(problem)
 

@@ -88,6 +88,7 @@ class RingStats:
     what: str = "another rank"
     on_hop: Callable[[int, int], None] | None = None
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event, _Place, str]] = field(default_factory=list)
+    _held: tuple[torch.cuda.Event, Waiting] | None = None
     _folded: int = 0
     _waits: dict[_Place, list[float]] = field(default_factory=dict)
 
@@ -120,6 +121,21 @@ class RingStats:
             yield
             self._add((self.layer, self.at), time.perf_counter() - started)
 
+    @contextmanager
+    def agreeing(self, on_cuda: bool) -> Iterator[None]:
+        """While the host waits for what all ranks say of a plan, so that `waits` knows it; no exposed time is counted.
+
+        Not on a CPU, where such an exchange says itself that nobody came.
+        """
+        if on_cuda:
+            reached = torch.cuda.Event()
+            reached.record()
+            self._held = reached, Waiting(layer=self.layer, where="agreement on the plan", what="the other ranks")
+        try:
+            yield
+        finally:
+            self._held = None
+
     def replayed(self, hops: int, bytes_sent: int) -> None:
         """A CUDA graph with so many hops ran; how long they waited is not known."""
         self.hops += hops
@@ -145,13 +161,15 @@ class RingStats:
     def waits(self) -> tuple[int, Waiting | None]:
         """For any thread: how many waits the device has behind it, and the one that it is in, if it is in one.
 
-        Asks the device, and waits for nothing. Waits that are not timed are not seen.
+        Or that the host is in, once the device has done all that came before. Asks the device, and waits for nothing.
+        Waits that are not timed are not seen.
         """
         folded, events = self._folded, list(self._events)  # the other thread may add and fold meanwhile
         # They are reached in order: the first whose end is not.
         ended = bisect.bisect_left(events, True, key=lambda event: not event[1].query())
         if ended == len(events) or not events[ended][0].query():
-            return folded + ended, None
+            held = self._held
+            return folded + ended, held[1] if held is not None and held[0].query() else None
         _, _, (layer, where), what = events[ended]
         return folded + ended, Waiting(layer=layer, where=where, what=what)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import ringattn
 from launch.errors import EXIT_PEER
@@ -18,6 +20,7 @@ from launch.watch import Watch
 from ringattn.ring import Ring, ring_backward, ring_forward
 from ringattn.transport import RingStats
 from tests.launch.test_pulse import Clock, Device
+from tests.processes import run_ranks
 
 LIMIT = ("parallel.hop_timeout_s", 8.0)
 
@@ -89,6 +92,53 @@ def test_waits_are_counted_over_the_taking_of_counts(device: Device) -> None:
     assert ended == 6
     assert waiting is not None
     assert (waiting.layer, waiting.where, waiting.what) == (1, "forward hop 2", "what ring rank 2 sends")
+
+
+def test_an_agreement_that_holds_the_host_is_told_as_one(device: Device) -> None:
+    """Only once the device has done what came before, however long that takes."""
+    step = Step(device)
+    step.queue()
+    step.stats.layer = 1
+    with step.stats.agreeing(on_cuda=True):
+        device.done = device.recorded - 1
+        assert step.stats.waits() == (6, None)
+        device.done = device.recorded
+        step.look(0.0)
+        assert step.look(7.5) is None
+        told = step.look(1.0)
+    assert told is not None
+    assert "layer 2 of 2, agreement on the plan: the other ranks did not come within parallel.hop_time" in told
+    assert step.stats.waits() == (6, None)
+    with step.stats.agreeing(on_cuda=False):
+        assert step.stats.waits() == (6, None)
+
+
+def agreeing_worker(rank, world_size):
+    """What happened in two calls with a transport that was made, and in two with heads exchanged."""
+    happened = []
+    gather, agreeing = dist.all_gather, RingStats.agreeing
+
+    @contextmanager
+    def watched(self, on_cuda):
+        with agreeing(self, on_cuda):
+            happened.append("agreeing")
+            yield
+            happened.append("over")
+
+    group = dist.group.WORLD
+    made = [{"transport": ringattn.make_transport("p2p", group)}, {"ulysses": ringattn.make_ulysses(group, world_size)}]
+    dist.all_gather = lambda *arguments, **options: (happened.append("exchange"), gather(*arguments, **options))
+    RingStats.agreeing = watched
+    for options in made:
+        plan = ringattn.Plan(24, world_size)
+        for _ in range(2):
+            ringattn.ring_attention(*(torch.ones(1, 12, 2, 16) for _ in range(3)), plan, group, **options)
+    return happened
+
+
+def test_a_plan_is_agreed_on_under_the_eyes_of_the_watch() -> None:
+    for happened in run_ranks(agreeing_worker, 2):
+        assert happened == ["agreeing", "exchange", "over"] * 2  # once per plan, not in the second calls
 
 
 def test_work_may_take_three_times_the_longest_stay_beyond_the_limit(device: Device) -> None:
