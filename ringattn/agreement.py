@@ -61,7 +61,7 @@ class Asked(NamedTuple):
 
 def transport_problem(name: object) -> str | None:
     """Why there is no transport of this name, or None."""
-    if name in _TRANSPORTS[:-1]:
+    if isinstance(name, str) and name in _TRANSPORTS[:-1]:
         return None
     return f"transport: expected auto or one of {', '.join(TRANSPORTS)}, got {name!r}"
 

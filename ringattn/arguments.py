@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.agreement import DTYPES, MADE, NOT_WATCHED, Asked, agree, transport_problem
-from ringattn.groups import device_problem
+from ringattn.groups import device_problem, ranks_problem
 from ringattn.kernels import check_kernel
 from ringattn.kernels.selective import selective_problem
 from ringattn.plan import Plan
@@ -32,6 +32,15 @@ class Call:
     scale: float
     keys: Tensor
     values: Tensor
+
+
+def check_types(q: Any, k: Any, v: Any, plan: Any) -> None:
+    """Without tensors and a plan (else ValueError) there is nothing that ranks could agree on."""
+    others = [type(x).__name__ for x in (q, k, v) if not isinstance(x, Tensor)]
+    if others:
+        raise ValueError(f"ring_attention: expected q, k and v as torch tensors, got {', '.join(others)}")
+    if not isinstance(plan, Plan):
+        raise ValueError(f"ring_attention: plan: expected a ringattn.Plan, got {plan!r}")
 
 
 def check_group(plan: Plan, group: dist.ProcessGroup | None) -> int:
@@ -66,20 +75,25 @@ def prepare(
         ValueError, TopologyError, PeerError: as `ring_attention` does.
     """
     scale = default_scale(q) if scale is None else scale
+    problem = None
+    if expand is not None and not callable(expand):
+        problem, expand = f"expand: expected a function or module, or None, got {expand!r}", None
     expansion = Expansion(expand, plan, q.device)
-    keys, values, problem = _expanded(q, k, v, plan, rank, expansion)
+    keys, values, found = _expanded(q, k, v, plan, rank, expansion)
+    problem = problem or found
     problem = problem or scale_problem(scale) or scoring_problem(q, keys, values, plan, kernel, selection)
     if problem is None and group is not None and plan.cp_size > 1:
         problem = device_problem(group, q.device)
-    if problem is None and isinstance(transport, str):
-        problem = transport_problem(transport)
+    if isinstance(transport, str) or not hasattr(transport, "turn"):
+        problem = problem or transport_problem(transport)
     channel = None
     if group is not None and plan.cp_size > 1:
         known = known_transport(transport, plan, group)
         waiting: AbstractContextManager[object] = NOT_WATCHED
-        if known is not None:
+        if known is not None and hasattr(known, "turn"):
             known.turn.check()  # agreeing is an exchange too
             waiting = known.stats.agreeing(q.is_cuda)
+            problem = problem or ranks_problem("transport", known.ranks, group)
         asked = Asked(1, transport if isinstance(transport, str) else MADE)
         agree(q, k, v, plan, group, problem, scale, scoring_description(selection, expand), asked, waiting)
         channel = transport_of(transport, plan, group)

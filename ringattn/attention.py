@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.arguments import check_group, prepare
+from ringattn.arguments import check_group, check_types, prepare
+from ringattn.groups import ranks_problem
 from ringattn.keeping import kept_or_run, selectively_checkpointed
 from ringattn.kernels import accumulator_dtype
 from ringattn.operator_calls import attend_by_operator, can_take
@@ -85,6 +86,7 @@ def ring_attention(
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.
     """
+    check_types(q, k, v, plan)
     options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand}
     options |= {"kernel": kernel, "transport": transport, "ulysses": as_degree(ulysses)}
     if torch.compiler.is_compiling():
@@ -112,7 +114,7 @@ def eager_attention(
 ) -> Any:
     """`ring_attention` where nothing traces it."""
     options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand, "kernel": kernel}
-    if ulysses != 1:
+    if ulysses != 1 or isinstance(ulysses, bool):
         return _with_heads_exchanged(ulysses, transport, group, q, k, v, plan, **options)
     rank = check_group(plan, group)
     call = prepare(q, k, v, plan, group, rank, transport=transport, **options)
@@ -146,9 +148,13 @@ def _with_heads_exchanged(
     if not isinstance(ulysses, Ulysses) or ulysses.group is not group:
         check_group(plan, group)
     if group is None:
-        if not isinstance(ulysses, Ulysses) and (not isinstance(ulysses, int) or ulysses < 1):
+        if not isinstance(ulysses, Ulysses) and (type(ulysses) is not int or ulysses < 1):
             raise ValueError(f"ring_attention: {degree_problem(plan.cp_size, ulysses)}")
         raise ValueError(f"ring_attention: ulysses: needs a group of several ranks, got group=None and {ulysses!r}")
+    if isinstance(ulysses, Ulysses) and ulysses.group is not group:
+        problem = ranks_problem("ulysses", tuple(dist.get_process_group_ranks(ulysses.group)), group)
+        if problem is not None:
+            raise ValueError(f"ring_attention: {problem}")
     if not isinstance(transport, str):
         raise ValueError(
             "ring_attention: ulysses: a transport is made for one group, and the inner ring is another one; give "

@@ -24,6 +24,16 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
     return limit
 
 
+def ranks_problem(what: str, ranks: tuple[int, ...] | None, group: dist.ProcessGroup) -> str | None:
+    """Why what was made for these ranks of the world, in their order, cannot serve the group; None if it can."""
+    if ranks is None or (own := tuple(dist.get_process_group_ranks(group))) == ranks:
+        return None
+    return (
+        f"{what}: made for the group of ranks {list(ranks)} (of the world), and this call's group has {list(own)}; "
+        "make one for each group"
+    )
+
+
 def device_problem(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Why the group cannot send what lies on the device, or None."""
     backend = dist.get_backend(group)

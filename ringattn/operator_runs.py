@@ -65,7 +65,7 @@ class RingRun:
         work.expansion.start_backward()
         found: list[Tensor | None]
         if isinstance(work, SoftmaxAttention):
-            assert dout is not None
+            dout = torch.zeros_like(out) if dout is None else dout  # whoever comes after out had nothing to say
             found = [*run_backward(work, dout, q, k, v, out, lse)]
         else:
             own_keys = k[:, :, work.terms.key_head] if self.own_keys is None else self.own_keys
@@ -126,6 +126,7 @@ class EagerRun:
     def backward(self, dout: Tensor | None, dcost: Tensor | None, *rest: Any) -> list[Tensor | None]:
         """See `Run`."""
         pairs = [(x, dx) for x, dx in zip(self.outputs, (dout, dcost), strict=False) if dx is not None]
+        pairs = pairs or [(self.outputs[0], torch.zeros_like(self.outputs[0]))]  # the other ranks may have gradients
         outputs, gradients = zip(*pairs, strict=True)
         # Retained for whoever walks the graph around this one again; it goes with the call's token.
         found = torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True, materialize_grads=True)

@@ -52,7 +52,7 @@ def as_degree(ulysses: Any) -> Any:
 def degree_problem(size: int, degree: object) -> str | None:
     """Why a ring of `size` ranks cannot have teams of `degree`, or None."""
     possible = ", ".join(str(u) for u in range(1, size + 1) if size % u == 0)
-    if not isinstance(degree, int):
+    if not isinstance(degree, int) or isinstance(degree, bool):
         return (
             f"ulysses: expected a degree, an integer, or what ringattn.make_ulysses made; got {degree!r}; possible "
             f"degrees: {possible}"

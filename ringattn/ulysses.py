@@ -123,7 +123,6 @@ def make_ulysses(
     degree: int,
     *,
     layout: str = "zigzag",
-    ring_group: dist.ProcessGroup | None = None,
     transport: str = "auto",
     timeout: Callable[[], timedelta] | None = None,
     graphs: bool = True,
@@ -134,9 +133,8 @@ def make_ulysses(
         group: all ranks of the ring.
         degree: u, a divisor of its size.
         layout: of the plans that will be used with it.
-        ring_group: the ranks `ring_of` names, if there is a group of them already (of a DeviceMesh, say); else it is
-            made here. With NCCL bound to a device all ranks of the world must then come here together.
-        transport, timeout, graphs: of the inner ring, as in `make_transport`.
+        transport, timeout, graphs: of the inner ring, as in `make_transport`. Its group is made here: with NCCL bound
+            to a device all ranks of the world must then come here together.
 
     Raises:
         ValueError: the degree does not divide the size, or there is no such layout or transport.
@@ -147,15 +145,12 @@ def make_ulysses(
     if problem is None and layout not in LAYOUTS:
         problem = f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}"
     agree_on_making("make_ulysses", group, Asked(degree, transport), layout, problem)
-    channel = None
-    if degree == size:
-        ring_group = None
-    else:
-        if ring_group is None:
-            everyone = dist.get_process_group_ranks(group)
-            ranks = [everyone[r] for r in ring_of(layout, size, degree, rank)]
-            backend, wait = dist.get_backend(group), timeout_of(group) if timeout is None else timeout()
-            ring_group = dist.new_group(ranks, timeout=wait, backend=backend, use_local_synchronization=True)
+    channel, ring_group = None, None
+    if degree < size:
+        everyone = dist.get_process_group_ranks(group)
+        ranks = [everyone[r] for r in ring_of(layout, size, degree, rank)]
+        backend, wait = dist.get_backend(group), timeout_of(group) if timeout is None else timeout()
+        ring_group = dist.new_group(ranks, timeout=wait, backend=backend, use_local_synchronization=True)
         assert ring_group is not None
         channel = make_transport(transport, ring_group, timeout, graphs=graphs)
     return Ulysses(

@@ -202,3 +202,15 @@ def test_the_failures_page_has_every_exit_status_once():
 def test_tests_named_in_the_failures_page_exist():
     for name in re.findall(r"`(tests/[^`]+)`", (ROOT / "docs/failures.md").read_text()):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", [page.name for page in PAGES])
+def test_a_table_is_one_block_with_a_head(page):
+    """A blank line inside ends it: what follows would be shown as text. Cells are as many in every line."""
+    text = re.sub(r"```.*?```", "", next(p for p in PAGES if p.name == page).read_text(), flags=re.DOTALL)
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        lines = block.splitlines()
+        assert len(lines) > 2, lines[0]
+        assert re.fullmatch(r"\|(?:\s*:?-+:?\s*\|)+", lines[1]), lines[0]
+        cells = [len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in lines]
+        assert len(set(cells)) == 1, [line for line, n in zip(lines, cells, strict=True) if n != cells[0]]

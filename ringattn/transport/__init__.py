@@ -82,6 +82,7 @@ class Transport(Protocol):
         calls_before: of one kind, until such a call runs as all later ones will.
         hosts: what a plan's `hosts` should be for it to be fast.
         turn: of its passages.
+        ranks: of the world, in the order of the ring; None where there are no processes.
         capturing: `run` is at work on a graph, with which it keeps what the plan holds.
     """
 
@@ -91,6 +92,7 @@ class Transport(Protocol):
     calls_before: int
     hosts: int
     turn: Turn
+    ranks: tuple[int, ...] | None
 
     @property
     def capturing(self) -> bool: ...
@@ -177,6 +179,7 @@ def make_transport(
     if problem is None:
         device = torch.device("cuda", torch.cuda.current_device())
         made = CopyEngineTransport(CudaPeerMemory(group, device, timeout), graphs, control.stats)
+        made.ranks = control.ranks
         if name == "auto":
             made.description += " (auto: every rank can reach every other one's memory)"
         return made

@@ -113,6 +113,7 @@ class CopyEngineTransport:
         self.pulls = memory.lane()
         self.pushes = memory.lane()
         self.turn = Turn()
+        self.ranks: tuple[int, ...] | None = None  # who makes it knows them
         self._lane: Lane | None = None  # of the caller, last time
         self._graphs = PassGraphs(self.stats)
         self._capture = graphs

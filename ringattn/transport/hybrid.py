@@ -80,6 +80,7 @@ class HybridTransport:
         self.hosts = hosts_in_order(hosts)
         order = "" if self.hosts == len(names) else " (ranks of a host not neighbours or not equally many: plain order)"
         self.description = f"copy_engine inside each of {len(names)} hosts, {far.description} between them{order}"
+        self.ranks = far.ranks
         self.turn = Turn()  # of both: what breaks off on one of them is not over on the other
         self._near = near
         self._far = far

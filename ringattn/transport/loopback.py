@@ -32,6 +32,7 @@ class LoopbackTransport:
     hosts = 1
     calls_before = 0
     capturing = False
+    ranks = None
 
     def __init__(
         self,

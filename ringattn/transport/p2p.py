@@ -64,6 +64,7 @@ class P2PTransport:
         self.stats = RingStats()
         self._group = group
         self.rank = dist.get_rank(group)
+        self.ranks: tuple[int, ...] | None = tuple(dist.get_process_group_ranks(group))
         self._batched = dist.get_backend(group) == "nccl"  # NCCL needs both directions in one launch
         self.description = f"p2p over {dist.get_backend(group)}"
         self.turn = Turn()
@@ -115,10 +116,10 @@ class P2PTransport:
         if receive.numel():
             operations.append((dist.irecv, receive, receive_from))
         peers = f"(sends to {send_to}, receives from {receive_from})"
-        tag = zlib.crc32(f"{plan} {self.turn.begun} {where}".encode()) >> 1
+        name = f"{plan} {self.turn.begun} {where}"
         label = f"ring rank {self.rank}, {self.stats.in_layer}{where} {peers}"
         try:
-            works = self._start(operations, tag)
+            works = self._start(operations, name)
         except (RuntimeError, ValueError) as error:
             raise _peer_error(label, error) from error
         self.stats.hops += 1
@@ -128,7 +129,7 @@ class P2PTransport:
         on_cuda = send.is_cuda or receive.is_cuda  # what is empty lies anywhere
         return P2PPending(works, label, self.stats, on_cuda, limit)
 
-    def _start(self, operations: list[tuple[Any, Tensor, int]], tag: int) -> list[dist.Work]:
+    def _start(self, operations: list[tuple[Any, Tensor, int]], name: str) -> list[dist.Work]:
         if self._batched and operations:
             batch = [
                 dist.P2POp(operation, tensor, group=self._group, group_peer=peer)
@@ -138,6 +139,8 @@ class P2PTransport:
         works = []
         for operation, tensor, peer in operations:
             ends = {"group_dst": peer} if operation is dist.isend else {"group_src": peer}
+            # With the size: gloo ends the process where a message has another one than is expected.
+            tag = zlib.crc32(f"{name} {tensor.numel()}".encode()) >> 1
             works.append(operation(tensor, group=self._group, tag=tag, **ends))
         return works
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -71,6 +72,91 @@ NO_DEGREE = "expected a degree, an integer, or what ringattn.make_ulysses made; 
 def test_a_bad_degree_is_named_in_a_single_process_too(degree, told):
     with pytest.raises(ValueError, match=told):
         ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), ulysses=degree)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"q": np.zeros((1, 8, 4, 8))}, "expected q, k and v as torch tensors, got ndarray"),
+        ({"plan": None}, "plan: expected a ringattn.Plan, got None"),
+        ({"transport": None}, "transport: expected auto or one of copy_engine, hybrid, p2p, got None"),
+        ({"transport": ["p2p"]}, r"transport: expected auto or one of copy_engine, hybrid, p2p, got \['p2p'\]"),
+        ({"expand": "mla"}, "expand: expected a function or module, or None, got 'mla'"),
+        ({"kernel": ["cpu"]}, r"kernel: expected auto or one of .*, got \['cpu'\]"),
+        ({"ulysses": True}, f"{NO_DEGREE}True"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_named(change, told):
+    given = dict(zip(("q", "k", "v"), qkv(8), strict=True)) | {"plan": ringattn.Plan(8, 1)} | change
+    with pytest.raises(ValueError, match=told):
+        ringattn.ring_attention(**given)
+
+
+def kind_worker(rank, world_size, change):
+    """On rank 1 an argument is of another kind."""
+    plan = ringattn.Plan(24, world_size)
+    with pytest.raises(ringattn.TopologyError) as caught:
+        ringattn.ring_attention(*qkv(12), plan, dist.group.WORLD, **(change if rank else {}))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"transport": None}, {"expand": "mla"}, {"kernel": ["cpu"]}], ids=str)
+def test_an_argument_of_another_kind_on_one_rank_is_told_to_all(change):
+    first, second = run_ranks(kind_worker, 2, change)
+    assert f"{next(iter(change))}: expected" in second
+    assert "rank 1: arguments refused there" in first
+
+
+def other_group_worker(rank, world_size, what):
+    """Rings {0, 1} and {2, 3}, and what carries their payloads made for {0, 2} and {1, 3}."""
+    rings, others = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
+    own, _, other = [[dist.new_group(ranks) for ranks in groups] for groups in (rings, rings, others)]
+    own, other = own[rank // 2], other[rank % 2]
+    made = {
+        "transport": lambda group: {"transport": ringattn.make_transport("p2p", group)},
+        "ulysses": lambda group: {"ulysses": ringattn.make_ulysses(group, 2)},
+    }[what](other)
+    again = dist.new_group(rings[rank // 2], use_local_synchronization=True)  # the same ranks are as good
+    fitting = {
+        "transport": lambda: {"transport": ringattn.make_transport("p2p", again)},
+        "ulysses": lambda: {"ulysses": ringattn.make_ulysses(again, 2)},
+    }[what]()
+    plan, tensors = ringattn.Plan(32, 2), qkv(16)
+    with pytest.raises(ValueError if what == "ulysses" else ringattn.TopologyError) as caught:
+        ringattn.ring_attention(*tensors, plan, own, **made)
+    assert bool(ringattn.ring_attention(*tensors, ringattn.Plan(32, 2), own, **fitting).isfinite().all())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["transport", "ulysses"])
+def test_what_was_made_for_other_ranks_is_refused(what):
+    """It would bring tokens of another sequence."""
+    for rank, message in enumerate(run_ranks(other_group_worker, 4, what)):
+        made, asked = [rank % 2, 2 + rank % 2], [2 * (rank // 2), 2 * (rank // 2) + 1]
+        assert (
+            f"{what}: made for the group of ranks {made} (of the world), and this call's group has {asked}" in message
+        )
+
+
+def votes_worker(rank, world_size, counts):
+    """Each rank comes with its number of earlier layers' votes."""
+    votes = [torch.randn(1, 16, 8) for _ in range(2)]
+    earlier = tuple(
+        ringattn.Votes(q=votes[0], k=votes[1], weight=torch.tensor([0.1]), scale=None) for _ in range(counts[rank])
+    )
+    selection = ringattn.Selection(gain=0.3, earlier=earlier)
+    group = dist.new_group(timeout=timedelta(seconds=4))
+    with pytest.raises(ringattn.PeerError) as caught:
+        ringattn.ring_attention(*qkv(16), ringattn.Plan(32, world_size), group, selection=selection)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("counts", [(0, 1), (2, 1)])
+def test_other_numbers_of_votes_end_no_process(counts):
+    """Messages of other sizes meet: gloo aborts where they have the same tag."""
+    for message in run_ranks(votes_worker, 2, counts):
+        assert "died or did not answer in time" in message
 
 
 def device_worker(rank, world_size, ulysses):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import ringattn
+from ringattn.testing import dense_attention, error
 from tests.processes import run_ranks
 
 LENGTH, LAYERS = 21, 2
@@ -160,3 +161,41 @@ def test_a_second_run_that_attends_more_often_is_refused():
     out = checkpoint(layer, q, use_reentrant=False, context_fn=ringattn.keeping_attention)
     with pytest.raises(RuntimeError, match="more often"):
         out.sum().backward()
+
+
+class Silent(torch.autograd.Function):
+    """Hands on what it is given, and says nothing of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return None
+
+
+def silent_worker(rank, world_size, way, degree):
+    """Largest error of a rank's gradients where nothing comes back to the last rank's result."""
+    plan = ringattn.Plan(LENGTH, world_size)
+    torch.manual_seed(0)
+    whole = [torch.randn(1, LENGTH, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    own = [ringattn.shard(x.detach(), plan, rank).requires_grad_() for x in whole]
+
+    def attend(q, k, v):
+        return ringattn.ring_attention(q, k, v, plan, dist.group.WORLD, ulysses=degree)
+
+    out = attend(*own) if WAYS[way] is None else checkpoint(attend, *own, use_reentrant=False, **WAYS[way])
+    last = rank == world_size - 1
+    ((Silent.apply(out) if last else out).square().sum() + own[0].sum()).backward()
+    heard = torch.ones(LENGTH, dtype=torch.float64)
+    heard[plan.positions(world_size - 1)] = 0.0
+    (dense_attention(*whole).square() * heard[None, :, None, None]).sum().backward()
+    expected = [ringattn.shard(x.grad, plan, rank) for x in whole]
+    expected[0] = expected[0] + 1.0
+    return max(error(x.grad, truth) for x, truth in zip(own, expected, strict=True))
+
+
+@pytest.mark.parametrize(("way", "degree"), itertools.product(WAYS, (1, 2)))
+def test_a_rank_to_which_no_gradient_comes_back_takes_part_all_the_same(way, degree):
+    assert max(run_ranks(silent_worker, 2, way, degree)) <= 1e-10
