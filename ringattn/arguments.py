@@ -84,13 +84,13 @@ def prepare(
     problem = problem or scale_problem(scale) or scoring_problem(q, keys, values, plan, kernel, selection)
     if problem is None and group is not None and plan.cp_size > 1:
         problem = device_problem(group, q.device)
-    if isinstance(transport, str) or not hasattr(transport, "turn"):
-        problem = problem or transport_problem(transport)
+    made = hasattr(transport, "turn")
+    problem = problem or (None if made else transport_problem(transport))
     channel = None
     if group is not None and plan.cp_size > 1:
-        known = known_transport(transport, plan, group)
+        known = known_transport(transport, plan, group) if made or isinstance(transport, str) else None
         waiting: AbstractContextManager[object] = NOT_WATCHED
-        if known is not None and hasattr(known, "turn"):
+        if known is not None:
             known.turn.check()  # agreeing is an exchange too
             waiting = known.stats.agreeing(q.is_cuda)
             problem = problem or ranks_problem("transport", known.ranks, group)
