@@ -97,12 +97,12 @@ def step_alone(tmp_path_factory: pytest.TempPathFactory) -> StepRow:
     return load_rows(folder)[0]
 
 
-# As the commands of the page say and as its table picks, for two layers.
+# As the commands of the page say and as its table picks, for four layers.
 MILLION = "1,048,576 tokens of Qwen3-0.6B"
 MEMORY = {
     MILLION: "recompute=keep_attention, offload=inputs, tile=8",
-    "2,097,152 of Llama-3-8B": "recompute=keep_attention, keep_layers=1, offload=all, offload_layers=1, tile=8",
-    "the longest row": "recompute=true, offload=inputs, offload_layers=1, tile=8",
+    "2,097,152 of Llama-3-8B": "recompute=keep_attention, keep_layers=2, offload=all, offload_layers=3, tile=8",
+    "the longest row": "recompute=true, offload=inputs, offload_layers=3, tile=8",
     "auto": "nothing recomputed or moved",
 }
 
