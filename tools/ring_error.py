@@ -76,11 +76,11 @@ def main(
     for results in found:
         errors = [_errors(parts, truth) for (parts, _), truth in zip(results, truths, strict=True)]
         rows.append([sum(of_part) / seeds for of_part in zip(*errors, strict=True)])
-    how = found[-1][0][1]
+    hows = [results[0][1] for results in found]
     title = f"{tokens:,} tokens, heads {heads}, d {head_dim}, {dtype}, {layout}, {_device_name(device)}"
-    _show(sizes, rows, f"{title}, torch {torch.__version__}; {how}")
+    _show(sizes, rows, f"{title}, torch {torch.__version__}; {hows[-1]}")
     if out is not None:
-        _write(sizes, rows, how, out)
+        _write(sizes, rows, hows, out)
 
 
 Rings = Callable[[tuple[Tensor, ...], ringattn.Plan], tuple[tuple[Tensor, ...], str]]
@@ -168,12 +168,12 @@ def _show(sizes: list[int], rows: list[list[float]], title: str) -> None:
     console.print(table)
 
 
-def _write(sizes: list[int], rows: list[list[float]], how: str, path: Path) -> None:
+def _write(sizes: list[int], rows: list[list[float]], hows: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["ranks", *PARTS, "how", "date"])
-        for size, row in zip(sizes, rows, strict=True):
+        for size, row, how in zip(sizes, rows, hows, strict=True):
             writer.writerow([size, *row, how, time.strftime("%Y-%m-%d")])
 
 

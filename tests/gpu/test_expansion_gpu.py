@@ -112,7 +112,7 @@ def worker(rank, world_size):
     return told
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_graphs_give_what_launches_by_the_host_give(world_size):
     """Two layers with parameters of their own share each graph."""
     needs_gpus(world_size)

@@ -78,7 +78,7 @@ def gradient_worker(rank: int, size: int, store: str, name: str) -> list[dict[st
     return None if rank else found
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_every_kind_are_no_worse_than_in_one_process(name: str, size: int) -> None:
     need(size)

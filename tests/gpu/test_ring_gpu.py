@@ -158,11 +158,11 @@ def needs_gpus(world_size):
 
 
 def overlapping_worker(rank, world_size):
-    """Rings of two side by side, one of all, and then one of all but rank 0, which none of the others may join."""
+    """Rings of two side by side, of four, one of all, and then one that rank 0 is not in, which is refused to all."""
     torch.cuda.set_device(rank)
     dist.new_group(backend="nccl")
     results = []
-    for size in (2, world_size):
+    for size in (size for size in (2, 4, 8) if size <= world_size):
         group, _ = dist.new_subgroups(size, backend="nccl")
         plan = ringattn.Plan(257, size)
         channel = ringattn.make_transport("copy_engine", group)
@@ -180,9 +180,10 @@ def overlapping_worker(rank, world_size):
     return results, told
 
 
-def test_rings_side_by_side_and_rings_that_overlap():
-    needs_gpus(4)
-    ranks = run_ranks(overlapping_worker, 4, timeout=180)
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_rings_side_by_side_and_rings_that_overlap(world_size):
+    needs_gpus(world_size)
+    ranks = run_ranks(overlapping_worker, world_size, timeout=180)
     truth = oracle(problem(torch.float64), {})
     for results, told in ranks:
         for found in results:

@@ -85,7 +85,7 @@ def worker(rank, world_size, name):
     return found, alive
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("name", CASES)
 def test_layers_of_a_row_share_graphs_and_rows_share_memory(name, world_size):
     needs_gpus(world_size)

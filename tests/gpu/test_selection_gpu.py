@@ -113,7 +113,7 @@ def of_call(case, number):
     return (*case[:4], (0, 100 + 50 * number, 301 + number, case[0]), case[5])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_calls_from_graphs(world_size):
     """The third call of a kind and all later ones."""
     if torch.cuda.device_count() < world_size:

@@ -152,7 +152,7 @@ def show(found):
         print(f"{name}: {seconds:.2f} s, {worst} {errors[worst]:.2g} of {tolerances[worst]:.2g}")
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_the_self_check_passes_on_cuda(world_size):
     needs_gpus(world_size)
     found = run_ranks(check_worker, world_size, plain_runs, timeout=120)[0]

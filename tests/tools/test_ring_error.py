@@ -5,6 +5,7 @@ import csv
 import pytest
 from typer.testing import CliRunner
 
+from tools import ring_error
 from tools.ring_error import app
 
 SMALL = ("--tokens", "96", "--heads", "4/2", "--head-dim", "16", "--ranks", "2,3")
@@ -20,6 +21,16 @@ def test_a_row_per_ring_size_and_errors_near_the_single_kernel_s(tmp_path):
         single = float(rows[0][part])
         assert 1e-4 < single < 1e-2  # bf16
         assert all(float(row[part]) < 1.3 * single for row in rows)
+
+
+def test_each_row_says_how_its_own_payloads_travelled(monkeypatch, tmp_path):
+    rank, device, run = ring_error._simulated()
+    told = lambda whole, plan: (run(whole, plan)[0], f"way of {plan.cp_size}")  # noqa: E731
+    monkeypatch.setattr(ring_error, "_simulated", lambda: (rank, device, told))
+    result = CliRunner().invoke(app, [*SMALL, "--out", str(tmp_path / "errors.csv")])
+    assert result.exit_code == 0, result.output
+    with open(tmp_path / "errors.csv", newline="") as file:
+        assert [row["how"] for row in csv.DictReader(file)] == ["way of 1", "way of 2", "way of 3"]
 
 
 @pytest.mark.parametrize(
