@@ -14,7 +14,7 @@ import yaml
 
 import ringattn
 from model.config import preset
-from tests.tools.simulate_cases import LAYOUTS, h100, layer, plain, real, toy
+from tests.tools.simulate_cases import LAYOUTS, h100, layer, no_time, plain, real, run, toy
 from tools.bench.problem import Point
 from tools.simulate.case import PASSES, Case, random_documents
 from tools.simulate.machine import H100, Kernels, MachineFile, parse_link
@@ -46,6 +46,30 @@ def test_the_ideal_is_that_of_the_benchmark(causal: bool) -> None:
     more = ideal(grouped, machine, "backward") - ideal(case, machine, "backward")
     assert more == pytest.approx(1e3 * 2 * 400 * 2 * 8 * 2)
     assert ideal(grouped, machine, "forward") == ideal(case, machine, "forward")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("transport", ["nccl", "copy-engine", "copy-engine, no graphs", "hybrid"])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(2048, 16, 16), (8192, 32, 8), (65_536, 16, 16)])
+def test_a_ring_of_one_is_the_ideal(tokens: int, heads: int, kv_heads: int, transport: str, causal: bool) -> None:
+    """`SoftmaxAttention._only_block`: one call, no hop, nothing to merge; at 2,048 tokens the host's work for it."""
+    case = replace(real(1, tokens=tokens, causal=causal), heads=heads, kv_heads=kv_heads)
+    found = predict(case, h100(transport)).summary
+    assert found.forward_ms == pytest.approx(found.ideal_forward_ms, rel=1e-3)
+    assert found.both_ms == pytest.approx(found.ideal_both_ms, rel=1e-3)
+    assert (found.exposed_ms, found.gib_per_layer) == (0, 0)
+    captured = predict(case, h100("copy-engine, captured")).summary
+    if tokens == 2048:
+        assert captured.forward_ms < 0.07 < found.forward_ms == pytest.approx(0.1)  # a graph needs no host
+    else:
+        assert captured.both_ms == found.both_ms
+
+
+def test_a_ring_of_one_merges_the_blocks_of_documents() -> None:
+    """Two squares of 200 rows; their results and the whole are read and written, 2 bytes an element."""
+    case, machine = layer(400, 1, documents=(0, 200, 400)), no_time(barrier=9.0, peers=True)
+    assert run(case, machine).seconds == 4 * 2 * 20_100
+    assert run(case, replace(machine, memory=1.0)).seconds == 4 * 2 * 20_100 + 2 * 2 * 400
 
 
 def test_blocks_alone_are_those_of_the_slowest_rank() -> None:
@@ -180,10 +204,10 @@ def test_links_by_size() -> None:
         ),
         *(
             (
-                {"transports": {"x": {**NCCL, "between": between}, "nccl": NCCL}},
-                f"x.between: expected one of nccl, {told}",
+                {"transports": {"x": {**NCCL, "between": between}, "nccl": NCCL, "own, captured": NCCL}},
+                f"x.between: expected one of 'nccl', {told}",
             )
-            for between, told in (("x", "got 'x'"), ("rails", "got 'rails'"))
+            for between, told in (("x", "'own, captured', got 'x'"), ("rails", "'own, captured', got 'rails'"))
         ),
         ({"transports": {"x": {**NCCL, "between": "nccl"}, "nccl": NCCL}}, "transports.x.by_host: missing"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -181,7 +182,7 @@ class MachineFile(RatesFile):
 
     def transport(self, name: str) -> Transport:
         if name not in self.transports:
-            raise ValueError(f"--transport: expected one of {', '.join(self.transports)}, got {name!r}")
+            raise ValueError(f"--transport: expected one of {_quoted(self.transports)}, got {name!r}")
         return self.transports[name]
 
     def transport_of(self, variant: str) -> Transport | None:
@@ -197,7 +198,7 @@ class MachineFile(RatesFile):
         between = self._get(where, dict).get("between")
         whole = [other for other, entry in self._found["transports"].items() if "between" not in (entry or ())]
         if between is not None and between not in whole:
-            raise ValueError(f"{self._path}: {where}.between: expected one of {', '.join(whole)}, got {between!r}")
+            raise ValueError(f"{self._path}: {where}.between: expected one of {_quoted(whole)}, got {between!r}")
         return Transport(
             name=name,
             variants=str(self._get(f"{where}.variants", str)),
@@ -215,3 +216,8 @@ class MachineFile(RatesFile):
             between=None if between is None else self._transport(str(between)),
             by_host=between is not None and bool(self._get(f"{where}.by_host", bool)),
         )
+
+
+def _quoted(names: Iterable[str]) -> str:
+    """In quotes, as names hold commas."""
+    return ", ".join(map(repr, names))
