@@ -11,6 +11,8 @@ import pytest
 from tests.tools.simulate_cases import call, h100, measured, real
 from tools.simulate.predict import predict
 
+RECORDS = Path(__file__).parents[2] / "docs/records"
+
 
 @pytest.mark.parametrize("name", ["attention.json", "attention.csv"])
 def test_compare(name: str, tmp_path: Path) -> None:
@@ -56,8 +58,7 @@ def test_compare_with_four_gpus(tmp_path: Path) -> None:
 
 def test_compare_with_a_run_that_nothing_was_fitted_to(tmp_path: Path) -> None:
     """docs/simulate.md: 4 H100 on another day. What is not simulated, such as Ulysses, is left out."""
-    record = Path(__file__).parents[2] / "docs/records/attention-4-h100.csv"
-    result = call("--compare", record, "--out", tmp_path)
+    result = call("--compare", RECORDS / "attention-4-h100.csv", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
     ours = ("ours copy_engine", "ours copy_engine, captured", "ours copy_engine, no graphs")
@@ -68,6 +69,32 @@ def test_compare_with_a_run_that_nothing_was_fitted_to(tmp_path: Path) -> None:
         # The first point of that run was measured on cold GPUs.
         warm = [row for row in found if (row["tokens_per_rank"], row["heads"]) != (2048, 16)]
         assert max(abs(row["error_percent"]) for row in warm) < 17
+
+
+def test_compare_with_rows_of_four_documents(tmp_path: Path) -> None:
+    """docs/simulate.md: nothing was fitted to it. The ideal is left out, and so are percentages of it."""
+    record = RECORDS / "attention-4-h200-4-documents.csv"
+    result = call("--compare", record, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert Counter(row["variant"] for row in rows) == {"ours copy_engine": 12, "ours copy_engine, no graphs": 12}
+    assert {(row["documents"], row["predicted_percent"]) for row in rows} == {(4, None)}
+    graphs = [row for row in rows if row["transport"] == "copy-engine"]
+    assert max(abs(row["error_percent"]) for row in graphs if row["tokens_per_rank"] > 2048) < 9
+    assert max(abs(row["error_percent"]) for row in graphs) < 48
+    found = predict(real(4, tokens=2048, documents=(0, 1280, 3328, 5376, 8192)), h100("copy-engine", 4)).summary
+    assert [row["predicted_ms"] for row in rows[:2]] == [found.forward_ms, found.both_ms]
+
+
+def test_compare_of_nothing_but_an_ideal_of_documents(tmp_path: Path) -> None:
+    measured(tmp_path, documents=3)
+    found = json.loads((tmp_path / "attention.json").read_text())
+    found["rows"] = found["rows"][:1]
+    (tmp_path / "attention.json").write_text(json.dumps(found))
+    result = call("--compare", tmp_path / "attention.json")
+    assert result.exit_code == 2
+    told = " ".join(result.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    assert "no timed row of 'ideal' or of ours that is simulated" in told
 
 
 def test_compare_reads_the_mask_from_either_file(tmp_path: Path) -> None:

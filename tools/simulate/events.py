@@ -86,7 +86,7 @@ def simulate(work: Work, machine: Machine, case: Case, what: str, watched: tuple
     if case.num_ranks == 1:
         return _Simulation(work, _alone(machine, what), case, what, watched, own_graph=False).run()
     count = head_groups(case)
-    group = replace(case, heads=case.heads // count, kv_heads=case.kv_heads // count)
+    group = replace(case, heads=case.heads // count, kv_heads=case.kv_heads // count, groups=count)
     link = machine.transport
     own_graph = link.captures(case)
     if own_graph or link.graphs == "always":
