@@ -14,7 +14,7 @@ import yaml
 
 import ringattn
 from model.config import preset
-from tests.tools.simulate_cases import LAYOUTS, h100, layer, plain, real, toy
+from tests.tools.simulate_cases import LAYOUTS, h100, layer, no_time, plain, real, run, toy
 from tools.bench.problem import Point
 from tools.simulate.case import PASSES, Case, random_documents
 from tools.simulate.machine import H100, Kernels, MachineFile, parse_link
@@ -46,6 +46,30 @@ def test_the_ideal_is_that_of_the_benchmark(causal: bool) -> None:
     more = ideal(grouped, machine, "backward") - ideal(case, machine, "backward")
     assert more == pytest.approx(1e3 * 2 * 400 * 2 * 8 * 2)
     assert ideal(grouped, machine, "forward") == ideal(case, machine, "forward")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("transport", ["nccl", "copy-engine", "copy-engine, no graphs", "hybrid"])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(2048, 16, 16), (8192, 32, 8), (65_536, 16, 16)])
+def test_a_ring_of_one_is_the_ideal(tokens: int, heads: int, kv_heads: int, transport: str, causal: bool) -> None:
+    """`SoftmaxAttention._only_block`: one call, no hop, nothing to merge; at 2,048 tokens the host's work for it."""
+    case = replace(real(1, tokens=tokens, causal=causal), heads=heads, kv_heads=kv_heads)
+    found = predict(case, h100(transport)).summary
+    assert found.forward_ms == pytest.approx(found.ideal_forward_ms, rel=1e-3)
+    assert found.both_ms == pytest.approx(found.ideal_both_ms, rel=1e-3)
+    assert (found.exposed_ms, found.gib_per_layer) == (0, 0)
+    captured = predict(case, h100("copy-engine, captured")).summary
+    if tokens == 2048:
+        assert captured.forward_ms < 0.07 < found.forward_ms == pytest.approx(0.1)  # a graph needs no host
+    else:
+        assert captured.both_ms == found.both_ms
+
+
+def test_a_ring_of_one_merges_the_blocks_of_documents() -> None:
+    """Two squares of 200 rows; their results and the whole are read and written, 2 bytes an element."""
+    case, machine = layer(400, 1, documents=(0, 200, 400)), no_time(barrier=9.0, peers=True)
+    assert run(case, machine).seconds == 4 * 2 * 20_100
+    assert run(case, replace(machine, memory=1.0)).seconds == 4 * 2 * 20_100 + 2 * 2 * 400
 
 
 def test_blocks_alone_are_those_of_the_slowest_rank() -> None:
@@ -134,6 +158,30 @@ def test_rates_of_blocks_by_size_kind_and_pass() -> None:
     assert [table.rate("forward", size, FULL) for size in (1.0, 128**0.5, 99.0)] == pytest.approx([1, 3, 4])
 
 
+def test_blocks_that_documents_cut_are_no_faster_than_flash() -> None:
+    """Blocks of 1,024 x 1,024 and, in the end, of 16,384 x 16,384, which are worth a plan of the faster kernel."""
+    kinds = np.array([FULL, CAUSAL, MASKED, FULL])
+    sizes = np.array([1024, 1024, 1024, 16_384])
+    work = HopWork(rank=kinds, rows=sizes, columns=sizes, kind=kinds, travelling=np.zeros(4), cut=np.full(4, True))
+    rates = np.array([[1e12], [2e12], [3e12]])
+    table = Kernels(heads=16, sizes=np.array([1.0]), rates=dict.fromkeys(PASSES, rates))
+    flash = replace(table, flash=dict.fromkeys(PASSES, np.array([0.5e12, 3e12, np.inf])))
+    case = real(1)
+    for what, planned in (("forward", 2.2e12), ("backward", 5.5e12)):  # of the last one
+        assert case.flops(what, float(16_384**2)) == pytest.approx(planned, rel=0.01)
+        slower = flash.seconds(what, case, work) / table.seconds(what, case, work)
+        assert slower.tolist() == pytest.approx([2, 1, 1, 1])
+        assert (
+            flash.seconds(what, case, replace(work, cut=~work.cut)).tolist() == table.seconds(what, case, work).tolist()
+        )
+    # A quarter of the heads, of 16 in all or of 4.
+    quarter = replace(case, heads=4, kv_heads=4)
+    for groups, slow in ((4, [2, 1, 1, 1]), (1, [2, 1, 1, 2])):
+        part = replace(quarter, groups=groups)
+        slower = flash.seconds("forward", part, work) / table.seconds("forward", part, work)
+        assert slower.tolist() == pytest.approx(slow)
+
+
 def test_the_shipped_file() -> None:
     file = MachineFile()
     link = file.transport("nccl")
@@ -142,6 +190,8 @@ def test_the_shipped_file() -> None:
     assert file.ideal == pytest.approx({"forward": 100e-6, "backward": 400e-6})
     assert file.kernels.rate("forward", 8192, FULL) == pytest.approx(620e12)
     assert file.kernels.rate("backward", 8192, CAUSAL) == pytest.approx(515e12)
+    assert file.kernels.flash["forward"].tolist() == [346e12, 287e12, np.inf]
+    assert file.kernels.flash["backward"].tolist() == [307e12, 275e12, np.inf]
     assert file.transport_of("ours p2p") is link
     names = {name: file.transport_of(f"ours {name}") for name in ("copy_engine", "copy_engine, captured")}
     assert {name: used and used.name for name, used in names.items()} == {
@@ -171,6 +221,7 @@ def test_links_by_size() -> None:
         ({"heads": 0}, "heads: expected more than 0"),
         ({"memory_gbps": "fast"}, "memory_gbps: expected a number of 0 or more, got 'fast'"),
         ({"ideal_us": 3}, "ideal_us.forward: missing"),
+        ({"flash_tflops": {"full_forward": 0}}, "flash_tflops.full_forward: expected more than 0"),
         ({"dtypes": "bf16"}, "dtypes: expected list, got 'bf16'"),
         ({"transports": {"x": {"intra": "350"}}}, "transports.x.variants: missing"),
         ({"transports": {"x": {"intra": "quick"}}}, "transports.x.intra: expected GB/s"),
@@ -180,10 +231,10 @@ def test_links_by_size() -> None:
         ),
         *(
             (
-                {"transports": {"x": {**NCCL, "between": between}, "nccl": NCCL}},
-                f"x.between: expected one of nccl, {told}",
+                {"transports": {"x": {**NCCL, "between": between}, "nccl": NCCL, "own, captured": NCCL}},
+                f"x.between: expected one of 'nccl', {told}",
             )
-            for between, told in (("x", "got 'x'"), ("rails", "got 'rails'"))
+            for between, told in (("x", "'own, captured', got 'x'"), ("rails", "'own, captured', got 'rails'"))
         ),
         ({"transports": {"x": {**NCCL, "between": "nccl"}, "nccl": NCCL}}, "transports.x.by_host: missing"),
     ],

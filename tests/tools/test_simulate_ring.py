@@ -113,7 +113,8 @@ SIZES = ("--ranks", 8, "--tokens-per-rank", 64)
         ((*SIZES, "--non-causal", "--window", 3), "Plan: window: needs causal=True"),
         (
             (*SIZES, "--transport", "pigeon"),
-            "--transport: expected one of nccl, copy-engine, captured, copy-engine, no graphs",
+            "--transport: expected one of 'nccl', 'copy-engine, captured', 'copy-engine, no graphs', 'copy-engine', "
+            "'hybrid', 'hybrid, plain order', got 'pigeon'",
         ),
         ((*SIZES, "--link-intra", "fast"), "--link-intra: expected GB/s, such as 350"),
         ((*SIZES, "--link-inter", 0), "--link-inter: expected more than 0 GB/s, got 0"),

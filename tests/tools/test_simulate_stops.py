@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import ringattn
 from ringattn import merge, softmax
+from ringattn.kernels import WORTH_A_PLAN
+from ringattn.mask import Block, Relation
+from ringattn.packs import Pack
 from ringattn.schedule import joined_schedule
+from ringattn.scoring.expansion import Expansion
 from ringattn.transport.copy_engine import GRAPH_BYTES
 from tests.tools.simulate_cases import LAYOUTS, h100, layer, no_time, real, run
 from tools.simulate import events
@@ -107,6 +112,54 @@ def test_groups_of_heads_are_the_library_s(sizes: tuple[int, int, int]) -> None:
     payload = (SimpleNamespace(shape=(1, tokens, kv_heads, 128)),) * 2
     groups = list(softmax.SoftmaxAttention._head_groups(attention, q, payload))  # type: ignore[arg-type]
     assert head_groups(case) == len(groups)
+
+
+@pytest.mark.parametrize("what", PASSES)
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize(
+    ("tokens", "documents", "groups"),
+    [
+        (2048, (0, 1280, 3328, 5376, 8192), 1),
+        (8192, (0, 5000, 5050, 5100, 13_056, 32_768), 1),
+        (32_768, (0, 16_000, 52_224, 131_072), 4),  # some are worth a plan
+    ],
+)
+def test_flash_has_the_blocks_that_the_library_gives_it(
+    tokens: int, documents: tuple[int, ...], groups: int, layout: str, what: str
+) -> None:
+    case = case_of(4, tokens, layout=layout, documents=documents)
+    plan, backward = case.plan, what == "backward"
+    assert head_groups(case) == groups
+    part = replace(case, heads=16 // groups, kv_heads=16 // groups, groups=groups)
+    work, machine = ScheduledWork(work_of(plan), part, what), h100("copy-engine")
+    found = np.zeros(4)
+    for hop in range(work.num_hops):
+        now = work.hop(hop)
+        on_flash = machine.kernels._on_flash(what, part, now)
+        found += np.bincount(now.rank[on_flash], now.pairs[on_flash], minlength=4)
+    # Shapes without memory.
+    x: Any = SimpleNamespace(shape=(1, tokens, 16 // groups, 128), dtype="bf16")
+    packing: Any = SimpleNamespace(name="flash")
+    flops, expected = part.flops(what, 1.0), np.zeros(4)
+    for rank in range(4):
+        ring: Any = SimpleNamespace(plan=plan, rank=rank)
+        library = softmax.SoftmaxAttention(ring, Expansion(None, plan, torch.device("cpu")), "auto", 1.0)
+        for stop in joined_schedule(plan, rank, token_bytes=part.payload_bytes, pair_flops=flops, cut=backward):
+            for one in library._blocks(stop, packing, x, x, 16, backward=backward):
+                if isinstance(one, Pack) or library._planned(one, x, x, 16, backward=backward) < WORTH_A_PLAN:
+                    expected[rank] += pairs_of(one) / stop.share[1]
+    assert found.tolist() == expected.tolist()
+    assert found.any() or (groups, layout, what) == (4, "contiguous", "backward")
+
+
+def pairs_of(one: Block | Pack) -> int:
+    starts = (
+        (one.q_starts, one.k_starts)
+        if isinstance(one, Pack)
+        else ((one.q_start, one.q_stop), (one.k_start, one.k_stop))
+    )
+    causal = one.relation is Relation.CAUSAL
+    return sum(n * (n + 1) // 2 if causal else n * m for n, m in zip(*map(np.diff, starts), strict=True))
 
 
 def test_groups_of_heads_take_turns() -> None:

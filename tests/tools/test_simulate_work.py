@@ -10,7 +10,7 @@ import ringattn
 from ringattn.mask import Relation
 from tests.tools.simulate_cases import LAYOUTS
 from tools.simulate.case import Case, visible_pairs
-from tools.simulate.work import CAUSAL, FULL, ListedWork, PlainWork, work_of
+from tools.simulate.work import CAUSAL, FULL, MASKED, ListedWork, PlainWork, work_of
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,31 @@ def test_masks_are_listed_from_the_plan(size: int, hosts: int, layout: str, mask
         for rank in range(size):
             blocks = plan.blocks(rank, plan.source(rank, hop))
             mine = found.rank == rank
-            assert list(zip(found.rows[mine], found.columns[mine], strict=True)) == [
-                (block.q_stop - block.q_start, block.k_stop - block.k_start) for block in blocks
-            ]
+            if plan.documents is None:
+                sizes = [(block.q_stop - block.q_start, block.k_stop - block.k_start) for block in blocks]
+                assert list(zip(found.rows[mine], found.columns[mine], strict=True)) == sizes
+            pairs, seen = found.pairs[mine].sum(), plan.visible_pairs(rank, plan.source(rank, hop))
+            assert pairs == seen or (pairs > seen and MASKED in found.kind[mine])
             first, last = (min((b.k_start for b in blocks), default=0), max((b.k_stop for b in blocks), default=0))
             assert found.travelling[rank] == last - first
     ranks = range(size)
     assert visible_pairs(plan) == sum(plan.visible_pairs(rank, source) for rank in ranks for source in ranks)
+
+
+def test_short_documents_are_calls_of_their_own_without_a_mask() -> None:
+    """Two ranks of 300 tokens, documents of 100, 200, 50, 50 and 200, not causal: no size but 300 x 300 recurs."""
+    plan = ringattn.Plan(600, 2, layout="contiguous", causal=False, documents=(0, 100, 300, 350, 400, 600))
+    assert [block.relation for block in plan.blocks(1, 1)] == [Relation.FULL, Relation.PARTIAL]
+    found = work_of(plan).hop(0)
+    assert sorted(zip(found.rank, found.rows, found.columns, found.kind, found.cut, strict=True)) == [
+        (0, 100, 100, FULL, True),
+        (0, 200, 200, FULL, True),
+        (1, 50, 50, FULL, True),
+        (1, 50, 50, FULL, True),
+        (1, 200, 200, FULL, True),
+    ]
+    whole = work_of(ringattn.Plan(600, 2, layout="contiguous", documents=(0, 300, 600))).hop(0)
+    assert whole.cut.tolist() == [False, False]
 
 
 def test_the_list_of_a_plain_plan_is_the_closed_form() -> None:

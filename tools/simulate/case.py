@@ -17,13 +17,18 @@ _FLOPS = {"forward": 4.0, "backward": 10.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A layer: its plan, with the sizes that a plan does not know."""
+    """A layer: its plan, with the sizes that a plan does not know.
+
+    Attributes:
+        groups: of heads, one after the other; `heads` and `kv_heads` are those of one.
+    """
 
     plan: ringattn.Plan
     heads: int
     kv_heads: int
     head_dim: int
     dtype: str
+    groups: int = 1
 
     @property
     def num_ranks(self) -> int:

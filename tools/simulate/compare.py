@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import ringattn
+from tools.bench.problem import Point
 from tools.bench.rows import Row, read_file
 from tools.bench.variants import CAPTURED, IDEAL
 from tools.simulate.case import PASSES, Case
@@ -18,7 +18,7 @@ _BLOCKS = "blocks" + CAPTURED
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One figure of one row, milliseconds."""
+    """One figure of one row, milliseconds. Of documents the ideal is not predicted, and so no percentage."""
 
     variant: str
     transport: str
@@ -26,11 +26,12 @@ class Pair:
     tokens_per_rank: int
     heads: int
     kv_heads: int
+    documents: int
     what: str
     measured_ms: float
     predicted_ms: float
     measured_percent: float | None
-    predicted_percent: float
+    predicted_percent: float | None
 
     @property
     def error_percent(self) -> float:
@@ -39,7 +40,7 @@ class Pair:
 
 
 def compare(path: Path, file: MachineFile, machine: Machine, transport: str | None) -> list[Pair]:
-    """Every measured row that the simulation knows: the ideal, ours, and the blocks alone where they are a graph.
+    """Every measured row that the simulation knows: ours, and without documents the ideal and the blocks as a graph.
 
     Args:
         path: attention.json or attention.csv.
@@ -55,24 +56,26 @@ def compare(path: Path, file: MachineFile, machine: Machine, transport: str | No
         except ValueError as error:
             raise ValueError(f"{path}: row {number}: {error}") from error
     if not pairs:
-        raise ValueError(f"{path}: no timed row of {IDEAL!r} or of ours")
+        raise ValueError(f"{path}: no timed row of {IDEAL!r} or of ours that is simulated")
     return pairs
 
 
 def _pairs(row: Row, file: MachineFile, machine: Machine, transport: str | None) -> list[Pair]:
-    if row.status != "ok" or row.documents > 1:
-        return []
+    """Nothing for an ideal with documents: it is a call for each, and where they are short as long as its launch."""
     variant = row.variant
     alone = variant in (*_IDEALS, _BLOCKS)
+    if row.status != "ok" or (alone and row.documents > 1):
+        return []
     used = file.transport(transport) if transport else file.transport_of(variant)
     if not alone and (used is None or not variant.startswith("ours")):
         return []
-    plan = ringattn.Plan(row.num_ranks * row.tokens_per_rank, row.num_ranks, layout=row.layout, causal=row.causal)
+    point = Point(**{field.name: getattr(row, field.name) for field in fields(Point)})
+    plan = point.plan(row.num_ranks, row.layout)
     case = Case(plan=plan, heads=row.heads, kv_heads=row.kv_heads, head_dim=row.head_dim, dtype=row.dtype)
     file.check(case)
     machine = replace(machine, transport=used or machine.transport, per_host=plan.cp_size)
     least = machine.ideal if variant != _IDEALS[1] else dict.fromkeys(PASSES, 0.0)
-    shared = {name: getattr(row, name) for name in ("num_ranks", "tokens_per_rank", "heads", "kv_heads")}
+    shared = {name: getattr(row, name) for name in ("num_ranks", "tokens_per_rank", "heads", "kv_heads", "documents")}
     ideals = [ideal(case, machine, what) for what in PASSES]
     if variant in _IDEALS:
         times = [ideal(case, replace(machine, ideal=least), what) for what in PASSES]
@@ -92,7 +95,7 @@ def _pairs(row: Row, file: MachineFile, machine: Machine, transport: str | None)
             measured_ms=getattr(row, f"{what}_ms"),
             predicted_ms=milliseconds,
             measured_percent=getattr(row, f"{what}_percent"),
-            predicted_percent=percent,
+            predicted_percent=percent if row.documents == 1 else None,
             **shared,
         )
         for what, (milliseconds, percent) in predicted.items()

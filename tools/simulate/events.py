@@ -22,7 +22,7 @@ from tools.simulate.case import Case
 from tools.simulate.channels import Clock, channels
 from tools.simulate.machine import Floats, Machine
 from tools.simulate.stops import JOINED_RANKS, ScheduledWork, head_groups
-from tools.simulate.work import HopWork, Work
+from tools.simulate.work import MASKED, HopWork, Work
 
 Ints = npt.NDArray[np.int64]
 
@@ -83,16 +83,26 @@ class Pass:
 
 def simulate(work: Work, machine: Machine, case: Case, what: str, watched: tuple[int, ...] = ()) -> Pass:
     """One pass, "forward" or "backward", of the case whose work this is. Spans are of the first group of heads."""
+    if case.num_ranks == 1:
+        return _Simulation(work, _alone(machine, what), case, what, watched, own_graph=False).run()
     count = head_groups(case)
-    group = replace(case, heads=case.heads // count, kv_heads=case.kv_heads // count)
+    group = replace(case, heads=case.heads // count, kv_heads=case.kv_heads // count, groups=count)
     link = machine.transport
     own_graph = link.captures(case)
     if own_graph or link.graphs == "always":
         machine = replace(machine, transport=replace(link, call=0.0, hop=dict.fromkeys(link.hop, 0.0)))
-    if link.peers and link.between is None and 1 < case.num_ranks <= JOINED_RANKS:
+    if link.peers and link.between is None and case.num_ranks <= JOINED_RANKS:
         work = ScheduledWork(work, group, what)
     found = _Simulation(work, machine, group, what, watched, own_graph).run()
     return found if count == 1 else _times(found, count)
+
+
+def _alone(machine: Machine, what: str) -> Machine:
+    """For a ring of one: no transport, no groups of heads; of the host no more than the ideal's work for a call."""
+    link = machine.transport
+    call = 0.0 if link.graphs == "always" else machine.ideal[what]
+    alone = replace(link, barrier=0.0, peers=False, call=call, hop=dict.fromkeys(link.hop, 0.0), between=None)
+    return replace(machine, transport=alone)
 
 
 class _Simulation:
@@ -106,7 +116,10 @@ class _Simulation:
         self._watched = watched
         self._spans: list[Span] = []
         link = machine.transport
-        shards = work.hop(0).travelling
+        local = work.hop(0)
+        # A ring of one is a single call, if no mask is needed: nothing to merge or to copy.
+        self._merges = case.num_ranks > 1 or len(local.kind) > 1 or MASKED in local.kind
+        shards = local.travelling * self._merges
         self._rows = machine.touching(shards * case.heads * case.head_dim * case.element_bytes)  # to read or write q
         self._own = machine.touching(shards * case.payload_bytes)  # to read or write k and v
         # Each rank's payload goes to where peers read it; a graph has its inputs copied: q, or dout, q and out.
@@ -190,7 +203,7 @@ class _Simulation:
     @property
     def _part_bytes(self) -> float:
         """Bytes moved per element of a partial result; of many, five at a time join a sum in fp32."""
-        return self._case.element_bytes + (8 / 5 if self._case.plan.cp_size > _PARTS else 0)
+        return self._merges * (self._case.element_bytes + (8 / 5 if self._case.plan.cp_size > _PARTS else 0))
 
     def _watch(self, hop: int, what: str, ranks: Ints, start: Floats, end: Floats) -> None:
         for rank in self._watched:

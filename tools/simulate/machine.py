@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launch.rates import BLOCKS, H100, RatesFile, parse_link
+from ringattn.kernels import WORTH_A_PLAN
 from ringattn.transport.copy_engine import GRAPH_BYTES
 from tools.simulate.case import PASSES, Case
 from tools.simulate.work import CAUSAL, FULL, HopWork
@@ -27,26 +29,38 @@ class Kernels:
     Attributes:
         sizes: [n], increasing.
         rates: pass -> [3, n], rows FULL, CAUSAL, MASKED.
+        flash: pass -> [3], the most that flash reaches, which takes blocks of sizes that are not worth a plan.
     """
 
     heads: int
     sizes: Floats
     rates: dict[str, Floats]
+    flash: dict[str, Floats] = field(default_factory=lambda: dict.fromkeys(PASSES, np.full(3, np.inf)))
 
     def seconds(self, what: str, case: Case, work: HopWork) -> Floats:
         """[blocks]: how long each takes. Of a causal block the rows that see all columns are as a full block's."""
         size = np.sqrt(work.rows * work.columns * (work.share * case.heads / self.heads))
         whole = np.where(work.kind == CAUSAL, (work.rows - work.columns) * work.columns, 0) * work.share
-        by_kind = (work.pairs - whole) / self._rate(what, size, work.kind)
-        return case.flops(what, 1.0) * (by_kind + whole / self._rate(what, size, np.full_like(work.kind, FULL)))
+        flash = self._on_flash(what, case, work)
+        by_kind = (work.pairs - whole) / self._rate(what, size, work.kind, flash)
+        as_full = whole / self._rate(what, size, np.full_like(work.kind, FULL), flash)
+        return case.flops(what, 1.0) * (by_kind + as_full)
+
+    def _on_flash(self, what: str, case: Case, work: HopWork) -> npt.NDArray[np.bool_]:
+        """[blocks]: which the library leaves to it (`ringattn.softmax`): cut by documents, and not worth a plan."""
+        share = np.where(work.kind == CAUSAL, 0.5, 1.0)
+        operations = case.flops(what, case.groups) * share * work.rows * work.columns
+        found: npt.NDArray[np.bool_] = work.cut & (operations < WORTH_A_PLAN)
+        return found
 
     def rate(self, what: str, size: float, kind: int) -> float:
-        return float(self._rate(what, np.array([size]), np.array([kind]))[0])
+        return float(self._rate(what, np.array([size]), np.array([kind]), np.zeros(1, dtype=bool))[0])
 
-    def _rate(self, what: str, size: Floats, kind: npt.NDArray[np.int64]) -> Floats:
+    def _rate(self, what: str, size: Floats, kind: npt.NDArray[np.int64], flash: npt.NDArray[np.bool_]) -> Floats:
         where = np.log2(np.maximum(size, 1.0))
         lines = [np.interp(where, np.log2(self.sizes), line) for line in self.rates[what]]
-        return np.choose(kind, lines)
+        rates = np.choose(kind, lines)
+        return np.where(flash, np.minimum(rates, self.flash[what][kind]), rates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +177,12 @@ class MachineFile(RatesFile):
         table = [self.blocks[what][kind] for what in PASSES for kind in BLOCKS]
         rates = 1e12 * np.array(table, dtype=float).reshape(len(PASSES), len(BLOCKS), -1)
         sizes = np.array(self.sizes, dtype=float)
-        self.kernels = Kernels(heads=self.heads, sizes=sizes, rates=dict(zip(PASSES, rates, strict=True)))
+        flash = {
+            what: np.array([*(1e12 * self._positive(f"flash_tflops.{kind}_{what}") for kind in BLOCKS[:2]), np.inf])
+            for what in PASSES
+        }
+        by_pass = dict(zip(PASSES, rates, strict=True))
+        self.kernels = Kernels(heads=self.heads, sizes=sizes, rates=by_pass, flash=flash)
         self.ideal = self._by_pass("ideal_us")
         self.transports = {str(name): self._transport(str(name)) for name in self._get("transports", dict)}
 
@@ -181,7 +200,7 @@ class MachineFile(RatesFile):
 
     def transport(self, name: str) -> Transport:
         if name not in self.transports:
-            raise ValueError(f"--transport: expected one of {', '.join(self.transports)}, got {name!r}")
+            raise ValueError(f"--transport: expected one of {_quoted(self.transports)}, got {name!r}")
         return self.transports[name]
 
     def transport_of(self, variant: str) -> Transport | None:
@@ -197,7 +216,7 @@ class MachineFile(RatesFile):
         between = self._get(where, dict).get("between")
         whole = [other for other, entry in self._found["transports"].items() if "between" not in (entry or ())]
         if between is not None and between not in whole:
-            raise ValueError(f"{self._path}: {where}.between: expected one of {', '.join(whole)}, got {between!r}")
+            raise ValueError(f"{self._path}: {where}.between: expected one of {_quoted(whole)}, got {between!r}")
         return Transport(
             name=name,
             variants=str(self._get(f"{where}.variants", str)),
@@ -215,3 +234,8 @@ class MachineFile(RatesFile):
             between=None if between is None else self._transport(str(between)),
             by_host=between is not None and bool(self._get(f"{where}.by_host", bool)),
         )
+
+
+def _quoted(names: Iterable[str]) -> str:
+    """In quotes, as names hold commas."""
+    return ", ".join(map(repr, names))

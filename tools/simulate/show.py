@@ -64,7 +64,8 @@ def show_pairs(pairs: Sequence[Pair], title: str, console: Console) -> None:
     table = Table(box=None, title=title, title_justify="left")
     for column in ("variant", "transport"):
         table.add_column(column)
-    for column in ("ranks", "tokens/rank", "heads", "pass", "measured ms", "predicted ms", "error", "% ideal", "pred."):
+    columns = ("ranks", "tokens/rank", "heads", "docs", "pass")
+    for column in (*columns, "measured ms", "predicted ms", "error", "% ideal", "pred."):
         table.add_column(column, justify="right")
     for pair in pairs:
         table.add_row(
@@ -73,12 +74,13 @@ def show_pairs(pairs: Sequence[Pair], title: str, console: Console) -> None:
             str(pair.num_ranks),
             f"{pair.tokens_per_rank:,}",
             f"{pair.heads}/{pair.kv_heads}",
+            str(pair.documents),
             pair.what,
             f"{pair.measured_ms:.3f}",
             f"{pair.predicted_ms:.3f}",
             f"{pair.error_percent:+.1f}%",
             "-" if pair.measured_percent is None else f"{pair.measured_percent:.0f}",
-            f"{pair.predicted_percent:.0f}",
+            "-" if pair.predicted_percent is None else f"{pair.predicted_percent:.0f}",
         )
     console.print(table)
     for variant in dict.fromkeys(pair.variant for pair in pairs):

@@ -7,7 +7,7 @@ import numpy as np
 from ringattn import schedule
 from ringattn.schedule import Stop, joined_schedule
 from tools.simulate.case import Case
-from tools.simulate.work import KINDS, HopWork, Work
+from tools.simulate.work import HopWork, Work, calls
 
 # Ranks whose schedules are made one by one; copy engines reach no further than a host.
 JOINED_RANKS = 64
@@ -31,7 +31,7 @@ class ScheduledWork:
     def __init__(self, plain: Work, case: Case, what: str) -> None:
         self._plain = plain
         self._hops = plain.num_hops
-        self._blocks: dict[int, list[tuple[int, int, int, int, int]]] = {}
+        self._blocks: dict[int, list[tuple[int, int, int, int, int, int]]] = {}
         self.most_joined = 1
         for rank in range(case.num_ranks):
             stops = joined_schedule(
@@ -43,10 +43,8 @@ class ScheduledWork:
             )
             self.most_joined = max(self.most_joined, *(len(stop.hops) for stop in stops))
             for hop, stop in zip(self._at(stops), stops, strict=True):
-                self._blocks.setdefault(hop, []).extend(
-                    (rank, b.q_stop - b.q_start, b.k_stop - b.k_start, KINDS[b.relation], stop.share[1])
-                    for b in stop.blocks
-                )
+                found = [(rank, *call, stop.share[1]) for call in calls(case.plan, stop.blocks)]
+                self._blocks.setdefault(hop, []).extend(found)
         self.num_hops = 1 + max(self._blocks, default=0)
 
     def _at(self, stops: tuple[Stop, ...]) -> list[int]:
@@ -54,8 +52,16 @@ class ScheduledWork:
         return [stop.hops[-1] if stop.hops != (0,) or not number else self._hops for number, stop in enumerate(stops)]
 
     def hop(self, hop: int) -> HopWork:
-        table = np.array(self._blocks.get(hop, []), dtype=np.int64).reshape(-1, 5)
+        table = np.array(self._blocks.get(hop, []), dtype=np.int64).reshape(-1, 6)
         plain = self._plain.hop(min(hop, self._hops - 1))
         travelling = plain.travelling if hop < self._hops else np.zeros_like(plain.travelling)
-        rank, rows, columns, kind, parts = table.T
-        return HopWork(rank=rank, rows=rows, columns=columns, kind=kind, travelling=travelling, share=1 / parts)
+        rank, rows, columns, kind, cut, parts = table.T
+        return HopWork(
+            rank=rank,
+            rows=rows,
+            columns=columns,
+            kind=kind,
+            travelling=travelling,
+            share=1 / parts,
+            cut=cut.astype(bool),
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 import ringattn
 from ringattn.mask import Block, Relation
+from ringattn.packs import Pack, pack
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -36,6 +38,7 @@ class HopWork:
         rows, columns, kind: queries, keys, and FULL, CAUSAL or MASKED.
         travelling: [num_ranks] key columns of the rank's source, from the first to the last that a block of it reads.
         share: of the heads that the block is of; a scalar holds for all.
+        cut: whether documents cut the block, so that rows with others have none of its size; a scalar holds for all.
     """
 
     rank: Ints
@@ -44,6 +47,7 @@ class HopWork:
     kind: Ints
     travelling: Ints
     share: Floats = field(default_factory=lambda: np.ones(()))
+    cut: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros((), dtype=bool))
 
     @property
     def pairs(self) -> Floats:
@@ -141,7 +145,7 @@ class ListedWork:
 
     def __init__(self, plan: ringattn.Plan, limit: int) -> None:
         self._size, self._plan = plan.cp_size, plan
-        self._hops: dict[int, list[tuple[int, int, int, int]]] = {}
+        self._hops: dict[int, list[tuple[int, int, int, int, int]]] = {}
         self._travelling: dict[int, Ints] = {}
         count = 0
         for rank, source in _meeting(plan):
@@ -158,15 +162,14 @@ class ListedWork:
             return 0
         hop = self._plan.hop(rank, source)
         entries = self._hops.setdefault(hop, [])
-        for block in blocks:
-            rows, columns = block.q_stop - block.q_start, block.k_stop - block.k_start
-            entries.append((rank, rows, columns, KINDS[block.relation]))
+        found = calls(self._plan, blocks)
+        entries += [(rank, *call) for call in found]
         travelling = self._travelling.setdefault(hop, np.zeros(self._size, dtype=np.int64))
         travelling[rank] = columns_needed(blocks)
-        return len(blocks)
+        return len(found)
 
     def hop(self, hop: int) -> HopWork:
-        table = np.array(self._hops.get(hop, []), dtype=np.int64).reshape(-1, 4)
+        table = np.array(self._hops.get(hop, []), dtype=np.int64).reshape(-1, 5)
         nothing = np.zeros(self._size, dtype=np.int64)
         return HopWork(
             rank=table[:, 0],
@@ -174,7 +177,30 @@ class ListedWork:
             columns=table[:, 2],
             kind=table[:, 3],
             travelling=self._travelling.get(hop, nothing),
+            cut=table[:, 4].astype(bool),
         )
+
+
+def calls(plan: ringattn.Plan, blocks: tuple[Block, ...]) -> list[tuple[int, int, int, int]]:
+    """(rows, columns, kind, whether documents cut it) of what kernels compute for the blocks of a stop.
+
+    Of packs (`ringattn.packs`) every document is one: short ones, which the Plan puts together under a mask, need none.
+    In a caller's graph the library makes no packs and keeps those masks, which is not told apart.
+    """
+    if plan.documents is None:
+        return [(*_size(block), KINDS[block.relation], 0) for block in blocks]
+    found = []
+    for one in pack(blocks, plan.recurs):
+        if isinstance(one, Pack):
+            rows, columns = ([b - a for a, b in pairwise(starts)] for starts in (one.q_starts, one.k_starts))
+            found += [(*size, KINDS[one.relation], 1) for size in zip(rows, columns, strict=True)]
+        else:
+            found.append((*_size(one), KINDS[one.relation], int(not plan.recurs(one))))
+    return found
+
+
+def _size(block: Block) -> tuple[int, int]:
+    return block.q_stop - block.q_start, block.k_stop - block.k_start
 
 
 def sources(plan: ringattn.Plan, hop: int) -> Ints:
