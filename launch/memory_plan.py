@@ -41,8 +41,8 @@ GIB = 2**30
 # has handed out at the peak. Both fitted to four steps on H100s (docs/benchmarks-steps.md).
 LIBRARIES_DEVICE_BYTES = 2.5 * GIB
 FRAGMENTATION = 1.05
-# On a CPU torch's tensors are the C library's memory, which keeps much of what smaller ones have let go of. This and the
-# next one are fitted to the quickstart's model over 256, 2,048 and 8,192 tokens in one process (docs/memory.md).
+# On a CPU torch's tensors are the C library's memory, which keeps much of what smaller ones have let go of. This and
+# the next one are fitted to the quickstart's model over 256 to 8,192 tokens in one process (docs/memory.md).
 FRAGMENTATION_CPU = 1.4
 # Resident memory of a process before it holds any model; with CUDA loaded, as in those steps.
 LIBRARIES_HOST_BYTES = 0.54 * GIB
