@@ -82,8 +82,8 @@ def self_check(
     without `expand` two key/value heads (with Ulysses two per member of a team) and their query heads stand for all.
     Where a transport that was made runs short passes as CUDA graphs, what is compared comes from such graphs. Nothing
     of it is random, and the run's random state stays as it was; counts of `transport` and `ulysses` are zero
-    afterwards. It takes one to three seconds on GPUs, up to 5.5 with lag 128, but for what Triton compiles for the
-    first time on a machine (some eight more with selection; else the run would do it).
+    afterwards. It takes two to four seconds on GPUs, up to seven where libraries are loaded from a cold disk, but for
+    what Triton compiles for the first time on a machine (some eight more with selection; else the run would do it).
 
     Args:
         heads, kv_heads: query and key/value heads (after the expansion).
