@@ -296,6 +296,7 @@ def test_the_better_row_of_a_case_counts(tmp_path: Path) -> None:
         ((one, three), three),
         ((three, failed), three),
         ((failed, one), one),
+        ((replace(three, status="failed"), one), one),
         ((failed, refused), refused),
         ((two, replace(two, commit="later")), replace(two, commit="later")),
         ((failed, two, three, one, refused), three),

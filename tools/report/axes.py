@@ -124,8 +124,7 @@ def bars(axes: Axes, longest: Sequence[Longest], looks: Looks) -> None:
         told = " / ".join(told_apart(one.measured or None, one.planned or None))
         axes.annotate(told, (furthest or left, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.set_xscale("log", base=2)
-    room = 0.32 if any(one.beyond for one in ordered) else 0.2  # for the numbers, which are exact then
-    axes.set_xlim(left, max(known) * 2 ** (room * math.log2(max(known) / left)))
+    axes.set_xlim(left, max(known) * 2 ** (0.2 * math.log2(max(known) / left)))
     doublings = [2**power for power in range(math.ceil(math.log2(left)), math.floor(math.log2(max(known))) + 1)]
     axes.xaxis.set_major_locator(FixedLocator(spread_ticks(doublings, 5) if doublings else [max(known)]))
     axes.xaxis.set_minor_locator(NullLocator())
