@@ -4,7 +4,8 @@
 
 Points run in processes of its own: gloo on CPU, NCCL on GPUs. Points are lines of `steps.jsonl` as they come; after an
 interruption the same command measures only what is missing. One that runs out of memory, or that the planner refuses,
-is a row like others. `--from FILE` renders records that are there, from whatever machine, and measures nothing.
+is a row like others. `--from FILE` renders records that are there, from whatever machine, beside what today's planner
+foresees for them, and measures nothing.
 """
 
 from __future__ import annotations

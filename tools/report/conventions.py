@@ -10,7 +10,7 @@ _ANEW = (
     "by today's planner, that of the code which rendered this report, for each row's own machine: in the sentence "
     "above, in brackets in the table, dashed in the plots and in the CSV. The records keep what the planner of the "
     "row's day foresaw. No prediction where today's would choose other settings of memory than the row had, and no "
-    "time on a CPU or where documents are kept. "
+    "time on a CPU or where documents are kept; points that were not measured have those of their day. "
 )
 
 
