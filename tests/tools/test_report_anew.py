@@ -38,7 +38,8 @@ def test_a_row_gets_the_predictions_of_today_for_its_own_machine() -> None:
     assert row.predicted_host == pytest.approx(plan.estimate.host_bytes / GIB)
     assert row.predicted_seconds == pytest.approx(plan.time.seconds)
     untold = replace(ROW, device_total=None, host_total=None)
-    assert predicted_anew((untold, ROW), Limits())[0].predicted_host == row.predicted_host, "as others on such a GPU"
+    told = predicted_anew((untold, ROW), Limits(gpu=12, host=40))[0]
+    assert told.predicted_host == row.predicted_host, "as others on such a GPU say, not as is planned for"
     assert predicted_anew((untold,), Limits(gpu=79, host=500))[0].predicted_host == row.predicted_host
     assert predicted_anew((untold,), Limits())[0].predicted_host is None
 

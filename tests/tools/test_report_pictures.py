@@ -227,6 +227,7 @@ def test_a_length_beyond_the_planned_is_marked_and_told_exactly() -> None:
     _check(_drawn(drawings, looks))
     figure = _drawn([one for one in drawings if one.name == "longest"], looks)
     _check(figure)
+    assert f"2,097,152 measured, 2,093,056 planned to fit ({why}); selective" in drawings[-1].text
     assert "2,097,152 / 2,093,056" in [text.get_text() for text in figure.axes[0].texts]
     assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == why
     assert len([patch for patch in figure.axes[0].patches if patch.get_hatch()]) == 1

@@ -115,6 +115,7 @@ def list_drawings(report: Report, looks: Looks) -> list[Drawing]:
         text = "Longest rows in tokens. " + "; ".join(
             f"{one.kind}, cp {one.cp}: {one.measured or 0:,} measured, "
             f"{'unknown' if one.planned is None else format(one.planned, ',')} planned to fit"
+            f"{one.beyond and f' ({one.beyond})'}"
             for one in report.longest
         )
         drawings.append(
