@@ -188,7 +188,7 @@ class Pulse:
                     self._next += 1
             if place is not self._reached:
                 self._reached, self._seen = place, now
-            seconds = now - self._began
+            seconds, here = now - self._began, now - self._seen
             return Moment(
                 step=self._step,
                 place=place,
@@ -196,19 +196,20 @@ class Pulse:
                 rows=self._rows,
                 running=self._rows > 0,
                 seconds=seconds,
-                seconds_here=now - self._seen,
-                seconds_left=self._left(place.done, seconds),
+                seconds_here=here,
+                seconds_left=self._left(place.done, seconds, here),
             )
 
-    def _left(self, done: float | None, seconds: float) -> float | None:
+    def _left(self, done: float | None, seconds: float, here: float) -> float | None:
+        """By the time at which the place was reached: within one place it only falls."""
         if not self._rows:
             return None
         whole = self._last_seconds
         if done and (whole is None or done > _PACE_AFTER):  # a step can take longer than the one before
-            whole = max(whole or 0.0, seconds / done)
+            whole = max(whole or 0.0, (seconds - here) / done)
         if whole is None:
             return None
-        return whole * (1.0 - done) if done else max(0.0, whole - seconds)
+        return max(0.0, whole * (1.0 - done) - here if done else whole - seconds)
 
     def _done(self, part: float) -> float | None:
         """Part of the step that is done `part` into the layer at hand."""

@@ -4,7 +4,8 @@
 
 Points run in processes of its own: gloo on CPU, NCCL on GPUs. Points are lines of `steps.jsonl` as they come; after an
 interruption the same command measures only what is missing. One that runs out of memory, or that the planner refuses,
-is a row like others. `--from FILE` renders records that are there, from whatever machine, and measures nothing.
+is a row like others. `--from FILE` renders records that are there, from whatever machine, beside what today's planner
+foresees for them, and measures nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launch.errors import EXIT_CONFIG, ConfigError, LaunchError, WriteError
 from model.presets import PRESETS
-from tools.bench.step_rows import NAME, StepRow, load_rows, read_rows
+from tools.bench.step_rows import NAME, StepRow, load_all, one_of_each_case, read_all
 from tools.report.kinds import KINDS, kind_of, kind_settings
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
     except OSError as error:
         raise WriteError(f"--out {options.out}: cannot make the folder: {error.strerror}") from error
     if options.records:
-        rows = [row for path in options.records for row in read_rows(path)]
-        model = options.preset or _only_model(rows)
+        files = [read_all(path) for path in options.records]
+        model = options.preset or _only_model([row for rows in files for row in rows])
     else:
         model = options.preset or "test"
         left_out: list[StepRow] = []
@@ -129,10 +130,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
         except KeyboardInterrupt:
             stopped = True
             print(f"scaling_report: stopped; the points so far are in {options.out / NAME}.jsonl", file=sys.stderr)
-        rows = [*load_rows(options.out), *left_out]
-    rows = [row for row in rows if row.model == model]
+        files = [load_all(options.out), left_out]
+    files = [[row for row in rows if row.model == model] for rows in files]
+    rows = [row for rows in files for row in one_of_each_case(rows)]
     if rows:
-        _write(options, rows, command)
+        _write(options, rows, command, not_shown=sum(map(len, files)) - len(rows))
     elif not stopped:
         raise ConfigError(f"--preset {model}: no record of this model; nothing to render")
     return 130 if stopped else 0
@@ -146,7 +148,7 @@ def _only_model(rows: Sequence[StepRow]) -> str:
     return models[0]
 
 
-def _write(options: argparse.Namespace, rows: Sequence[StepRow], command: str) -> None:
+def _write(options: argparse.Namespace, rows: Sequence[StepRow], command: str, not_shown: int) -> None:
     from tools.report.longest import Limits
     from tools.report.model import make_report
     from tools.report.render import write_report
@@ -156,6 +158,8 @@ def _write(options: argparse.Namespace, rows: Sequence[StepRow], command: str) -
         command=command,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         limits=Limits(gpu=options.gpu_gb, host=options.host_gb),
+        not_shown=not_shown,
+        anew=bool(options.records),
     )
     if report.unknown:
         lacking = ", ".join(report.unknown)

@@ -137,6 +137,33 @@ def test_what_is_told_is_what_the_device_has_reached() -> None:
     assert pulse.now().seconds_left == pytest.approx(80)  # as long as the step before
 
 
+@pytest.mark.parametrize("before", [None, 60.0])
+def test_the_time_left_falls_within_a_place_and_never_below_0(before: float | None) -> None:
+    clock = Clock()
+    pulse = Pulse(2, clock=clock)
+    if before is not None:
+        pulse.begin(1, 1)
+        clock.now += before
+        pulse.end()
+
+    def left(*waited: float) -> list[float]:
+        told = [pulse.now().seconds_left]
+        for seconds in waited:
+            clock.now += seconds
+            told.append(pulse.now().seconds_left)
+        return told
+
+    pulse.begin(2, 1)
+    pulse.row(0)
+    pulse.layer("forward", 0)
+    assert left(5) == ([None, None] if before is None else [60, 55])
+    clock.now += 15
+    pulse.layer("forward", 1)  # a sixth of the step is done
+    assert left(30, 40, 50) == pytest.approx([100, 70, 30, 0])
+    pulse.layer("backward", 1)  # a third, after 140 s: slower than it seemed
+    assert left(100, 180, 1) == pytest.approx([280, 180, 0, 0])
+
+
 def test_hops_are_marked_on_a_device_only_once_steps_are_long() -> None:
     clock, device = Clock(), Device()
     pulse = Pulse(2, make_event=device.make, clock=clock)

@@ -24,10 +24,10 @@ from tools.report.kinds import KINDS, kind_of, kind_settings, other_settings, se
 from tools.report.longest import Limits, longest_contexts, machine_facts, machine_limits
 from tools.report.names import config_of, model_at
 from tools.report.plots import draw_plots
-from tools.report.render import render_markdown, write_report
+from tools.report.render import render_markdown, render_page, write_report
 from tools.report.rows_csv import rows_csv
 from tools.report.sketches import sketches
-from tools.report.summary import count, key_figures, seconds, summary_sentences
+from tools.report.summary import count, key_figures, seconds, summary_sentences, told_apart
 
 
 def _rows(steps: tuple[StepRow, ...]) -> dict[tuple[str, int, int], Row]:
@@ -152,6 +152,38 @@ def test_one_machine_is_planned_for_and_shown() -> None:
     assert None not in [one.planned for one in made.longest]
 
 
+def test_why_more_was_trained_than_is_planned_is_told() -> None:
+    large = gpu_row("softmax", 4, 1 << 21, 300.0, gpu="NVIDIA H200", device_total=139.8)
+    limits = Limits(gpu=20, host=100)
+    for change, why in (
+        ({}, "trained on a larger GPU: H200"),
+        ({"device_total": 20.1}, "trained on a host with more memory: H200"),
+        ({"device_total": 20.1, "host_total": 100.5}, "the planner is too careful here"),
+        ({"tokens": 8192}, ""),
+    ):
+        small, ring = longest_contexts((gpu_row("softmax", 1, 8192, 1.0), replace(large, **change)), limits)
+        assert (small.beyond, ring.beyond) == ("", why)
+        assert (ring.measured or 0) > (ring.planned or 0) or not why
+    text = render_markdown(report((large, gpu_row("softmax", 1, 8192, 1.0)), limits), [])
+    assert "| and a step of | Why more was trained |" in text
+    assert re.search(r"\| softmax \| 4 \| 2,097,152 \| .* \| trained on a larger GPU: H200 \|", text)
+    lines = [
+        line for line in text.split("## Longest")[1].splitlines() if re.match(r"\| (Attention|softmax)|\|---", line)
+    ]
+    assert len(lines[:4]) == len([line for line in lines[:4] if line.count("|") == 9]) == 4
+    assert "Why more was trained" not in render_markdown(report(GPU_ROWS), [])
+
+
+def test_lengths_that_would_read_the_same_are_told_exactly() -> None:
+    assert told_apart(1 << 21, 2093056) == ("2,097,152", "2,093,056")
+    assert told_apart(1 << 21, 1 << 21) == ("2M", "2M")
+    assert told_apart(1 << 20, 1 << 21, None) == ("1M", "2M", "-")
+    made = report((gpu_row("softmax", 4, 1 << 21, 300.0),))
+    (one,) = made.longest
+    figures = key_figures(replace(made, longest=(replace(one, planned=2093056),)))
+    assert [figures[0].value, figures[-1].value] == ["2,097,152", "2,093,056"]
+
+
 def test_of_rows_whose_documents_are_kept_no_operations_are_told() -> None:
     """Nor how long the planner's longest row takes: both would be those of one document."""
     one, kept = (replace(GPU_ROWS[2], documents=documents) for documents in ("one", "kept"))
@@ -181,8 +213,8 @@ def test_the_summary_says_what_counts() -> None:
     told = "\n".join(summary_sentences(report((*GPU_ROWS[:rival], uneven, *GPU_ROWS[rival + 1 :]))))
     assert "takes 2.50 times ours at 32,768 tokens (its own steps differ by 20%)." in told
     assert "torch's part of GPU memory +10% to +10%, a GPU's memory in use -4% to -4%" in text
-    assert "step time -10% to -10%. These are predictions of the planner of each row's day" in text
-    assert (Path(__file__).parent / "test_step_records.py").exists(), "where that sentence sends its reader"
+    assert "Predicted before each step, against measured: " in text
+    assert "step time -10% to -10%." in text
     figures = {figure.value: figure.label for figure in key_figures(made)}
     assert figures["32k"].startswith("tokens: longest row trained (softmax, cp 4, 20 GiB allocated on a GPU)")
     assert figures["400 ms"] == "a step over 32,768 tokens (softmax, cp 4)"
@@ -264,6 +296,14 @@ def test_the_page_is_self_contained_and_complete(written: list[Path]) -> None:
     assert "MFU causal" not in words, "no column for what is not known"
     assert [path.name for path in others[:3]] == ["report.md", "report.csv", "report.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in others[2:])
+
+
+def test_a_wide_table_shows_that_there_is_more() -> None:
+    page = render_page(report(GPU_ROWS), [])
+    columns = page.split("<thead>")[1].split("</thead>")[0].count("<th ")
+    assert f"{columns} columns: where they have no room, scroll the table sideways." in page
+    assert "scroll the table sideways" not in render_page(report((cpu_row(1, 1024, 0.5),)), []), "it has room"
+    assert ".numbers tr > :first-child { position: sticky; left: 0;" in page
 
 
 def test_the_markdown_table_is_whole(written: list[Path]) -> None:

@@ -16,7 +16,8 @@ from tests.tools.report_records import gpu_row, report
 from tools.report.axes import Looks
 from tools.report.kinds import kind_settings
 from tools.report.model import Report
-from tools.report.plots import Drawing, list_drawings, make_figure
+from tools.report.plots import Drawing, draw_plots, list_drawings, make_figure
+from tools.report.render import render_markdown, render_page
 from tools.report.style import COLOURS, RIVAL_COLOUR, STYLE, darkened
 
 LENGTHS = (8192, 33000, 34816, 65536, 131072, 262144, 1 << 20)
@@ -172,6 +173,64 @@ def test_ticks_without_room_are_left_out_and_the_others_stay() -> None:
         looks = Looks.of(made.rows)
         (axes,) = _drawn([list_drawings(made, looks)[0]], looks).axes
         assert [label.get_text() for label in axes.get_xticklabels()] == wanted
+
+
+@pytest.mark.parametrize("series", [1, 9])
+def test_no_place_of_the_overview_is_empty(series: int) -> None:
+    """With as many pictures as there are, which nine kinds make end with a tall one, and with one less."""
+    made = _report(series, lengths=(8192, 32768))
+    looks = Looks.of(made.rows)
+    drawings = list_drawings(made, looks)
+    for shown in (drawings, drawings[1:]):
+        figure = _drawn(shown, looks)
+        rows: dict[float, float] = {}
+        for part in figure.subfigs:
+            rows[round(part.bbox.y0)] = rows.get(round(part.bbox.y0), 0.0) + part.bbox.width
+        assert list(rows.values()) == pytest.approx([figure.bbox.width] * len(rows), rel=0.02), len(shown)
+
+
+def test_kinds_of_a_single_length_are_left_out_where_others_have_lines() -> None:
+    layers = "model.layers=4 memory=auto"
+    lines = [gpu_row("softmax", cp, n, n / 1e5, exposed_seconds=0.01) for cp in (1, 4) for n in (8192, 32768)]
+    points = [gpu_row("softmax", cp, 65536, 1.0 / cp, settings=layers) for cp in (1, 4)]
+    rival = gpu_row("softmax", 4, 8192, 9.0, variant="rival", settings="alltoall")
+    made = report((*lines, *points, rival))
+    drawn = {one.name: one for one in list_drawings(made, Looks.of(made.rows))}
+    for name in ("step_time", "mfu", "gpu_memory", "cost_same_length"):
+        assert {kind for kind, _ in drawn[name].lines} - {"rival"} == {"softmax"}, name
+        assert "65,536" not in drawn[name].text
+        assert drawn[name].left_out == ("softmax, 4 layers",)
+    assert ("rival", 4) in drawn["step_time"].lines
+    assert (drawn["against_softmax"].left_out, drawn["longest"].left_out) == ((), ())
+    plots, _ = draw_plots(made)
+    note = "left out where other kinds have lines: softmax, 4 layers. The table has them"
+    assert note in render_markdown(made, plots)
+    assert note in render_page(made, plots)
+    # costs are of such a kind alone: it stays
+    alone = report((*[row for row in lines if row.num_ranks == 4], *points))
+    drawn = {one.name: one for one in list_drawings(alone, Looks.of(alone.rows))}
+    assert drawn["cost_same_length"].lines == (("softmax, 4 layers", 4),)
+    only = report((*points, rival))
+    drawn = {one.name: one for one in list_drawings(only, Looks.of(only.rows))}
+    assert {kind for kind, _ in drawn["step_time"].lines} == {"softmax, 4 layers", "rival"}
+    assert "left out where other kinds" not in render_markdown(only, draw_plots(only)[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_length_beyond_the_planned_is_marked_and_told_exactly() -> None:
+    why = "trained on a larger GPU: H200"
+    made = _report(4)
+    first, *others = made.longest
+    made = replace(made, longest=(replace(first, measured=2097152, planned=2093056, beyond=why), *others))
+    looks = Looks.of(made.rows)
+    drawings = list_drawings(made, looks)
+    _check(_drawn(drawings, looks))
+    figure = _drawn([one for one in drawings if one.name == "longest"], looks)
+    _check(figure)
+    assert f"2,097,152 measured, 2,093,056 planned to fit ({why}); selective" in drawings[-1].text
+    assert "2,097,152 / 2,093,056" in [text.get_text() for text in figure.axes[0].texts]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == why
+    assert len([patch for patch in figure.axes[0].patches if patch.get_hatch()]) == 1
 
 
 def test_ten_kinds_have_ten_colours() -> None:

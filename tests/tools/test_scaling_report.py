@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,22 @@ def test_the_committed_records_are_rendered(tmp_path: Path, capsys: pytest.Captu
     rows = [json.loads(line) for line in Path(records).read_text().splitlines()]
     last = [row for row in rows if row["model"] == "qwen3-0.6b"][-1]
     assert f"{last['mfu_causal']:.1%}" in text
+
+
+def test_rows_that_others_stand_for_are_counted(tmp_path: Path) -> None:
+    shown, other = gpu_row("softmax", 1, 8192, 1.0, step_seconds=(0.9, 1.0, 1.1)), gpu_row("softmax", 1, 16384, 3.0)
+    short, elsewhere = replace(shown, seconds=1.5, step_seconds=(1.5,)), replace(shown, model="llama-3-8b")
+    records = _records(tmp_path, shown, other, short, replace(shown, status="failed"), elsewhere, elsewhere)
+    text, out = tmp_path / "out/report.md", str(tmp_path / "out")
+    assert main(["--from", records, "--out", out, "--preset", "qwen3-0.6b"]) == 0
+    assert "**Repeated points**: 2 earlier or shorter rows of the same cases are not shown" in text.read_text()
+    assert "| softmax | 1 | 8,192 | nothing recomputed or moved | 1.00 s " in text.read_text()
+    assert "1.50 s" not in text.read_text()
+    assert main(["--from", records, "--out", out, "--preset", "llama-3-8b"]) == 0
+    assert "**Repeated points**: 1 earlier or shorter row of the same cases is not shown" in text.read_text()
+    (tmp_path / "alone").mkdir()
+    assert main(["--from", _records(tmp_path / "alone", shown), "--out", out]) == 0
+    assert "not shown" not in text.read_text()
 
 
 def test_a_machine_that_no_record_tells_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,13 +132,41 @@ def _is_json(line: bytes) -> bool:
 
 
 def load_rows(folder: Path) -> list[StepRow]:
-    """The rows of the folder's `steps.jsonl`, see `read_rows`; none if there is no such file."""
+    """One row of each case of the folder's `steps.jsonl`, see `one_of_each_case`; none if there is no such file."""
+    return one_of_each_case(load_all(folder))
+
+
+def load_all(folder: Path) -> list[StepRow]:
+    """All rows of the folder's `steps.jsonl`, see `read_all`; none if there is no such file."""
     path = folder / f"{NAME}.jsonl"
-    return read_rows(path) if path.exists() else []
+    return read_all(path) if path.exists() else []
 
 
 def read_rows(path: Path) -> list[StepRow]:
-    """The rows of a file: the last of each case, in the order the cases first came; not a torn last line.
+    """The rows of a file, see `read_all`: one of each case, see `one_of_each_case`."""
+    return one_of_each_case(read_all(path))
+
+
+def one_of_each_case(rows: Sequence[StepRow]) -> list[StepRow]:
+    """The row that stands for its case, in the order the cases first came.
+
+    One that was measured goes before one that failed, then the one with more timings, then the later one: a case that
+    fails is tried again, and a quick look at it on another day takes no median's place.
+    """
+    kept: dict[tuple[Any, ...], StepRow] = {}
+    for row in rows:
+        other = kept.get(row.case)
+        if other is None or _weight(row) >= _weight(other):
+            kept[row.case] = row
+    return list(kept.values())
+
+
+def _weight(row: StepRow) -> tuple[bool, int]:
+    return row.status == "ok", len(row.step_seconds)
+
+
+def read_all(path: Path) -> list[StepRow]:
+    """All rows of a file, as they came; not a torn last line.
 
     Raises:
         ConfigError: The file cannot be read, or holds something else.
@@ -147,7 +175,7 @@ def read_rows(path: Path) -> list[StepRow]:
         lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); expected a steps.jsonl of bench_step") from error
-    rows: dict[tuple[Any, ...], StepRow] = {}
+    rows: list[StepRow] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -161,8 +189,8 @@ def read_rows(path: Path) -> list[StepRow]:
                 f"{path}:{number}: not a row of this version of bench_step ({error}); choose another --out, or move "
                 "the file away"
             ) from error
-        rows[row.case] = row
-    return list(rows.values())
+        rows.append(row)
+    return rows
 
 
 def _restored(value: Any) -> Any:

@@ -12,13 +12,14 @@ from tools.report.kinds import RIVAL
 from tools.report.layout import heading, in_lines, label_points
 from tools.report.longest import Longest
 from tools.report.style import COLOURS, INK, RIVAL_COLOUR
-from tools.report.summary import count
+from tools.report.summary import count, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 _MOST_TICKS = 8
+_BEYOND = "////"  # where more was trained than is planned
 _BAR_CHARACTERS = 26  # of a name; longer ones take more lines
 
 
@@ -116,9 +117,11 @@ def bars(axes: Axes, longest: Sequence[Longest], looks: Looks) -> None:
         if one.planned:
             axes.barh(place, one.planned - left, left=left, height=0.66, color=colour, alpha=0.25)
         if one.measured:
-            axes.barh(place, one.measured - left, left=left, height=0.66, color=colour)
+            (dark,) = axes.barh(place, one.measured - left, left=left, height=0.66, color=colour)
+            if one.beyond:
+                dark.set(hatch=_BEYOND, edgecolor="white", linewidth=0)
         furthest = max(one.measured or 0, one.planned or 0)
-        told = " / ".join(count(size) if size else "-" for size in (one.measured, one.planned))
+        told = " / ".join(told_apart(one.measured or None, one.planned or None))
         axes.annotate(told, (furthest or left, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.set_xscale("log", base=2)
     axes.set_xlim(left, max(known) * 2 ** (0.2 * math.log2(max(known) / left)))
@@ -133,11 +136,18 @@ def bars(axes: Axes, longest: Sequence[Longest], looks: Looks) -> None:
     heading(axes, "Longest context", "measured / planned to fit", indent=label_points(axes))
 
 
-def bar_handles() -> list[Artist]:
+def bar_handles(longest: Sequence[Longest]) -> list[Artist]:
     """What dark and pale bars mean."""
     from matplotlib.patches import Patch
 
-    return [Patch(color=INK, label="trained a step"), Patch(color=INK, alpha=0.25, label="planner: fits")]
+    handles: list[Artist] = [
+        Patch(color=INK, label="trained a step"),
+        Patch(color=INK, alpha=0.25, label="planner: fits"),
+    ]
+    why = "; ".join(dict.fromkeys(one.beyond for one in longest if one.beyond))
+    if why:
+        handles.append(Patch(facecolor=INK, hatch=_BEYOND, edgecolor="white", linewidth=0, label=why))
+    return handles
 
 
 def bars_height(longest: Sequence[Longest]) -> float:

@@ -6,6 +6,13 @@ from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
 from tools.report.model import Report
 from tools.report.summary import OTHER_CODE, OTHER_GPU, in_gib
 
+_ANEW = (
+    "by today's planner, that of the code which rendered this report, for each row's own machine: in the sentence "
+    "above, in brackets in the table, dashed in the plots and in the CSV. The records keep what the planner of the "
+    "row's day foresaw. No prediction where today's would choose other settings of memory than the row had, and no "
+    "time on a CPU or where documents are kept; points that were not measured have those of their day. "
+)
+
 
 def conventions(report: Report) -> list[tuple[str, str]]:
     """(term, meaning) of every number of the report."""
@@ -106,15 +113,16 @@ def conventions(report: Report) -> list[tuple[str, str]]:
         ),
         (
             "Predicted",
-            "by the planner as it was before the step, in brackets in the table (on a CPU no times). Memory settings "
-            "are the planner's choice (memory: auto) unless the settings say otherwise.",
+            (_ANEW if report.anew else "by the planner before the step, in brackets in the table (on a CPU no times). ")
+            + "Memory settings are the planner's choice (memory: auto) unless the settings say otherwise.",
         ),
+        *([("Repeated points", _repeated(report.not_shown))] if report.not_shown else []),
         (
             "Longest context",
             "measured: the longest row of this report that trained a step. Planned: the longest row that the planner "
             f"says fits a machine of {in_gib(report.machine) or 'memory that nobody told'} with any settings, each "
             "process with its share of the host's memory; computed, not run. It is one machine for all kinds, the "
-            "smallest where rows are of several.",
+            "smallest where rows are of several. Where more was trained than is planned, it is said why.",
         ),
         (
             "Loss difference",
@@ -123,3 +131,11 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "shorter row.",
         ),
     ]
+
+
+def _repeated(not_shown: int) -> str:
+    rows, are = ("row", "is") if not_shown == 1 else ("rows", "are")
+    return (
+        f"{not_shown} earlier or shorter {rows} of the same cases {are} not shown: a row that was measured stands "
+        "before one that failed, one of more timings before one of fewer, and else the later one."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.errors import ConfigError
 from launch.memory_advice import describe
@@ -13,8 +13,9 @@ from launch.model_shape import model_of
 from launch.rates import RatesFile
 from tools.bench.step_rows import StepRow
 from tools.report.kinds import RIVAL, changes_model
-from tools.report.names import common_settings, conditions_of, config_of, kind_name, kind_order
+from tools.report.names import common_settings, conditions_of, config_of, kind_name, kind_order, short
 
+_SAME_SIZE = 1.02  # people round what a machine has
 _UNFIT = "predicted not to fit"  # in the note of a row that the planner refused; older ones were refused for more
 
 
@@ -28,6 +29,7 @@ class Longest:
         too_long: Shortest row that ran out of memory or that the planner refused; None if none was.
         planned: Longest row predicted to fit, with whatever memory settings; None where the machine is not known.
         memory: Those settings.
+        beyond: Where more was trained than is planned: why, in words.
         seconds: Predicted time of its step; None on CPUs, and with documents kept, whose attention is shorter.
     """
 
@@ -39,6 +41,7 @@ class Longest:
     planned: int | None
     memory: str = ""
     seconds: float | None = None
+    beyond: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ def machine_limits(steps: Sequence[StepRow], limits: Limits) -> tuple[Limits, fr
 
     Rows on a GPU of a name share what any of them says of its memory and its host's. `limits` go before that.
     """
-    known = {gpu: _limits_of(gpu, steps, limits) for gpu in {step.gpu for step in steps}}
+    known = {gpu: known_limits(gpu, steps, limits) for gpu in {step.gpu for step in steps}}
     unknown = frozenset(gpu for gpu, one in known.items() if one.host is None or (gpu != "cpu" and one.gpu is None))
     found = [one for gpu, one in known.items() if gpu not in unknown]
     machine = Limits(
@@ -64,7 +67,8 @@ def machine_limits(steps: Sequence[StepRow], limits: Limits) -> tuple[Limits, fr
     return machine, unknown
 
 
-def _limits_of(gpu: str, steps: Sequence[StepRow], limits: Limits) -> Limits:
+def known_limits(gpu: str, steps: Sequence[StepRow], limits: Limits) -> Limits:
+    """Of a GPU of that name: `limits`, and where they say nothing the smallest that any row on one tells."""
     own = [step for step in steps if step.gpu == gpu]
     device = limits.gpu or min((step.device_total for step in own if step.device_total), default=None)
     host = limits.host or min((step.host_total for step in own if step.host_total), default=None)
@@ -86,7 +90,23 @@ def longest_contexts(steps: Sequence[StepRow], limits: Limits) -> list[Longest]:
         gpus = {step.gpu for step in group}
         return None if gpus & unknown else machine_facts(machine, cp, on_gpu=gpus != {"cpu"})
 
-    return [_longest(kind, cp, group, facts(group, cp)) for (kind, cp), group in ordered]
+    found = [(_longest(kind, cp, group, facts(group, cp)), group) for (kind, cp), group in ordered]
+    return [replace(one, beyond=_beyond(one, group, machine)) for one, group in found]
+
+
+def _beyond(one: Longest, group: Sequence[StepRow], machine: Limits) -> str:
+    """Why a row longer than what is planned could be trained."""
+    if one.measured is None or one.planned is None or one.measured <= one.planned:
+        return ""
+    rows = [step for step in group if step.seconds and step.tokens > one.planned]
+    for words, name, planned in (
+        ("a larger GPU", "device_total", machine.gpu),
+        ("a host with more memory", "host_total", machine.host),
+    ):
+        larger = [step for step in rows if planned and (getattr(step, name) or 0.0) > _SAME_SIZE * planned]
+        if larger:
+            return f"trained on {words}: {', '.join(dict.fromkeys(short(step.gpu) for step in larger))}"
+    return "the planner is too careful here"
 
 
 def machine_facts(machine: Limits, cp: int, *, on_gpu: bool) -> DeviceFacts | None:

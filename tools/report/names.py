@@ -79,6 +79,11 @@ def config_of(step: StepRow) -> Config:
     return case.config(device="cpu" if step.gpu == "cpu" else "cuda", folder=Path("unused"), timeout_seconds=1800)
 
 
+def short(gpu: str) -> str:
+    """Its name without the maker's."""
+    return gpu.removeprefix("NVIDIA ")
+
+
 def model_at(step: StepRow) -> ModelConfig | None:
     """The shape that a row was measured with; None if this version does not know its settings."""
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tools.report.axes import Looks, bar_handles, bars, bars_height, dress
 from tools.report.derive import Row
+from tools.report.kinds import RIVAL
 from tools.report.layout import MARKERS, finish, handles_of, heading
 from tools.report.model import Report
 from tools.report.sketches import Sketch, sketches
@@ -33,6 +34,7 @@ class Plot:
         text: The same for those who cannot see it.
         png: For the Markdown report.
         svg, dark: For the HTML page, on light and dark paper.
+        left_out: Kinds that it leaves out, see `_loose_kinds`.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Plot:
     png: bytes
     svg: bytes
     dark: bytes
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class Drawing:
         lines: (kind, cp) of those that need a legend.
         handles: More of the legend.
         height: In inches, without the legend.
+        left_out: See `Plot`.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Drawing:
     lines: tuple[tuple[str, int], ...] = ()
     handles: Callable[[], list[Artist]] = list
     height: float = _SIZE[1]
+    left_out: tuple[str, ...] = ()
 
 
 def draw_plots(report: Report) -> tuple[list[Plot], bytes]:
@@ -74,7 +79,17 @@ def draw_plots(report: Report) -> tuple[list[Plot], bytes]:
             figure = make_figure([one], looks)
             svg = _save(figure, "svg")
             png = _save(figure, "png")
-            plots.append(Plot(name=one.name, title=one.title, text=one.text, png=png, svg=svg, dark=darkened(svg)))
+            plots.append(
+                Plot(
+                    name=one.name,
+                    title=one.title,
+                    text=one.text,
+                    png=png,
+                    svg=svg,
+                    dark=darkened(svg),
+                    left_out=one.left_out,
+                )
+            )
         overview = _save(make_figure(drawings, looks), "png", dpi=100) if drawings else b""
     return plots, overview
 
@@ -83,21 +98,24 @@ def list_drawings(report: Report, looks: Looks) -> list[Drawing]:
     """Those that have something to show."""
     drawings = []
     for sketch in sketches(report, looks):
-        lines = _lines(sketch.value, report.rows, sketch.only)
+        rows, left_out = _drawn(sketch, report.rows)
+        lines = _lines(sketch.value, rows, sketch.only)
         if lines:
             drawings.append(
                 Drawing(
                     name=sketch.name,
                     title=sketch.title,
                     text=_said(sketch, lines),
-                    draw=_drawer(sketch, report, looks),
+                    draw=_drawer(sketch, rows, looks),
                     lines=tuple(lines),
+                    left_out=left_out,
                 )
             )
     if any(one.planned or one.measured for one in report.longest):
         text = "Longest rows in tokens. " + "; ".join(
             f"{one.kind}, cp {one.cp}: {one.measured or 0:,} measured, "
             f"{'unknown' if one.planned is None else format(one.planned, ',')} planned to fit"
+            f"{one.beyond and f' ({one.beyond})'}"
             for one in report.longest
         )
         drawings.append(
@@ -106,7 +124,7 @@ def list_drawings(report: Report, looks: Looks) -> list[Drawing]:
                 title="Longest context",
                 text=f"{text}.",
                 draw=lambda axes: bars(axes, report.longest, looks),
-                handles=bar_handles,
+                handles=lambda: bar_handles(report.longest),
                 height=max(_SIZE[1], bars_height(report.longest)),
             )
         )
@@ -114,7 +132,10 @@ def list_drawings(report: Report, looks: Looks) -> list[Drawing]:
 
 
 def make_figure(drawings: Sequence[Drawing], looks: Looks) -> Figure:
-    """One picture, or several in two columns; one legend serves them all. To be called in the style's context."""
+    """One picture, or several in two columns; one legend serves them all. To be called in the style's context.
+
+    One that has no other beside it is as wide as two.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -131,9 +152,8 @@ def make_figure(drawings: Sequence[Drawing], looks: Looks) -> Figure:
     # Each in a part of its own: long names beside one picture narrow no other.
     grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
     for number, row in enumerate(rows):
-        wide = row[0].height > _SIZE[1]
         for column, one in enumerate(row):
-            part = figure.add_subfigure(grid[number, :] if wide else grid[number, column])
+            part = figure.add_subfigure(grid[number, :] if len(row) == 1 else grid[number, column])
             one.draw(part.subplots())
     lines = list(dict.fromkeys(line for one in drawings for line in one.lines))
     more = [handle for make in dict.fromkeys(one.handles for one in drawings) for handle in make()]
@@ -141,10 +161,28 @@ def make_figure(drawings: Sequence[Drawing], looks: Looks) -> Figure:
     return figure
 
 
-def _drawer(sketch: Sketch, report: Report, looks: Looks) -> Callable[[Axes], None]:
+def _drawn(sketch: Sketch, rows: Sequence[Row]) -> tuple[list[Row], tuple[str, ...]]:
+    """(rows for a picture, kinds that it leaves out as `_loose_kinds` says, unless it had none of ours without)."""
+    loose = _loose_kinds(rows)
+    lines = {kind for kind, _ in _lines(sketch.value, rows, sketch.only)}
+    if all(kind in loose or kind.startswith(RIVAL) for kind in lines):
+        return list(rows), ()
+    return [row for row in rows if row.kind not in loose], tuple(kind for kind in loose if kind in lines)
+
+
+def _loose_kinds(rows: Sequence[Row]) -> list[str]:
+    """Our kinds that were measured at a single length: points beside the lines of others."""
+    lengths: dict[str, set[int]] = {}
+    for row in rows:
+        if row.ok and row.is_ours:
+            lengths.setdefault(row.kind, set()).add(row.tokens)
+    return [kind for kind, found in lengths.items() if len(found) == 1]
+
+
+def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        lines = _lines(sketch.value, report.rows, sketch.only)
-        predicted = _lines(sketch.predicted, report.rows, sketch.only) if sketch.predicted is not None else {}
+        lines = _lines(sketch.value, rows, sketch.only)
+        predicted = _lines(sketch.predicted, rows, sketch.only) if sketch.predicted is not None else {}
         notes = []
         if sketch.reference is not None:
             height, name = sketch.reference
@@ -171,16 +209,16 @@ def _drawer(sketch: Sketch, report: Report, looks: Looks) -> Callable[[Axes], No
                 markeredgecolor="white",
                 linewidth=2,
             )
-        gpus = [row for row in report.rows if sketch.compares in row.across]
-        commits = [row for row in report.rows if sketch.compares in row.other_code]
+        gpus = [row for row in rows if sketch.compares in row.across]
+        commits = [row for row in rows if sketch.compares in row.other_code]
         reasons = [
             words
-            for words, rows in (("on another GPU", gpus), ("of another commit", commits))
-            if _lines(sketch.value, rows, sketch.only)
+            for words, marked in (("on another GPU", gpus), ("of another commit", commits))
+            if _lines(sketch.value, marked, sketch.only)
         ]
         if reasons:
             notes.append(f"hollow: against a row {' or '.join(reasons)}")
-        hollow = [row for row in report.rows if row in gpus or row in commits]
+        hollow = [row for row in rows if row in gpus or row in commits]
         for (kind, cp), line in _lines(sketch.value, hollow, sketch.only).items():
             axes.plot(
                 *zip(*line, strict=True),

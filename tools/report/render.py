@@ -15,7 +15,7 @@ from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import in_words
 from tools.report.longest import Longest
 from tools.report.model import Report
-from tools.report.names import common_settings
+from tools.report.names import common_settings, short
 from tools.report.plots import Plot, draw_plots
 from tools.report.rows_csv import rows_csv
 from tools.report.summary import (
@@ -24,7 +24,6 @@ from tools.report.summary import (
     in_gib,
     key_figures,
     seconds,
-    short,
     summary_sentences,
     three_digits,
 )
@@ -62,12 +61,24 @@ def render_page(report: Report, plots: Sequence[Plot]) -> str:
         return base64.b64encode(svg).decode("ascii")
 
     images = [{"text": plot.text, "light": encoded(plot.svg), "dark": encoded(plot.dark)} for plot in plots]
-    return _render("report.html.j2", report, plots=images)
+    return _render("report.html.j2", report, plots=images, plots_note=_plots_note(plots))
 
 
 def render_markdown(report: Report, plots: Sequence[Plot]) -> str:
     """The Markdown report; pictures are the PNG files beside it."""
-    return _render("report.md.j2", report, plots=[{"title": plot.title, "name": plot.name} for plot in plots])
+    pictures = [{"title": plot.title, "name": plot.name} for plot in plots]
+    return _render("report.md.j2", report, plots=pictures, plots_note=_plots_note(plots))
+
+
+def _plots_note(plots: Sequence[Plot]) -> str:
+    """What the pictures leave out."""
+    kinds = dict.fromkeys(kind for plot in plots for kind in plot.left_out)
+    if not kinds:
+        return ""
+    return (
+        f"Measured at one length alone, and so left out where other kinds have lines: {'; '.join(kinds)}. The table "
+        "has them, and so has the picture of the longest contexts."
+    )
 
 
 def table_columns(report: Report) -> list[tuple[str, _Cell]]:
@@ -139,6 +150,7 @@ def _render(template: str, report: Report, **more: object) -> str:
         }
         for row in report.rows
     ]
+    beyond = any(one.beyond for one in report.longest)
     text = files("tools.report").joinpath(template).read_text(encoding="utf-8")
     return environment.from_string(text).render(
         title=TITLE,
@@ -146,7 +158,8 @@ def _render(template: str, report: Report, **more: object) -> str:
         headings=[name for name, _ in columns],
         lines=lines,
         planned_for=in_gib(report.machine),
-        longest=[_longest_line(one) for one in report.longest],
+        longest=[_longest_line(one, beyond) for one in report.longest],
+        beyond=beyond,
         figures=[asdict(figure) for figure in key_figures(report)],
         sentences=summary_sentences(report),
         conventions=conventions(report),
@@ -167,7 +180,7 @@ def _failure(row: Row) -> str:
     return f"{row.status}: {row.note}{told}"
 
 
-def _longest_line(one: Longest) -> list[str]:
+def _longest_line(one: Longest, told_why: bool) -> list[str]:
     return [
         one.kind,
         str(one.cp),
@@ -176,6 +189,7 @@ def _longest_line(one: Longest) -> list[str]:
         "machine not known" if one.planned is None else f"{one.planned:,}",
         one.memory or _NONE,
         seconds(one.seconds),
+        *([one.beyond or _NONE] if told_why else []),
     ]
 
 

@@ -11,6 +11,7 @@ from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import RIVAL
 from tools.report.longest import Limits
 from tools.report.model import Report
+from tools.report.names import short
 from tools.report.yardsticks import COSTS, is_no_cost, yardstick_of
 
 _RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
@@ -38,7 +39,7 @@ def key_figures(report: Report) -> list[Figure]:
     several = len({row.gpu for row in sound}) > 1
 
     def on(row: Row) -> str:
-        return f", {row.gpu.removeprefix('NVIDIA ')}" if several and row.gpu else ""
+        return f", {short(row.gpu)}" if several and row.gpu else ""
 
     def longest(rows: Sequence[Row]) -> Row:
         return max(rows, key=lambda row: (row.tokens, row.one_document, -(row.step_seconds or 0.0)))
@@ -56,8 +57,12 @@ def key_figures(report: Report) -> list[Figure]:
         memory = f", {last.gpu_allocated_gib:.3g} GiB allocated on a GPU"
     elif last.host_peak_gib is not None:
         memory = f", {last.host_peak_gib:.2g} GiB in the largest process"
+    planned = [one for one in report.longest if one.planned]
+    planned = [one for one in planned if not one.changed] or planned
+    most = max(planned, key=lambda one: one.planned or 0, default=None)
+    told = told_apart(last.tokens, most.planned if most is not None else None)
     figures = [
-        Figure(value=count(last.tokens), label=f"tokens: longest row trained ({named(last)}{memory}{many(last)})"),
+        Figure(value=told[0], label=f"tokens: longest row trained ({named(last)}{memory}{many(last)})"),
         Figure(
             value=seconds(timed.step_seconds),
             label=f"a step over {timed.tokens:,} tokens ({named(timed)}{many(timed)})",
@@ -78,13 +83,10 @@ def key_figures(report: Report) -> list[Figure]:
             label = f"cost of cp {row.cp} against cp 1 at the same {words}: {where}"
             figures.append(Figure(value=f"{getattr(row, name):.1%}", label=label))
             break
-    planned = [one for one in report.longest if one.planned]
-    planned = [one for one in planned if not one.changed] or planned
-    if planned:
-        most = max(planned, key=lambda one: one.planned or 0)
+    if most is not None:
         where = f"{most.kind}, cp {most.cp}, {in_gib(report.machine)}"
         label = f"tokens: longest row planned to fit ({where}); computed, not run"
-        figures.append(Figure(value=count(most.planned or 0), label=label))
+        figures.append(Figure(value=told[1], label=label))
     return figures
 
 
@@ -101,7 +103,7 @@ def summary_sentences(report: Report) -> list[str]:
         *_no_costs(sound),
         *_kinds(sound),
         *_rival(sound),
-        *_predictions(measured),
+        *_predictions([row for row in measured if not is_disturbed(row)], anew=report.anew),
     ]
     differences = [row.loss_difference for row in measured if row.loss_difference is not None]
     if differences:
@@ -201,7 +203,7 @@ def _restless(row: Row) -> str:
     return f" (its own steps differ by {spread:.0%})" if spread > _RESTLESS else ""
 
 
-def _predictions(measured: Sequence[Row]) -> list[str]:
+def _predictions(measured: Sequence[Row], *, anew: bool) -> list[str]:
     told = []
     for words, name, predicted in (
         ("torch's part of GPU memory", "gpu_allocated_gib", "predicted_allocated_gib"),
@@ -218,10 +220,13 @@ def _predictions(measured: Sequence[Row]) -> list[str]:
             told.append(f"{words} {_signed(min(errors))} to {_signed(max(errors))}")
     if not told:
         return []
+    if not anew:
+        return [f"Predicted before each step, against measured: {', '.join(told)}."]
+    without = sum(row.is_ours and row.predicted_host_gib is None for row in measured)
+    lacking = f" Not for {without} of these rows, see the notes." if without else ""
     return [
-        f"Predicted before each step, against measured: {', '.join(told)}. These are predictions of the planner of "
-        "each row's day, as its record holds them; today's planner is held against the committed records in "
-        "docs/memory.md and by tests/tools/test_step_records.py."
+        f"Predicted anew by today's planner, against measured: {', '.join(told)}; rows of older code may differ by "
+        f"what has changed since.{lacking}"
     ]
 
 
@@ -249,9 +254,11 @@ def count(tokens: int) -> str:
     return f"{tokens >> 10}k" if tokens >= 1 << 10 and tokens % (1 << 10) == 0 else f"{tokens:,}"
 
 
-def short(gpu: str) -> str:
-    """Its name without the maker's."""
-    return gpu.removeprefix("NVIDIA ")
+def told_apart(*lengths: int | None) -> tuple[str, ...]:
+    """Lengths as `count` has them, exactly where it would say the same of two; "-" for None."""
+    known = {length for length in lengths if length is not None}
+    exact = len({count(length) for length in known}) < len(known)
+    return tuple("-" if length is None else f"{length:,}" if exact else count(length) for length in lengths)
 
 
 def in_gib(machine: Limits) -> str:
