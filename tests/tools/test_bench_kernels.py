@@ -95,14 +95,14 @@ def test_what_a_new_size_costs_is_told_apart_from_the_call(monkeypatch: pytest.M
 
         def forward(self, q, k, v, **options):  # type: ignore[no-untyped-def]
             if q.shape[1] not in self.seen:
-                time.sleep(0.1)
+                time.sleep(0.4)
                 self.seen.add(q.shape[1])
             return super().forward(q, k, v, **options)
 
     monkeypatch.setitem(KERNELS, "planning", Planning("none"))
-    assert 80 <= measure("planning", SIZES, check_tokens=6, repeats=1).new_size_ms < 400
+    assert 320 <= measure("planning", SIZES, check_tokens=6, repeats=1).new_size_ms < 1200  # other work may slow it
     monkeypatch.setitem(KERNELS, "steady", Spoilt("none"))
-    assert measure("steady", SIZES, check_tokens=6, repeats=1).new_size_ms < 80
+    assert measure("steady", SIZES, check_tokens=6, repeats=1).new_size_ms < 320
 
 
 def test_documents_are_timed_one_by_one_and_in_a_pack(monkeypatch: pytest.MonkeyPatch) -> None:
