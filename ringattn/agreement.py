@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -22,7 +23,6 @@ TRANSPORTS = ("copy_engine", "hybrid", "p2p")
 MADE = "made before"
 """Stands for a transport (or Ulysses with its own) that the caller made, where names of transports are asked for."""
 
-NOT_WATCHED = nullcontext()
 _TRANSPORTS = ("auto", *TRANSPORTS, MADE)
 _STEPS = ("attention", "make_transport", "make_ulysses")
 _ASKED = ("step", "layout", "ulysses", "transport")
@@ -76,7 +76,7 @@ def agree(
     scale: float,
     scoring: str,
     asked: Asked,
-    waiting: AbstractContextManager[object] = NOT_WATCHED,
+    waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Make sure that all ranks are about to exchange messages of the same kind.
 
@@ -89,7 +89,7 @@ def agree(
         scale: factor of the scores.
         scoring: description of selection and expansion, equal on all ranks.
         asked: what shall carry the messages; nothing of it has been made unless it is MADE.
-        waiting: entered while the others are waited for.
+        waiting: makes what is entered while the others are waited for.
 
     Raises:
         TopologyError: on every rank of the group.
@@ -122,7 +122,7 @@ def agree(
         )
     device = message_device(group)
     device = q.device if q.device.type == device.type else device  # which may not be the current one
-    with waiting:
+    with waiting():
         rows = _exchanged(own, group, device, f"ring_attention: rank {rank}", f"a call with: {scoring}")
     if problem is not None:
         raise TopologyError(f"ring_attention: rank {rank}: {problem}")

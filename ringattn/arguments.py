@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -12,15 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.agreement import DTYPES, MADE, NOT_WATCHED, Asked, agree, transport_problem
+from ringattn.agreement import DTYPES, MADE, Asked, agree, transport_problem
 from ringattn.groups import device_problem, ranks_problem
 from ringattn.kernels import check_kernel
 from ringattn.kernels.selective import selective_problem
 from ringattn.plan import Plan
 from ringattn.ring import Ring
-from ringattn.scoring.expansion import Expand, Expansion
+from ringattn.scoring.expansion import Expand, Expansion, expand_problem
 from ringattn.scoring.selection import Selection, selection_problem
-from ringattn.transport import Transport, known_transport, transport_of
+from ringattn.teams import degree_problem
+from ringattn.transport import Transport, is_transport, known_transport, transport_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +37,15 @@ class Call:
     values: Tensor
 
 
-def check_types(q: Any, k: Any, v: Any, plan: Any) -> None:
-    """Without tensors and a plan (else ValueError) there is nothing that ranks could agree on."""
+def check_types(q: Any, k: Any, v: Any, plan: Any, ulysses: Any) -> None:
+    """Without these (else ValueError) there is nothing that ranks could agree on, or by."""
     others = [type(x).__name__ for x in (q, k, v) if not isinstance(x, Tensor)]
     if others:
         raise ValueError(f"ring_attention: expected q, k and v as torch tensors, got {', '.join(others)}")
     if not isinstance(plan, Plan):
         raise ValueError(f"ring_attention: plan: expected a ringattn.Plan, got {plan!r}")
+    if isinstance(ulysses, bool):
+        raise ValueError(f"ring_attention: {degree_problem(plan.cp_size, ulysses)}")
 
 
 def check_group(plan: Plan, group: dist.ProcessGroup | None) -> int:
@@ -75,25 +80,23 @@ def prepare(
         ValueError, TopologyError, PeerError: as `ring_attention` does.
     """
     scale = default_scale(q) if scale is None else scale
-    problem = None
-    if expand is not None and not callable(expand):
-        problem, expand = f"expand: expected a function or module, or None, got {expand!r}", None
-    expansion = Expansion(expand, plan, q.device)
+    problem = expand_problem(expand)
+    expansion = Expansion(expand if problem is None else None, plan, q.device)
     keys, values, found = _expanded(q, k, v, plan, rank, expansion)
-    problem = problem or found
-    problem = problem or scale_problem(scale) or scoring_problem(q, keys, values, plan, kernel, selection)
+    problem = problem or found or call_problem(scale, kernel, transport)
+    problem = problem or scoring_problem(q, keys, values, plan, kernel, selection)
     if problem is None and group is not None and plan.cp_size > 1:
         problem = device_problem(group, q.device)
-    made = hasattr(transport, "turn")
-    problem = problem or (None if made else transport_problem(transport))
     channel = None
     if group is not None and plan.cp_size > 1:
-        known = known_transport(transport, plan, group) if made or isinstance(transport, str) else None
-        waiting: AbstractContextManager[object] = NOT_WATCHED
+        made = not isinstance(transport, str)
+        known = None if made and not is_transport(transport) else known_transport(transport, plan, group)
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext
         if known is not None:
             known.turn.check()  # agreeing is an exchange too
-            waiting = known.stats.agreeing(q.is_cuda)
-            problem = problem or ranks_problem("transport", known.ranks, group)
+            waiting = partial(known.stats.agreeing, q.device)
+            if made:
+                problem = problem or ranks_problem("transport", known.ranks, group)
         asked = Asked(1, transport if isinstance(transport, str) else MADE)
         agree(q, k, v, plan, group, problem, scale, scoring_description(selection, expand), asked, waiting)
         channel = transport_of(transport, plan, group)
@@ -103,9 +106,23 @@ def prepare(
     return Call(ring=ring, expansion=expansion, scale=scale, keys=keys, values=values)
 
 
+def call_problem(scale: Any, kernel: Any, transport: Any) -> str | None:
+    """What is wrong with these by themselves, or None."""
+    problem = None if scale is None else scale_problem(scale)
+    problem = problem or kernel_problem(kernel)
+    return problem or (
+        None if not isinstance(transport, str) and is_transport(transport) else transport_problem(transport)
+    )
+
+
 def default_scale(q: Tensor) -> float:
     """1 / sqrt(D), whatever shape q has: shapes are checked later."""
-    return 1.0 / math.sqrt(max(1, q.shape[-1]))
+    return 1.0 / math.sqrt(max(1, q.shape[-1])) if q.dim() else 1.0
+
+
+def kernel_problem(kernel: Any) -> str | None:
+    """Why this cannot be the name of a kernel, or None."""
+    return None if isinstance(kernel, str) else f"kernel: expected a name, got {kernel!r}"
 
 
 def scale_problem(scale: Any) -> str | None:

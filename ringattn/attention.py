@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.arguments import check_group, check_types, prepare
+from ringattn.arguments import call_problem, check_group, check_types, prepare
 from ringattn.groups import ranks_problem
 from ringattn.keeping import kept_or_run, selectively_checkpointed
 from ringattn.kernels import accumulator_dtype
@@ -86,14 +86,14 @@ def ring_attention(
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.
     """
-    check_types(q, k, v, plan)
+    check_types(q, k, v, plan, ulysses)
     options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand}
     options |= {"kernel": kernel, "transport": transport, "ulysses": as_degree(ulysses)}
     if torch.compiler.is_compiling():
         from ringattn.traced import traced_attention  # not before: it imports the compiler
 
         return traced_attention(q, k, v, plan, group, **options)
-    if selectively_checkpointed() and can_take(selection, expand):
+    if selectively_checkpointed() and can_take(selection, expand) and call_problem(scale, kernel, transport) is None:
         return attend_by_operator(q, k, v, plan, group, **options)
     return eager_attention(q, k, v, plan, group, **options)
 
@@ -114,7 +114,7 @@ def eager_attention(
 ) -> Any:
     """`ring_attention` where nothing traces it."""
     options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand, "kernel": kernel}
-    if ulysses != 1 or isinstance(ulysses, bool):
+    if ulysses != 1:
         return _with_heads_exchanged(ulysses, transport, group, q, k, v, plan, **options)
     rank = check_group(plan, group)
     call = prepare(q, k, v, plan, group, rank, transport=transport, **options)
@@ -145,14 +145,15 @@ def _with_heads_exchanged(
 ) -> Any:
     from ringattn.ulysses import Ulysses, ulysses_attention, ulysses_of  # it calls ring_attention
 
-    if not isinstance(ulysses, Ulysses) or ulysses.group is not group:
+    made = ulysses if isinstance(ulysses, Ulysses) else None
+    if made is None or made.group is not group:
         check_group(plan, group)
     if group is None:
-        if not isinstance(ulysses, Ulysses) and (type(ulysses) is not int or ulysses < 1):
+        if made is None and (not isinstance(ulysses, int) or ulysses < 1):
             raise ValueError(f"ring_attention: {degree_problem(plan.cp_size, ulysses)}")
         raise ValueError(f"ring_attention: ulysses: needs a group of several ranks, got group=None and {ulysses!r}")
-    if isinstance(ulysses, Ulysses) and ulysses.group is not group:
-        problem = ranks_problem("ulysses", tuple(dist.get_process_group_ranks(ulysses.group)), group)
+    if made is not None and made.group is not group:
+        problem = ranks_problem("ulysses", tuple(dist.get_process_group_ranks(made.group)), group)
         if problem is not None:
             raise ValueError(f"ring_attention: {problem}")
     if not isinstance(transport, str):

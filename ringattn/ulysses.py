@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.agreement import DTYPES, MADE, Asked, agree, agree_on_making, transport_problem
-from ringattn.arguments import check_group, default_scale, scale_problem, scoring_description, scoring_problem
+from ringattn.arguments import (
+    check_group,
+    default_scale,
+    kernel_problem,
+    scale_problem,
+    scoring_description,
+    scoring_problem,
+)
 from ringattn.exchanged import Exchanged, ExchangedAttention, ExchangedSelection, ExchangedSelectiveAttention
 from ringattn.groups import device_problem, timeout_of
 from ringattn.head_exchange import HeadExchange
@@ -210,6 +218,7 @@ def ulysses_attention(
     problem = None
     if expand is not None:
         k, v, problem = expand_checked(expand, k, v, plan.positions(dist.get_rank(ulysses.group), q.device))
+    problem = problem or scale_problem(scale) or kernel_problem(kernel)
     if selection is None and problem is None:
         return ExchangedAttention.apply(_exchanged(q, k, v, plan, ulysses, scale, kernel, expand), q, k, v)
     _check(q, k, v, plan, ulysses, scale, kernel, selection, expand, problem)
@@ -279,13 +288,13 @@ def _check(
     After the first call of a plan on this rank only.
     """
     rank = check_group(plan, ulysses.group)
-    problem = problem or _problem(q, k, v, plan, rank, ulysses) or scale_problem(scale)
+    problem = problem or _problem(q, k, v, plan, rank, ulysses)
     problem = problem or scoring_problem(q, k, v, ulysses.inner_plan(plan), kernel, selection)
     if ulysses.size > 1:
         problem = problem or device_problem(ulysses.group, q.device)
         ulysses.turn.check()  # agreeing is an exchange too
         scoring = scoring_description(selection, expand)
-        waiting = ulysses.stats.agreeing(q.is_cuda)
+        waiting = partial(ulysses.stats.agreeing, q.device)
         agree(q, k, v, plan, ulysses.group, problem, scale, scoring, Asked(ulysses.degree, MADE), waiting)
     elif problem is not None:
         raise ValueError(problem)

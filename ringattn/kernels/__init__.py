@@ -101,7 +101,7 @@ def check_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """
     if name == "auto":
         return
-    if not isinstance(name, str) or name not in KERNELS:
+    if name not in KERNELS:
         raise ValueError(f"kernel: expected auto or one of {', '.join(KERNELS)}, got {name!r}")
     reason = KERNELS[name].unsupported(q, k, v, masked=False)
     if reason is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -229,8 +230,18 @@ class Expansion:
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
 
 
+def expand_problem(expand: Any) -> str | None:
+    """Why nothing can be expanded by this, or None."""
+    if expand is None or callable(expand):
+        return None
+    return f"expand: expected a function or module, or None, got {expand!r}"
+
+
 def expand_checked(expand: Expand, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, str | None]:
     """Keys, values and None; or k, v and what is wrong, perhaps on this rank only: the others must hear of it."""
+    problem = expand_problem(expand)
+    if problem is not None:
+        return k, v, problem
     try:
         result = expand(k, v, positions)
     except ValueError as error:  # it refuses its input

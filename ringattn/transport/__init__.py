@@ -178,8 +178,7 @@ def make_transport(
     problem = peer_memory_problem(group)
     if problem is None:
         device = torch.device("cuda", torch.cuda.current_device())
-        made = CopyEngineTransport(CudaPeerMemory(group, device, timeout), graphs, control.stats)
-        made.ranks = control.ranks
+        made = CopyEngineTransport(CudaPeerMemory(group, device, timeout), graphs, control.stats, control.ranks)
         if name == "auto":
             made.description += " (auto: every rank can reach every other one's memory)"
         return made
@@ -204,6 +203,11 @@ def _hybrid(
     assert near is not None
     memory = CudaPeerMemory(near, torch.device("cuda", torch.cuda.current_device()), timeout, here)
     return HybridTransport(CopyEngineTransport(memory, graphs=False, stats=control.stats), control, hosts)
+
+
+def is_transport(given: object) -> bool:
+    """Whether this is one, by what only they have."""
+    return all(hasattr(given, name) for name in ("ranks", "open", "swap"))
 
 
 def known_transport(transport: str | Transport, plan: Plan, group: dist.ProcessGroup) -> Transport | None:

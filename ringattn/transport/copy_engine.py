@@ -101,19 +101,26 @@ class CopyEngineTransport:
     Args:
         memory: of all ranks.
         graphs: run passes of short shards as CUDA graphs.
+        ranks: as in `Transport`.
     """
 
     joins = True
     hosts = 1
 
-    def __init__(self, memory: PeerMemory, graphs: bool = True, stats: RingStats | None = None) -> None:
+    def __init__(
+        self,
+        memory: PeerMemory,
+        graphs: bool = True,
+        stats: RingStats | None = None,
+        ranks: tuple[int, ...] | None = None,
+    ) -> None:
         self.memory = memory
         self.stats = RingStats() if stats is None else stats
         self.description = "copy_engine: pulls between the GPUs of this host"
         self.pulls = memory.lane()
         self.pushes = memory.lane()
         self.turn = Turn()
-        self.ranks: tuple[int, ...] | None = None  # who makes it knows them
+        self.ranks = ranks
         self._lane: Lane | None = None  # of the caller, last time
         self._graphs = PassGraphs(self.stats)
         self._capture = graphs

@@ -122,14 +122,17 @@ class RingStats:
             self._add((self.layer, self.at), time.perf_counter() - started)
 
     @contextmanager
-    def agreeing(self, on_cuda: bool) -> Iterator[None]:
+    def agreeing(self, device: torch.device) -> Iterator[None]:
         """While the host waits for what all ranks say of a plan, so that `waits` knows it; no exposed time is counted.
 
         Not on a CPU, where such an exchange says itself that nobody came.
+
+        Args:
+            device: of what the agreement is about, whose current stream it comes after.
         """
-        if on_cuda:
+        if device.type == "cuda":
             reached = torch.cuda.Event()
-            reached.record()
+            reached.record(torch.cuda.current_stream(device))
             self._held = reached, Waiting(layer=self.layer, where="agreement on the plan", what="the other ranks")
         try:
             yield

@@ -83,16 +83,15 @@ def told_of_a_stall(folder, transport, *, compiled):
 def test_a_rank_that_stalls_is_a_lost_peer_within_the_timeout(tmp_path, transport, compiled):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
-    # Where it stood is chance, though nearly always in a layer: else it was agreeing on a step's rows, say.
+    # Where it stood is chance, though nearly always in a layer: else it was agreeing on a step's rows or a row's plan.
     for attempt in range(3):
         message = told_of_a_stall(tmp_path / str(attempt), transport, compiled=compiled)
         print(message)
         layer = re.search(r"(forward|backward) of row \d+, layer [12] of 2", message)
-        if layer is not None:
-            break
+        if layer is not None and (transport != "p2p" or "agreement on the plan" not in message):
+            break  # over NCCL it is to be seen with a hop
     assert layer is not None, message
     assert f"parallel.hop_timeout_s={LIMIT_S:g} s" in message
     if transport == "p2p":  # no graphs: the wait itself is known
-        places = "(forward|backward) (hop 1|hop 1 gradients|last gradients|end)|agreement on the plan"
-        assert re.search(f", ({places}): .+ did not come", message)
+        assert re.search(r", (forward|backward) (hop 1|hop 1 gradients|last gradients|end): .+ did not come", message)
         assert "hop 1: " not in message or "hop 1: what ring rank 1 sends did not come" in message

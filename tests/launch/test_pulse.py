@@ -41,7 +41,7 @@ class Device:
         device.made += 1
 
         class Event:
-            def record(self) -> None:
+            def record(self, stream: object = None) -> None:
                 device.recorded += 1
                 self.number = device.recorded
 

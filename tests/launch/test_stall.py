@@ -30,6 +30,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: device.make())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     return device
 
 
@@ -99,7 +100,7 @@ def test_an_agreement_that_holds_the_host_is_told_as_one(device: Device) -> None
     step = Step(device)
     step.queue()
     step.stats.layer = 1
-    with step.stats.agreeing(on_cuda=True):
+    with step.stats.agreeing(torch.device("cuda")):
         device.done = device.recorded - 1
         assert step.stats.waits() == (6, None)
         device.done = device.recorded
@@ -109,7 +110,7 @@ def test_an_agreement_that_holds_the_host_is_told_as_one(device: Device) -> None
     assert told is not None
     assert "layer 2 of 2, agreement on the plan: the other ranks did not come within parallel.hop_time" in told
     assert step.stats.waits() == (6, None)
-    with step.stats.agreeing(on_cuda=False):
+    with step.stats.agreeing(torch.device("cpu")):
         assert step.stats.waits() == (6, None)
 
 
@@ -119,8 +120,8 @@ def agreeing_worker(rank, world_size):
     gather, agreeing = dist.all_gather, RingStats.agreeing
 
     @contextmanager
-    def watched(self, on_cuda):
-        with agreeing(self, on_cuda):
+    def watched(self, device):
+        with agreeing(self, device):
             happened.append("agreeing")
             yield
             happened.append("over")

@@ -6,11 +6,13 @@ import signal
 import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import ringattn
 from ringattn.softmax import SoftmaxAttention
@@ -82,8 +84,9 @@ def test_a_bad_degree_is_named_in_a_single_process_too(degree, told):
         ({"transport": None}, "transport: expected auto or one of copy_engine, hybrid, p2p, got None"),
         ({"transport": ["p2p"]}, r"transport: expected auto or one of copy_engine, hybrid, p2p, got \['p2p'\]"),
         ({"expand": "mla"}, "expand: expected a function or module, or None, got 'mla'"),
-        ({"kernel": ["cpu"]}, r"kernel: expected auto or one of .*, got \['cpu'\]"),
+        ({"kernel": ["cpu"]}, r"kernel: expected a name, got \['cpu'\]"),
         ({"ulysses": True}, f"{NO_DEGREE}True"),
+        ({"q": torch.tensor(1.0)}, r"expected q \[B, S, H, D\]"),
     ],
     ids=str,
 )
@@ -93,17 +96,34 @@ def test_arguments_of_another_kind_are_named(change, told):
         ringattn.ring_attention(**given)
 
 
-def kind_worker(rank, world_size, change):
+def kind_worker(rank, world_size, change, way):
     """On rank 1 an argument is of another kind."""
-    plan = ringattn.Plan(24, world_size)
+    plan, group = ringattn.Plan(24, world_size), dist.group.WORLD
+    ulysses = ringattn.make_ulysses(group, world_size)
+    change = {name: ulysses if given == "ulysses" else given for name, given in change.items()}
+    options = {**({"ulysses": ulysses} if way == "ulysses" else {}), **(change if rank else {})}
+
+    def attend(*tensors):
+        return ringattn.ring_attention(*tensors, plan, group, **options)
+
+    run = attend
+    if way == "operator":
+        contexts = partial(create_selective_checkpoint_contexts, [torch.ops.ringattn.attend.default])
+        run = partial(checkpoint, attend, use_reentrant=False, context_fn=contexts)
     with pytest.raises(ringattn.TopologyError) as caught:
-        ringattn.ring_attention(*qkv(12), plan, dist.group.WORLD, **(change if rank else {}))
+        run(*qkv(12))
     return str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"transport": None}, {"expand": "mla"}, {"kernel": ["cpu"]}], ids=str)
-def test_an_argument_of_another_kind_on_one_rank_is_told_to_all(change):
-    first, second = run_ranks(kind_worker, 2, change)
+KINDS = [{"expand": "mla"}, {"kernel": ["cpu"]}, {"scale": [1.0]}, {"transport": None}, {"transport": "ulysses"}]
+
+
+WAYS = [(way, change) for way in ("eager", "operator") for change in KINDS] + [("ulysses", kind) for kind in KINDS[:3]]
+
+
+@pytest.mark.parametrize(("way", "change"), WAYS, ids=str)
+def test_an_argument_of_another_kind_on_one_rank_is_told_to_all(way, change):
+    first, second = run_ranks(kind_worker, 2, change, way)
     assert f"{next(iter(change))}: expected" in second
     assert "rank 1: arguments refused there" in first
 

@@ -175,6 +175,30 @@ class Silent(torch.autograd.Function):
         return None
 
 
+def silent_selection_worker(rank, world_size, degree):
+    """Largest error of a rank's gradients where nothing comes back to the last rank's result and cost."""
+    plan = ringattn.Plan(LENGTH, world_size)
+    torch.manual_seed(0)
+    whole = [torch.randn(1, LENGTH, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    own = [ringattn.shard(x.detach(), plan, rank).requires_grad_() for x in whole]
+    selection = ringattn.Selection(gain=0.5, memory_tau=1.0)
+    out, _ = ringattn.ring_attention(*own, plan, dist.group.WORLD, selection=selection, ulysses=degree)
+    last = rank == world_size - 1
+    ((Silent.apply(out) if last else out).square().sum() + own[0].sum()).backward()
+    heard = torch.ones(LENGTH, dtype=torch.float64)
+    heard[plan.positions(world_size - 1)] = 0.0
+    alone, _ = ringattn.ring_attention(*whole, ringattn.Plan(LENGTH, 1), selection=selection)
+    (alone.square() * heard[None, :, None, None]).sum().backward()
+    expected = [ringattn.shard(x.grad, plan, rank) for x in whole]
+    expected[0] = expected[0] + 1.0
+    return max(error(x.grad, truth) for x, truth in zip(own, expected, strict=True))
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_so_does_a_rank_with_selection(degree):
+    assert max(run_ranks(silent_selection_worker, 2, degree)) <= 1e-10
+
+
 def silent_worker(rank, world_size, way, degree):
     """Largest error of a rank's gradients where nothing comes back to the last rank's result."""
     plan = ringattn.Plan(LENGTH, world_size)

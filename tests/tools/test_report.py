@@ -164,6 +164,16 @@ def test_why_more_was_trained_than_is_planned_is_told() -> None:
         small, ring = longest_contexts((gpu_row("softmax", 1, 8192, 1.0), replace(large, **change)), limits)
         assert (small.beyond, ring.beyond) == ("", why)
         assert (ring.measured or 0) > (ring.planned or 0) or not why
+    # Rows that say nothing of their machine have what others on such a GPU say.
+    silent = replace(large, device_total=None, host_total=None)
+    nothing = {"device_total": None, "host_total": None}
+    for other, why in (({}, "trained on a larger GPU: H200"), (nothing, "its machine is not known")):
+        rows = (silent, replace(large, num_ranks=2, tokens=8192, **other))
+        assert [one.beyond for one in longest_contexts(rows, limits)] == ["", why]
+    planned = ring.planned
+    assert planned is not None
+    longer = [replace(large, device_total=20.0, host_total=100.0, tokens=planned + more) for more in (4, 4096)]
+    assert [longest_contexts((one,), limits)[0].beyond for one in longer] == ["", "the planner is too careful here"]
     text = render_markdown(report((large, gpu_row("softmax", 1, 8192, 1.0)), limits), [])
     assert "| and a step of | Why more was trained |" in text
     assert re.search(r"\| softmax \| 4 \| 2,097,152 \| .* \| trained on a larger GPU: H200 \|", text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launch.errors import ConfigError
@@ -15,6 +15,7 @@ from tools.bench.step_rows import StepRow
 from tools.report.kinds import RIVAL, changes_model
 from tools.report.names import common_settings, conditions_of, config_of, kind_name, kind_order, short
 
+_GRAIN = 1024  # tokens per rank in which lengths are planned
 _SAME_SIZE = 1.02  # people round what a machine has
 _UNFIT = "predicted not to fit"  # in the note of a row that the planner refused; older ones were refused for more
 
@@ -91,22 +92,32 @@ def longest_contexts(steps: Sequence[StepRow], limits: Limits) -> list[Longest]:
         return None if gpus & unknown else machine_facts(machine, cp, on_gpu=gpus != {"cpu"})
 
     found = [(_longest(kind, cp, group, facts(group, cp)), group) for (kind, cp), group in ordered]
-    return [replace(one, beyond=_beyond(one, group, machine)) for one, group in found]
+    own = {gpu: known_limits(gpu, steps, Limits()) for gpu in {step.gpu for step in steps}}
+    return [replace(one, beyond=_beyond(one, group, machine, own)) for one, group in found]
 
 
-def _beyond(one: Longest, group: Sequence[StepRow], machine: Limits) -> str:
-    """Why a row longer than what is planned could be trained."""
-    if one.measured is None or one.planned is None or one.measured <= one.planned:
-        return ""
+def _beyond(one: Longest, group: Sequence[StepRow], machine: Limits, own: Mapping[str, Limits]) -> str:
+    """Why a row longer than what is planned could be trained; `own` has what rows tell of their machines, by GPU."""
+    if one.measured is None or one.planned is None or one.measured < one.planned + _GRAIN * one.cp:
+        return ""  # lengths are planned in multiples
     rows = [step for step in group if step.seconds and step.tokens > one.planned]
+    known = True
     for words, name, planned in (
-        ("a larger GPU", "device_total", machine.gpu),
-        ("a host with more memory", "host_total", machine.host),
+        ("a larger GPU", "gpu", machine.gpu),
+        ("a host with more memory", "host", machine.host),
     ):
-        larger = [step for step in rows if planned and (getattr(step, name) or 0.0) > _SAME_SIZE * planned]
+        if planned is None:  # as a GPU's is on a CPU
+            continue
+        sizes = [(step.gpu, _total(step, name) or getattr(own[step.gpu], name)) for step in rows]
+        known = known and all(size is not None for _, size in sizes)
+        larger = [gpu for gpu, size in sizes if size is not None and size > _SAME_SIZE * planned]
         if larger:
-            return f"trained on {words}: {', '.join(dict.fromkeys(short(step.gpu) for step in larger))}"
-    return "the planner is too careful here"
+            return f"trained on {words}: {', '.join(dict.fromkeys(map(short, larger)))}"
+    return "the planner is too careful here" if known else "its machine is not known"
+
+
+def _total(step: StepRow, name: str) -> float | None:
+    return step.device_total if name == "gpu" else step.host_total
 
 
 def machine_facts(machine: Limits, cp: int, *, on_gpu: bool) -> DeviceFacts | None:
@@ -128,15 +139,13 @@ def _longest(kind: str, cp: int, steps: Sequence[StepRow], facts: DeviceFacts | 
     known = {"kind": kind, "changed": changed, "cp": cp, "measured": measured, "too_long": too_long}
     if facts is None:
         return Longest(**known, planned=None)  # type: ignore[arg-type]
-    for step in sorted(
-        steps, key=lambda step: -step.tokens
-    ):  # a row that is too short for its ring has no configuration
-        try:
+    for step in sorted(steps, key=lambda step: -step.tokens):
+        try:  # a row that is too short for its ring has no configuration
             config = config_of(step)
             case = case_of(config, model_of(config), cp, on_gpu=facts.device_bytes is not None)
         except ConfigError:
             continue
-        planned = longest_row(case, facts, None, 1024 * cp)
+        planned = longest_row(case, facts, None, _GRAIN * cp)
         picked = choose(case_at(case, planned), facts, RatesFile()) if planned else None
         if picked is None:
             return Longest(**known, planned=planned)  # type: ignore[arg-type]
