@@ -22,7 +22,6 @@ from ringattn.plan import Plan
 from ringattn.ring import Ring
 from ringattn.scoring.expansion import Expand, Expansion, expand_problem
 from ringattn.scoring.selection import Selection, selection_problem
-from ringattn.teams import degree_problem
 from ringattn.transport import Transport, is_transport, known_transport, transport_of
 
 
@@ -37,15 +36,13 @@ class Call:
     values: Tensor
 
 
-def check_types(q: Any, k: Any, v: Any, plan: Any, ulysses: Any) -> None:
+def check_types(q: Any, k: Any, v: Any, plan: Any) -> None:
     """Without these (else ValueError) there is nothing that ranks could agree on, or by."""
     others = [type(x).__name__ for x in (q, k, v) if not isinstance(x, Tensor)]
     if others:
         raise ValueError(f"ring_attention: expected q, k and v as torch tensors, got {', '.join(others)}")
     if not isinstance(plan, Plan):
         raise ValueError(f"ring_attention: plan: expected a ringattn.Plan, got {plan!r}")
-    if isinstance(ulysses, bool):
-        raise ValueError(f"ring_attention: {degree_problem(plan.cp_size, ulysses)}")
 
 
 def check_group(plan: Plan, group: dist.ProcessGroup | None) -> int:

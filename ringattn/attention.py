@@ -86,15 +86,18 @@ def ring_attention(
 
     Source: Liu, Zaharia, Abbeel, Ring Attention, arXiv 2310.01889; zigzag as in ring-flash-attention.
     """
-    check_types(q, k, v, plan, ulysses)
+    check_types(q, k, v, plan)
     options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand}
     options |= {"kernel": kernel, "transport": transport, "ulysses": as_degree(ulysses)}
     if torch.compiler.is_compiling():
         from ringattn.traced import traced_attention  # not before: it imports the compiler
 
         return traced_attention(q, k, v, plan, group, **options)
-    if selectively_checkpointed() and can_take(selection, expand) and call_problem(scale, kernel, transport) is None:
-        return attend_by_operator(q, k, v, plan, group, **options)
+    if selectively_checkpointed() and can_take(selection, expand):
+        # What an operator's schema would refuse, on this rank alone, is for the eager call, which tells the others.
+        degree = type(options["ulysses"]) is int or hasattr(ulysses, "ring_group")
+        if degree and q.dim() == 4 and call_problem(scale, kernel, transport) is None:
+            return attend_by_operator(q, k, v, plan, group, **options)
     return eager_attention(q, k, v, plan, group, **options)
 
 
@@ -114,7 +117,7 @@ def eager_attention(
 ) -> Any:
     """`ring_attention` where nothing traces it."""
     options: dict[str, Any] = {"scale": scale, "selection": selection, "expand": expand, "kernel": kernel}
-    if ulysses != 1:
+    if ulysses != 1 or isinstance(ulysses, bool):
         return _with_heads_exchanged(ulysses, transport, group, q, k, v, plan, **options)
     rank = check_group(plan, group)
     call = prepare(q, k, v, plan, group, rank, transport=transport, **options)
@@ -149,7 +152,7 @@ def _with_heads_exchanged(
     if made is None or made.group is not group:
         check_group(plan, group)
     if group is None:
-        if made is None and (not isinstance(ulysses, int) or ulysses < 1):
+        if made is None and (type(ulysses) is not int or ulysses < 1):
             raise ValueError(f"ring_attention: {degree_problem(plan.cp_size, ulysses)}")
         raise ValueError(f"ring_attention: ulysses: needs a group of several ranks, got group=None and {ulysses!r}")
     if made is not None and made.group is not group:

@@ -98,17 +98,21 @@ def longest_contexts(steps: Sequence[StepRow], limits: Limits) -> list[Longest]:
 
 def _beyond(one: Longest, group: Sequence[StepRow], machine: Limits, own: Mapping[str, Limits]) -> str:
     """Why a row longer than what is planned could be trained; `own` has what rows tell of their machines, by GPU."""
-    if one.measured is None or one.planned is None or one.measured < one.planned + _GRAIN * one.cp:
+    if one.measured is None or one.planned is None or one.measured < (beyond := one.planned + _GRAIN * one.cp):
         return ""  # lengths are planned in multiples
-    rows = [step for step in group if step.seconds and step.tokens > one.planned]
+    rows = [step for step in group if step.seconds and step.tokens >= beyond]
     known = True
     for words, name, planned in (
         ("a larger GPU", "gpu", machine.gpu),
         ("a host with more memory", "host", machine.host),
     ):
-        if planned is None:  # as a GPU's is on a CPU
+        sizes = [
+            (step.gpu, _total(step, name) or getattr(own[step.gpu], name))
+            for step in rows
+            if name == "host" or step.gpu != "cpu"
+        ]
+        if planned is None or not sizes:
             continue
-        sizes = [(step.gpu, _total(step, name) or getattr(own[step.gpu], name)) for step in rows]
         known = known and all(size is not None for _, size in sizes)
         larger = [gpu for gpu, size in sizes if size is not None and size > _SAME_SIZE * planned]
         if larger:
