@@ -264,8 +264,10 @@ class StepRunner:
 
     def _attention(self, row: Row, *, with_statistics: bool = False) -> RowAttention:
         topology = self._topology
+        # A row's documents are agreed on by the ranks; where they count as one, all rows have one plan.
+        one_document = self._config.data.cross_document_attention
         return RowAttention(
-            self._plan.with_documents(row.documents),
+            self._plan if one_document else self._plan.with_documents(row.documents),
             topology.cp_group if topology.cp > 1 else None,
             topology.cp_rank,
             kernel=self._config.parallel.kernel,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,23 +13,42 @@ import torch.distributed as dist
 import ringattn
 from launch.carrier import make_carrier
 from launch.config import Config
+from launch.data.packing import Row
 from launch.steps import StepRunner
 from launch.topology import Topology
 from ringattn import PeerError
+from tests.model.dense import tiny
 from tests.processes import run_ranks
 
 
-def started(**parallel: Any) -> tuple[Config, Topology]:
+def started(*, one_document: bool = False, **parallel: Any) -> tuple[Config, Topology]:
     config = Config.model_validate(
         {
             "run": {"dir": "unused", "device": "cpu"},
             "model": {"heads": 8, "kv_heads": 4},
-            "data": {"seq_len": 64},
+            "data": {"seq_len": 64, "cross_document_attention": one_document},
             "optim": {"steps": 1, "rows_per_step": 12},
             "parallel": {"setup_timeout_s": 20.0, "transport": "p2p", **parallel},
         }
     )
     return config, Topology.start(config)
+
+
+def plans_of_two_rows(rank: int, world_size: int) -> list[tuple[bool, bool]]:
+    """Whether a run's first row has the run's plan, and whether its second has the plan of the first."""
+    found = []
+    nothing: Any = None  # a row's plan needs neither engine nor a carrier
+    for one_document in (True, False):
+        config, topology = started(one_document=one_document)
+        runner = StepRunner(config, topology, nothing, nothing, None, tiny())
+        rows = [SimpleNamespace(documents=torch.tensor([0, 64]), num_valid=63) for _ in range(2)]
+        first, second = (runner._attention(cast(Row, row))._plan for row in rows)
+        found.append((first is runner._plan, second is first))
+    return found
+
+
+def test_rows_that_count_as_one_document_have_one_plan_which_is_agreed_on_once() -> None:
+    assert run_ranks(plans_of_two_rows, 1) == [[(True, True), (False, False)]]
 
 
 def describe(rank: int, world_size: int, cases: list[dict[str, Any]]) -> list[Any]:
