@@ -24,6 +24,7 @@ COLUMNS = {
     "ours ulysses": "ours ulysses",
     "ours ulysses 2": "ours ulysses 2",
     "blocks alone, captured": "blocks, captured",
+    "blocks alone": "blocks",
     "all-to-all": "all-to-all",
     "torch cp alltoall": "torch cp alltoall",
     "torch cp allgather": "torch cp allgather",
@@ -35,8 +36,6 @@ BRACKETS = "attention-4-h200-long-again.csv"
 # the times there.
 WITHOUT_PERCENTAGES = [("attention-4-h100-not-causal.csv", "32k, 32/8")]
 
-PROFILES = "attention-4-h200-profiles.csv"
-PROFILED = {"ideal": "ideal, captured", "blocks": "blocks, captured", "ours": "ours copy_engine, captured"}
 PROFILE_COLUMNS = {
     "attention forward": "attention_forward",
     "backward": "attention_backward",
@@ -142,6 +141,8 @@ def test_there_is_a_table_of_every_record_of_one_layer() -> None:
         "attention-4-h200.csv",
         "attention-4-h200-profiles.csv",
         "attention-4-h200-not-causal.csv",
+        "attention-4-h100-profiles.csv",
+        "attention-4-h100-not-causal-profiles.csv",
         "attention-4-h200-4-documents.csv",
     ]
     found = {path.name for path in (DOCS / "records").glob("attention-*.csv")}
@@ -172,29 +173,43 @@ def test_a_wrong_cell_is_noticed() -> None:
 
 
 def wrong_profile_cells(table: Table) -> Iterator[str]:
-    point = ""
-    for first, name, *cells in table.lines:
+    record, point = str(table.record), ""
+    (causal,) = {causal for _, causal, _ in rows(record)}
+    for first, name, timed, *cells in table.lines:
         point = first or point
-        row = rows(PROFILES)[point, True, PROFILED[name]]
+        row = rows(record)[point, causal, {"ideal": "ideal", **COLUMNS}[name]]
+        if not agrees(timed, (row.both_ms,)):
+            yield f"{record}: {point}: {name}: timed: {timed!r}, but {row.both_ms}"
         # The first entry of a call is the busiest rank's.
         busiest = next(entry for entry in json.loads(row.profile) if entry["call"] == "fwd+bwd")
-        for column, cell in zip(table.header[2:], cells, strict=True):
+        for column, cell in zip(table.header[3:], cells, strict=True):
             value = busiest[PROFILE_COLUMNS[column]]
             if not agrees(cell or "0.000", (value,)):
-                yield f"{point}: {name}: {column}: {cell!r}, but {value}"
+                yield f"{record}: {point}: {name}: {column}: {cell!r}, but {value}"
 
 
-def test_the_table_of_profiles_is_that_of_the_record() -> None:
+def test_the_tables_of_profiles_are_those_of_the_records() -> None:
     text = PAGE.read_text()
 
-    def profiles(page: str) -> Table:
-        (found,) = [
-            table for table in tables(page) if table.section == "Where the time goes" and "span" in table.header
-        ]
-        return found
+    def profiles(page: str) -> list[Table]:
+        return [table for table in tables(page) if table.section == "Where the time goes" and "span" in table.header]
 
-    table = profiles(text)
-    assert list(wrong_profile_cells(table)) == []
-    assert [line[1] for line in table.lines] == ["ideal", "blocks", "ours"] * 4 + ["ideal", "ours"]
-    changed = profiles(text.replace("| 0.143 | 0.485 | 0.046 |", "| 0.143 | 0.486 | |"))
-    assert len(list(wrong_profile_cells(changed))) == 2
+    found = profiles(text)
+    assert [wrong for table in found for wrong in wrong_profile_cells(table)] == []
+    assert [(table.record, len(table.lines)) for table in found] == [
+        ("attention-4-h200-profiles.csv", 12),
+        ("attention-4-h100-profiles.csv", 9),
+        ("attention-4-h100-not-causal-profiles.csv", 3),
+    ]
+    assert all(
+        [name.removesuffix(", captured") for _, name, *_ in table.lines]
+        == ["ideal", "blocks alone", "ours"] * (len(table.lines) // 3)
+        for table in found
+    )
+    for right, wrong, cells in (
+        ("| 0.846 | 0.143 | 0.485 | 0.046 |", "| 0.847 | 0.143 | 0.486 | |", 3),
+        ("| 13.551 | 3.257 |", "| 13.552 | 3.256 |", 2),
+    ):
+        assert right in text
+        changed = profiles(text.replace(right, wrong))
+        assert len([cell for table in changed for cell in wrong_profile_cells(table)]) == cells
