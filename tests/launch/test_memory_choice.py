@@ -149,7 +149,7 @@ def test_a_run_is_planned_over_the_hosts_that_it_is_on(hosts: str, most: int, pa
     assert facts == DeviceFacts(device_bytes=80 * GIB, host_bytes=1000 * GIB // most, per_node=most)
     auto = config(32_768, model={"preset": "qwen3-0.6b", **SAS}, memory={"auto": True})
     plan = plan_memory(auto, 8, facts)
-    assert plan.time.seconds == pytest.approx(28 * RatesFile().step().host_layer[passes])
+    assert plan.time.seconds == pytest.approx(28 * RatesFile().step().host_layer[passes], rel=0.02)
     assert plan.estimate.host_bytes_per_node == most * plan.estimate.host_bytes
     device = {item.name: item.device for item in plan.estimate.peak_items}
     assert ("peer memory of the ring" in device, "tensors of CUDA graphs" in device) == (regions, most == 8)

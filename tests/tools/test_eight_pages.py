@@ -186,8 +186,8 @@ def test_what_is_said_of_selection() -> None:
     assert tuple(int(number(row[0])) for row in SELECTED) == asked(SELECTION, "--tokens").lengths
     plain, exact, lagged = (selecting(number, 131_072).time for number in range(3))
     ratios = [exact.attention / plain.attention, lagged.attention / plain.attention]
-    same(said(SELECTION, "(benchmarks-scoring.md), # and #, and whole steps"), ratios)
-    same(said(SELECTION, "# against 2.0 and # against 1.5."), ratios)
+    same(said(SELECTION, "steps](benchmarks-steps.md)), # and #, and whole steps"), ratios)
+    same(said(SELECTION, "# against 2.0 and, with nothing to spare, # against 1.5."), ratios)
     share = [100 * one.attention / one.seconds for one in (selecting(0, MILLION).time, plain)]
     rest = plain.seconds - plain.attention
     same(said(SELECTION, "attention is #% of a plain one"), share[:1])
@@ -197,8 +197,8 @@ def test_what_is_said_of_selection() -> None:
         for tokens in (MILLION, 131_072)
         for n in (1, 2)
     ]
-    same(said(SELECTION, "at 1,048,576 tokens (# and #);"), steps[:2])
-    same(said(SELECTION, "they are #, which would be met, and #, which would not."), steps[2:])
+    same(said(SELECTION, "at 1,048,576 tokens (# and #) and at"), steps[:2])
+    same(said(SELECTION, "at 131,072 (# and #)."), steps[2:])
     layouts = table(SELECTION, "| layout |")
     attention = []
     for layout, *told in layouts:

@@ -76,7 +76,7 @@ def test_json_has_every_number() -> None:
     assert best["fits"]
     assert best["allocated_bytes"] < best["device_bytes"] <= 50 * 2**30
     parts = best["seconds"]
-    names = ("attention", "dense", "communication", "offload", "update", "host")
+    names = ("attention", "dense", "communication", "sharding", "offload", "update", "host")
     assert sum(parts[name] for name in names) == pytest.approx(parts["total"])
     assert [row["memory"] for row in told["longest"]] == [
         {name: value for name, value in memory.model_dump().items() if name != "auto"} for memory in LADDER
