@@ -17,7 +17,6 @@ from model.memory import LayerRunner, Memory
 from model.pointwise import PLAIN, Pointwise
 from model.rope import rotation
 from model.selector import Carried
-from model.tiles import in_tiles
 
 
 class LossHead(nn.Module):
@@ -57,13 +56,12 @@ class Decoder(nn.Module):
         super().__init__()
         memory = memory or Memory()
         self.config = config
-        self.tile = memory.tile
         self._runner = LayerRunner(memory, config.layers)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
             DecoderLayer(config, build_attention(config, layer), memory.tile) for layer in range(config.layers)
         )
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps, memory.tile)
         self.head = LossHead(config)
         for module in self.modules():
             if hasattr(module, "pointwise"):
@@ -104,15 +102,8 @@ class Decoder(nn.Module):
                 penalties.append(penalty)
         self._runner.finish()
         tied_weight = self.embed.weight if self.config.tied_head else None
-        loss = self.head(self._normed(hidden), labels, loss_tile, tied_weight)
+        loss = self.head(self.norm(hidden), labels, loss_tile, tied_weight)
         return loss + torch.stack(penalties).sum() if penalties else loss
-
-    def _normed(self, hidden: Tensor) -> Tensor:
-        if self.tile is None:
-            normed: Tensor = self.norm(hidden)
-            return normed
-        (normed,) = in_tiles(lambda _, x: (self.norm(x),), lambda: list(self.norm.parameters()), (hidden,), self.tile)
-        return normed
 
     def _check(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> None:
         if tokens.ndim != 2 or labels.shape != tokens.shape or positions.shape != tokens.shape[1:]:

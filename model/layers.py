@@ -19,16 +19,30 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467, eq. 4).
 
     The mean square is accumulated in fp32 (fp64 for fp64) whatever the dtype of x; the result has x's dtype.
+
+    Args:
+        width: Of the last dimension.
+        eps: Added to the mean square.
+        tile: Tokens of x [B, S, E] that it sees at a time; None: all of x, of any shape.
     """
 
     pointwise: Pointwise = PLAIN
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, tile: int | None = None) -> None:
         super().__init__()
         self.eps = eps
+        self.tile = tile
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tile is None:
+            return self._norm(x)
+        # The tiles are inside the module: ZeRO-3 gathers weights by calls of modules, and ranks whose shards have
+        # different numbers of tiles must call each module equally often.
+        (normed,) = in_tiles(lambda _, rows: (self._norm(rows),), lambda: [self.weight], (x,), self.tile)
+        return normed
+
+    def _norm(self, x: Tensor) -> Tensor:
         return self.pointwise.norm(x, self.weight, self.eps)
 
 

@@ -182,7 +182,8 @@ def _low_precision_weights(config: Config) -> bool:
 
 def _deepspeed_config(config: Config, module: nn.Module, world_size: int) -> dict[str, Any]:
     numel = sum(parameter.numel() for parameter in module.parameters())
-    bucket = max(1, min(_BUCKET_ELEMENTS, numel))
+    # even: DeepSpeed gathers fp16 from addresses of whole 4 bytes, and refuses odd buckets in any precision
+    bucket = 2 * -(-min(_BUCKET_ELEMENTS, numel) // 2)
     low_precision = config.engine.precision == "bf16"
     weights = _low_precision_weights(config)
     return {

@@ -41,6 +41,10 @@ WAYS = [
 ]
 
 
+# Tile, tokens, layout, recompute: the ranks of two have different numbers of tiles.
+UNEVEN = [(5, 101, "zigzag", True), (1, 101, "striped", False), (13, 107, "contiguous", False)]
+
+
 def compare_ways(tmp_path, world_size, runs, tolerance):
     """`runs`: settings beside the usual ones, the first is what the others are to be equal to."""
     corpus = write_corpus(tmp_path)
@@ -56,6 +60,26 @@ def compare_ways(tmp_path, world_size, runs, tolerance):
 def test_tiles_offload_and_host_optimizer(tmp_path):
     memory = {**WAYS[2], "optimizer": "host"}
     compare_ways(tmp_path, 2, [{}, {"engine": {"name": "fsdp"}, "memory": memory}], 1e-6)
+
+
+def compare_uneven(tmp_path, world_size, engine, case):
+    tile, seq_len, layout, recompute = case
+    # short limits: ranks that run different collectives wait for each other until then
+    common = {"data": {"seq_len": seq_len}, "parallel": {"layout": layout, "setup_timeout_s": 15, "hop_timeout_s": 15}}
+    tiled = {**common, "engine": engine, "memory": {"tile": tile, "recompute": recompute}}
+    compare_ways(tmp_path, world_size, [common, tiled], 1e-6)
+
+
+def test_ranks_with_different_numbers_of_tiles(tmp_path):
+    compare_uneven(tmp_path, 2, {"name": "zero", "zero_stage": 3}, UNEVEN[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", UNEVEN, ids=str)
+@pytest.mark.parametrize("engine", [{"name": "fsdp"}, {"name": "zero", "zero_stage": 3}], ids=str)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_different_numbers_of_tiles_in_every_layout(tmp_path, world_size, engine, case):
+    compare_uneven(tmp_path, world_size, engine, case)
 
 
 @pytest.mark.slow

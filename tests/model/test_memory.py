@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import ringattn
@@ -65,6 +66,20 @@ FEW = [("gqa", None), ("sas", None), ("gqa", "exact"), ("mla", "guided")]  # eac
 def test_every_kind_in_one_process(case):
     for key, error in compare(0, 1, [case], WAYS, LENGTH, 3).items():
         assert error <= 1e-12, (key, error)
+
+
+@pytest.mark.parametrize("length", [0, 1, LENGTH])
+def test_calls_of_modules_do_not_depend_on_tiles(length):
+    """ZeRO-3 communicates at each call of a module, and ranks have shards of different lengths."""
+    config = kind("gqa", layers=2)
+    module = decoder(config, tile=3)
+    calls = []
+    parts = {"embed": module.embed, "0": module.layers[0], "1": module.layers[1], "norm": module.norm}
+    for name, part in {**parts, "head": module.head}.items():
+        part.register_forward_hook(lambda *_, name=name: calls.append(name))
+    tokens, labels, _ = random_row(config, LENGTH)
+    module(tokens[:, :length], labels[:, :length], torch.arange(length), lambda q, k, v: q, 2)
+    assert calls == ["embed", "0", "1", "norm", "head"]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -269,6 +270,27 @@ def test_weights_that_are_kept_are_gathered_once_for_each_row() -> None:
     assert once[1] == twice[1]
     # The evaluation has left all layers gathered: the first row after it gathers nothing of them.
     assert once[2] == once[0] - layers - (twice[0] - twice[2])
+
+
+def odd_count(rank: int, world_size: int, kinds: tuple[str, ...]) -> list[list[tuple[float, float]]]:
+    """(loss, gradient norm) of two steps with an odd number of parameters, for each engine."""
+    shape = replace(toy.toy_shape(tied=True), dim=17, vocab_size=38)
+    histories = []
+    for kind in kinds:
+        config = toy.toy_config(kind, clip_norm=CLIP)
+        engine = toy.build_model(config, shape, toy.Topology.start(config))
+        assert sum(p.numel() for p in toy.Decoder(shape).parameters()) % 2 == 1
+        histories.append(train(engine, range(2)))
+        engine.close()
+    return histories
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_an_odd_number_of_parameters(world_size: int) -> None:
+    """DeepSpeed refuses buckets of an odd number of elements, and ours are as large as a small model."""
+    wanted, *others = run_ranks(odd_count, world_size, ("ddp", "zero1", "zero2", "zero3"), timeout=120.0)[0]
+    for found in others:
+        assert found == [pytest.approx(pair, rel=1e-5) for pair in wanted]
 
 
 def with_wrong_scale(rank: int, world_size: int, kind: str) -> float:
