@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ringattn.errors import Problem, RingAttnError
 from ringattn.kernels import accumulator_dtype
 from ringattn.merge import RowSum
 from ringattn.plan import Plan
@@ -237,15 +239,28 @@ def expand_problem(expand: Any) -> str | None:
     return f"expand: expected a function or module, or None, got {expand!r}"
 
 
+# What memory, a device or a connection ran into: from there the others cannot be asked, and who ends the process (the
+# launcher) knows these by their types.
+_NOT_FROM_EXPAND = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError, RingAttnError)
+
+
 def expand_checked(expand: Expand, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, str | None]:
-    """Keys, values and None; or k, v and what is wrong, perhaps on this rank only: the others must hear of it."""
+    """Keys, values and None; or k, v and what is wrong, perhaps on this rank only: the others must hear of it.
+
+    Raises:
+        MemoryError, OutOfMemoryError, AcceleratorError, DistError, RingAttnError: `expand` met with it.
+    """
     problem = expand_problem(expand)
     if problem is not None:
         return k, v, problem
     try:
         result = expand(k, v, positions)
+    except _NOT_FROM_EXPAND:
+        raise
     except ValueError as error:  # it refuses its input
-        return k, v, f"expand: {error}"
+        return k, v, Problem(f"expand: {error}", error)
+    except Exception as error:  # else the others would wait for this rank until their time is up
+        return k, v, Problem(f"expand: {type(error).__name__}: {error}", error)
     if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
         return k, v, f"expand: expected a pair of tensors (keys, values), got {type(result).__name__}"
     return *result, None
