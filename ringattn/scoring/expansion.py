@@ -74,6 +74,7 @@ class Expansion:
         owner = owner_module(expand)
         self.parameters = () if owner is None else trainable_parameters(owner)
         self.parameter_gradients: list[Tensor | None] = []
+        self.note_parameters()
 
     def own(self, rank: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str | None]:
         """Expand the own payload before any hop, so that a wrong shape is found there; hop 0 uses the result.
@@ -148,7 +149,7 @@ class Expansion:
             tensors = tuple(x.detach().requires_grad_(grad) for x, grad in zip(tensors, wanted, strict=True))
         other._expand = computing_with(self._expand, given, tensors)
         other.parameters = tuple(x for x, grad in zip(tensors, wanted, strict=True) if grad)  # type: ignore[misc]
-        other.start_backward()
+        other._forget_gradients()
         return other
 
     def _kind(self, k: Tensor, v: Tensor) -> Hashable | None:
@@ -213,8 +214,31 @@ class Expansion:
             if grad is not None:
                 self.parameter_gradients[index] = _added(self.parameter_gradients[index], grad)
 
+    def note_parameters(self) -> None:
+        """Remember by their versions what the parameters are now: they are not saved, hooks would move them about.
+
+        Once more after a forward, for an `expand` that changes them itself whenever it runs (an embedding's max_norm).
+        """
+        self._versions = tuple(map(_version, self.parameters))
+
     def start_backward(self) -> None:
-        """Forget the parameter gradients of an earlier backward (a retained graph may be walked twice)."""
+        """Begin a backward (a retained graph may be walked twice). Before anything is sent.
+
+        Raises:
+            RuntimeError: since the forward a parameter was changed in place: out and lse are of the old one.
+        """
+        for index, (parameter, before) in enumerate(zip(self.parameters, self._versions, strict=True)):
+            if _version(parameter) != before:
+                raise RuntimeError(
+                    f"ring_attention: backward: parameter {index} of expand's {len(self.parameters)} that take "
+                    f"gradients, of shape {tuple(parameter.shape)}, has been changed in place since the forward (it is "
+                    f"at version {_version(parameter)}, expected {before}): keys and values would be expanded by other "
+                    "weights than the output was made with. Call backward before what changes it (an optimizer's "
+                    "step), or ring_attention again after it"
+                )
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         self.parameter_gradients = [None] * len(self.parameters)
 
     def finished_parameter_gradients(self) -> tuple[Tensor, ...]:
@@ -277,6 +301,11 @@ def owner_module(expand: Expand | None) -> nn.Module | None:
 def trainable_parameters(owner: nn.Module) -> tuple[nn.Parameter, ...]:
     """Those that take gradients, in their order."""
     return tuple(parameter for parameter in owner.parameters() if parameter.requires_grad)
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place, as autograd sees them: not what is done to `x.data`, nor what FSDP gathers into it."""
+    return 0 if x.is_inference() else x._version
 
 
 def _same(x: Tensor) -> Tensor:
