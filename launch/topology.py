@@ -230,11 +230,6 @@ class Topology:
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
-    def all_agree(self, value: Any) -> bool:
-        """Whether all ranks gave an equal `value`; the same answer on every rank."""
-        values = self.gather_objects(value)
-        return all(other == values[0] for other in values)
-
     def any_true(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; the same answer on every rank. Cheap enough for every step."""
         return self.max_of(float(flag)) > 0

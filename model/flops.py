@@ -145,28 +145,6 @@ def ballot_bytes_per_token(config: ModelConfig, element_bytes: int) -> float:
     return terms * attention_shape(config).score_dim * element_bytes / config.layers
 
 
-def state_bytes(config: ModelConfig) -> int:
-    """Bytes of weights, gradients and both Adam moments in fp32, unsharded: 16 per parameter."""
-    return 16 * count_parameters(config).total
-
-
-def activation_bytes_per_token(config: ModelConfig, element_bytes: int, *, recompute: bool | str = False) -> int:
-    """Estimate of the peak of activation memory per token of a shard, beside the loss's scratch.
-
-    With `recompute` one hidden state per layer and one layer's worth during the backward; "keep_attention" adds out and
-    lse of the other layers. Added once: `flight_bytes_per_token`. What a ring holds in flight (two payloads, expanded
-    blocks) comes on top. For grouped heads within 5% of the peak measured on CUDA in bf16; on CPU the norms keep more.
-    """
-    layer = layer_bytes_per_token(config, element_bytes) + unrounded_bytes_per_token(config, element_bytes)
-    votes = votes_bytes_per_token(config, element_bytes)
-    ends = 2 * config.dim * element_bytes + flight_bytes_per_token(config, element_bytes)
-    if recompute:
-        width = 4 if config.selection is not None else element_bytes  # selection keeps its output unrounded
-        kept = attention_result_bytes_per_token(config, width) if recompute == "keep_attention" else 0
-        return config.layers * (config.dim * element_bytes + votes) + (config.layers - 1) * kept + layer + ends
-    return config.layers * (layer + votes) + ends
-
-
 def layer_bytes_per_token(config: ModelConfig, element_bytes: int, *, fused: bool = False) -> int:
     """What one layer keeps per token for its backward if nothing is recomputed, its input included.
 

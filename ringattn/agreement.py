@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.errors import PeerError, TopologyError
+from ringattn.errors import PeerError, TopologyError, cause_of
 from ringattn.groups import message_device
 from ringattn.handles import number_of
 from ringattn.layout import LAYOUTS
@@ -113,7 +113,7 @@ def agree(
         raise TopologyError(
             f"ring_attention: rank {rank}: {problem}. The ranks agreed in an earlier call and do not ask again: the "
             "others wait until their timeout. Mend this and start again"
-        )
+        ) from cause_of(problem)
     if known is not None:
         detail = f"agreed {_describe(known)}; now {_describe(own)} ({scoring})"
         raise TopologyError(
@@ -125,7 +125,7 @@ def agree(
     with waiting():
         rows = _exchanged(own, group, device, f"ring_attention: rank {rank}", f"a call with: {scoring}")
     if problem is not None:
-        raise TopologyError(f"ring_attention: rank {rank}: {problem}")
+        raise TopologyError(f"ring_attention: rank {rank}: {problem}") from cause_of(problem)
     _refuse_differing(rows, "ring_attention", "any hop", f"the scoring of rank {rank}: {scoring}")
     plan._agreed[key] = own
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.agreement import DTYPES, MADE, Asked, agree, transport_problem
+from ringattn.errors import raise_alone
 from ringattn.groups import device_problem, ranks_problem
 from ringattn.kernels import check_kernel
 from ringattn.kernels.selective import selective_problem
@@ -74,7 +75,7 @@ def prepare(
     """Check the arguments of `ring_attention`, agree on them with the other ranks, and find the transport.
 
     Raises:
-        ValueError, TopologyError, PeerError: as `ring_attention` does.
+        ValueError, TopologyError, PeerError, and what `expand` raises: as `ring_attention` does.
     """
     scale = default_scale(q) if scale is None else scale
     problem = expand_problem(expand)
@@ -98,7 +99,7 @@ def prepare(
         agree(q, k, v, plan, group, problem, scale, scoring_description(selection, expand), asked, waiting)
         channel = transport_of(transport, plan, group)
     elif problem is not None:
-        raise ValueError(f"ring_attention: {problem}")
+        raise_alone(problem)
     ring = Ring(plan=plan, rank=rank, transport=channel)
     return Call(ring=ring, expansion=expansion, scale=scale, keys=keys, values=values)
 

@@ -75,11 +75,15 @@ def ring_attention(
 
     Raises:
         ValueError: wrong shapes, dtypes, kernel, transport or selection, before anything is sent (in a group of several
-            ranks: TopologyError, so that all of them raise).
+            ranks: TopologyError, so that all of them raise). Where `expand` raises something else than a ValueError:
+            that itself in a single process, else it is the cause of this rank's TopologyError; running out of memory
+            and errors of a device or connection are raised as they are.
         TopologyError: on all ranks, when their first calls under a plan do not agree in shapes, dtypes, plan,
             documents, scale, scoring, transport or ulysses. If one rank changes shapes in a later call it raises at
             once, and its neighbours a PeerError when it ends or their time is up; if it comes with another scoring, all
             of them do.
+        RuntimeError: by the backward pass, before anything is sent, if a parameter of `expand` was changed in place
+            since the forward. On this rank alone: the others wait, if theirs were not.
         PeerError: over gloo, when a neighbour dies or does not answer. On CUDA this thread waits for nobody: NCCL's
             watchdog, or a barrier of the copy engine, ends the process once their time is up; the trainer watches from
             a thread beside it, and names rank, layer and hop before that (`launch/stall.py`).

@@ -32,6 +32,7 @@ from ringattn.arguments import (
     scoring_description,
     scoring_problem,
 )
+from ringattn.errors import raise_alone
 from ringattn.exchanged import Exchanged, ExchangedAttention, ExchangedSelection, ExchangedSelectiveAttention
 from ringattn.groups import device_problem, timeout_of
 from ringattn.head_exchange import HeadExchange
@@ -297,7 +298,7 @@ def _check(
         waiting = partial(ulysses.stats.agreeing, q.device)
         agree(q, k, v, plan, ulysses.group, problem, scale, scoring, Asked(ulysses.degree, MADE), waiting)
     elif problem is not None:
-        raise ValueError(problem)
+        raise_alone(problem)
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rank: int, ulysses: Ulysses) -> str | None:

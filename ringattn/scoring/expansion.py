@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ringattn.errors import Problem, RingAttnError
 from ringattn.kernels import accumulator_dtype
 from ringattn.merge import RowSum
 from ringattn.plan import Plan
@@ -69,9 +71,10 @@ class Expansion:
         self._own: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._launch_key = launch_key(expand)
         self.like: tuple[Tensor, ...] = ()
-        owner = owner_module(expand)
-        self.parameters = () if owner is None else trainable_parameters(owner)
+        self._owner = owner_module(expand)
+        self.parameters = () if self._owner is None else trainable_parameters(self._owner)
         self.parameter_gradients: list[Tensor | None] = []
+        self.note_parameters()
 
     def own(self, rank: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str | None]:
         """Expand the own payload before any hop, so that a wrong shape is found there; hop 0 uses the result.
@@ -144,9 +147,9 @@ class Expansion:
         wanted = [x.requires_grad for x in given.tensors]
         if backward:
             tensors = tuple(x.detach().requires_grad_(grad) for x, grad in zip(tensors, wanted, strict=True))
-        other._expand = computing_with(self._expand, given, tensors)
+        other._expand, other._owner = computing_with(self._expand, given, tensors), None
         other.parameters = tuple(x for x, grad in zip(tensors, wanted, strict=True) if grad)  # type: ignore[misc]
-        other.start_backward()
+        other._forget_gradients()
         return other
 
     def _kind(self, k: Tensor, v: Tensor) -> Hashable | None:
@@ -211,8 +214,39 @@ class Expansion:
             if grad is not None:
                 self.parameter_gradients[index] = _added(self.parameter_gradients[index], grad)
 
+    def note_parameters(self) -> None:
+        """Remember by their versions what the parameters are now: they are not saved, hooks would move them about.
+
+        Once more after a forward, for an `expand` that changes them itself whenever it runs (an embedding's max_norm).
+        """
+        self._versions = tuple(map(_version, self.parameters))
+
     def start_backward(self) -> None:
-        """Forget the parameter gradients of an earlier backward (a retained graph may be walked twice)."""
+        """Begin a backward (a retained graph may be walked twice). Before anything is sent.
+
+        Raises:
+            RuntimeError: since the forward a parameter was changed in place, or other ones took their places in the
+                module: out and lse are of the old ones.
+        """
+        if self._owner is not None and not set(map(id, self.parameters)) <= set(map(id, self._owner.parameters())):
+            raise RuntimeError(
+                f"ring_attention: backward: {type(self._owner).__name__}, the module of expand, has other parameters "
+                "than in the forward, where something put its own in their places (torch.func.functional_call does): "
+                "keys and values would be expanded by other weights than the output was made with. Give the module "
+                "the values to compute with for as long as a backward may come"
+            )
+        for index, (parameter, before) in enumerate(zip(self.parameters, self._versions, strict=True)):
+            if _version(parameter) != before:
+                raise RuntimeError(
+                    f"ring_attention: backward: parameter {index} of expand's {len(self.parameters)} that take "
+                    f"gradients, of shape {tuple(parameter.shape)}, has been changed in place since the forward (it is "
+                    f"at version {_version(parameter)}, expected {before}): keys and values would be expanded by other "
+                    "weights than the output was made with. Call backward before what changes it (an optimizer's "
+                    "step), or ring_attention again after it"
+                )
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         self.parameter_gradients = [None] * len(self.parameters)
 
     def finished_parameter_gradients(self) -> tuple[Tensor, ...]:
@@ -237,15 +271,28 @@ def expand_problem(expand: Any) -> str | None:
     return f"expand: expected a function or module, or None, got {expand!r}"
 
 
+# What memory, a device or a connection ran into: from there the others cannot be asked, and who ends the process (the
+# launcher) knows these by their types.
+_NOT_FROM_EXPAND = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError, RingAttnError)
+
+
 def expand_checked(expand: Expand, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, str | None]:
-    """Keys, values and None; or k, v and what is wrong, perhaps on this rank only: the others must hear of it."""
+    """Keys, values and None; or k, v and what is wrong, perhaps on this rank only: the others must hear of it.
+
+    Raises:
+        MemoryError, OutOfMemoryError, AcceleratorError, DistError, RingAttnError: `expand` met with it.
+    """
     problem = expand_problem(expand)
     if problem is not None:
         return k, v, problem
     try:
         result = expand(k, v, positions)
+    except _NOT_FROM_EXPAND:
+        raise
     except ValueError as error:  # it refuses its input
-        return k, v, f"expand: {error}"
+        return k, v, Problem(f"expand: {error}", error)
+    except Exception as error:  # else the others would wait for this rank until their time is up
+        return k, v, Problem(f"expand: {type(error).__name__}: {error}", error)
     if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
         return k, v, f"expand: expected a pair of tensors (keys, values), got {type(result).__name__}"
     return *result, None
@@ -262,6 +309,11 @@ def owner_module(expand: Expand | None) -> nn.Module | None:
 def trainable_parameters(owner: nn.Module) -> tuple[nn.Parameter, ...]:
     """Those that take gradients, in their order."""
     return tuple(parameter for parameter in owner.parameters() if parameter.requires_grad)
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place, as autograd sees them: not what is done to `x.data`, nor what FSDP gathers into it."""
+    return 0 if x.is_inference() else x._version
 
 
 def _same(x: Tensor) -> Tensor:

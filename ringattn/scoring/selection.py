@@ -90,7 +90,8 @@ class Selection:
                     "Selection: gain: expected a number or a one-element tensor of fp64, fp32, bf16 or fp16, "
                     f"got {_shown(self.gain)}"
                 )
-        elif not _is_number(self.gain, (int, float)) or not math.isfinite(self.gain):
+        # Not by math.isfinite, at which dynamo breaks the graph if the number is a symbol there.
+        elif not _is_number(self.gain, (int, float)) or not -math.inf < self.gain < math.inf:
             raise ValueError(f"Selection: gain: expected a finite number or a one-element tensor, got {self.gain!r}")
         tau = self.memory_tau
         if tau is not None and not (_is_number(tau, (int, float)) and 0 < tau < math.inf):

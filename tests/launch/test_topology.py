@@ -91,7 +91,6 @@ def describe(rank: int, world_size: int, parallel: dict[str, Any]) -> dict[str, 
         "backend": dist.get_backend(topology.cpu_group),
         "objects": topology.gather_objects({"rank": rank}),
         "any": (topology.any_true(rank == world_size - 1), topology.any_true(False)),
-        "agree": (topology.all_agree("same"), topology.all_agree(min(rank, 1))),
         "max": topology.max_of(rank / 3),
         "sum": topology.sum_of(rank + 0.1),
     }
@@ -120,7 +119,6 @@ def test_ranks_of_a_ring_are_consecutive(world_size: int, parallel: dict[str, An
         assert found["backend"] == "gloo"
         assert found["objects"] == [{"rank": other} for other in range(world_size)]
         assert found["any"] == (True, False)
-        assert found["agree"] == (True, world_size == 1)
         assert found["max"] == (world_size - 1) / 3
         assert found["sum"] == pytest.approx(sum(other + 0.1 for other in range(world_size)), rel=1e-15)
         assert found["left alone"]

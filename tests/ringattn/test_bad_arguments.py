@@ -125,6 +125,66 @@ def test_an_argument_of_another_kind_on_one_rank_is_told_to_all(way, change):
     assert "rank 1: arguments refused there" in first
 
 
+class Raising(torch.nn.Module):
+    """Expands k, or raises an error."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.error = error
+
+    def forward(self, k, v, positions):
+        if isinstance(self.error, Exception):
+            raise self.error
+        return k @ torch.eye(8 if self.error is None else 7), v
+
+
+def raising_worker(rank, world_size, way):
+    """On rank 1 `expand` raises what torch raises for shapes that do not fit; what each rank is told."""
+    plan, group = ringattn.Plan(24, world_size), dist.group.WORLD
+    options = {"ulysses": ringattn.make_ulysses(group, world_size)} if way == "ulysses" else {}
+
+    def attend(expand):
+        def call(*tensors):
+            return ringattn.ring_attention(*tensors, plan, group, expand=expand, **options)
+
+        if way != "operator":
+            return call(*qkv(12))
+        contexts = partial(create_selective_checkpoint_contexts, [torch.ops.ringattn.attend.default])
+        return checkpoint(call, *qkv(12), use_reentrant=False, context_fn=contexts)
+
+    with pytest.raises(ringattn.TopologyError) as caught:
+        attend(Raising("other shape" if rank else None))
+    return str(caught.value), repr(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("way", ["eager", "operator", "ulysses"])
+def test_whatever_expand_raises_on_one_rank_is_told_to_all(way):
+    (first, no_cause), (second, cause) = run_ranks(raising_worker, 2, way, timeout=20)
+    assert "rank 1: arguments refused there" in first
+    assert "expand: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in second
+    assert no_cause == "None"
+    assert cause.startswith("RuntimeError('mat1 and mat2 shapes")
+
+
+def memory_worker(rank, world_size):
+    """Memory runs out while every rank expands."""
+    for error in (torch.OutOfMemoryError("planted"), MemoryError("planted")):
+        with pytest.raises(type(error), match=r"^planted$"):
+            ringattn.ring_attention(*qkv(12), ringattn.Plan(24, world_size), dist.group.WORLD, expand=Raising(error))
+
+
+def test_memory_that_ran_out_in_expand_stays_what_it_is():
+    run_ranks(memory_worker, 2)
+
+
+def test_in_a_single_process_what_expand_raises_is_raised_as_it_is():
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes"):
+        ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), expand=Raising("other shape"))
+    with pytest.raises(ValueError, match="ring_attention: expand: refused") as caught:
+        ringattn.ring_attention(*qkv(8), ringattn.Plan(8, 1), expand=Raising(ValueError("refused")))
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 def other_group_worker(rank, world_size, what):
     """Rings {0, 1} and {2, 3}, and what carries their payloads made for {0, 2} and {1, 3}."""
     rings, others = [[0, 1], [2, 3]], [[0, 2], [1, 3]]

@@ -262,6 +262,27 @@ def test_a_retained_graph_is_walked_twice():
         assert all(difference == 0 and size > 0 for difference, size in found.values()), found
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_gain_that_changes_from_call_to_call_breaks_no_graph(dynamic):
+    """A number is a symbol to the compiler at first, and then compiled for by itself; a tensor is one graph for all."""
+
+    def attend(x, plan, gain):
+        return ringattn.ring_attention(x, x, x, plan, selection=ringattn.Selection(gain=gain))
+
+    backend, graphs = counting_backend()
+    traced = torch.compile(attend, backend=backend, fullgraph=True, dynamic=dynamic)
+    x, plan = payload()[0], ringattn.Plan(LENGTH, 1)
+    for gain in (0.3, 0.4, 0.5):
+        assert error(traced(x, plan, gain), attend(x, plan, gain)) <= 1e-12
+    before = len(graphs)
+    for gain in (0.3, 0.4, 0.5):
+        gain = torch.tensor([gain])
+        assert error(traced(x, plan, gain), attend(x, plan, gain)) <= 1e-12
+    assert len(graphs) == before + 1
+    with pytest.raises(ValueError, match="gain: expected a finite number"):
+        attend(x, plan, float("inf"))
+
+
 def ulysses_worker(rank, world_size):
     """Graphs and errors of layers that exchange heads, with other documents, lengths and by degree."""
     group, found = dist.group.WORLD, []

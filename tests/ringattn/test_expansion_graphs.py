@@ -207,6 +207,7 @@ def test_layers_of_a_row_of_documents_share_its_graphs(size, tmp_path):
 
 def parameters_where_they_lie(transport_graphs):
     expansion.computing_with = lambda module, given, tensors: module
+    expansion._version = lambda x: 0  # a recorded graph writes views of what it reads anew, unlike one of CUDA
 
 
 def without_launch_key(transport_graphs):

@@ -7,14 +7,14 @@ import pytest
 from launch.memory_choice import MemoryPlan, plan_memory
 from launch.memory_search import DeviceFacts
 from tools.bench.step_cases import Case
-from tools.bench.step_rows import GIB, StepRow, read_rows
+from tools.bench.step_rows import GIB, StepRow, one_of_each_case, read_all
 from tools.report.kinds import settings_of
 
 RECORDS = Path(__file__).parents[2] / "docs/records"
 ROWS = [
     row
     for name in ("steps-1-h100.jsonl", "steps-4-h100.jsonl", "steps-4-h200.jsonl")
-    for row in read_rows(RECORDS / name)
+    for row in one_of_each_case(read_all(RECORDS / name))
     if row.variant == "ours" and row.status == "ok"
 ]
 NAMES = [f"{row.model} cp {row.num_ranks} {row.tokens} {row.settings}" for row in ROWS]

@@ -142,11 +142,6 @@ def load_all(folder: Path) -> list[StepRow]:
     return read_all(path) if path.exists() else []
 
 
-def read_rows(path: Path) -> list[StepRow]:
-    """The rows of a file, see `read_all`: one of each case, see `one_of_each_case`."""
-    return one_of_each_case(read_all(path))
-
-
 def one_of_each_case(rows: Sequence[StepRow]) -> list[StepRow]:
     """The row that stands for its case, in the order the cases first came.
 

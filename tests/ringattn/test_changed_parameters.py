@@ -1,0 +1,167 @@
+"""Parameters of `expand` that change in place between forward and backward: refused, and nothing else is."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+import ringattn
+from tests.processes import run_ranks
+from tests.ringattn.test_keeping import LENGTH, WAYS, Expand, Layer, off, problem
+
+CHANGED = (
+    r"parameter 0 of expand's 1 that take gradients, of shape \(8, 4\), has been changed in place since the forward"
+)
+
+
+def attend(expand, plan=None, group=None, **options):
+    """Out [B, S, H, Dv] of a payload that `expand` widens."""
+    plan = plan or ringattn.Plan(LENGTH, 1)
+    shapes = ((2, 8), (1, 4), (1, 8))
+    q, k, v = (
+        torch.randn(1, LENGTH, *shape, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        for n, shape in enumerate(shapes)
+    )
+    rank = 0 if group is None else dist.get_rank(group)
+    q, k, v = (ringattn.shard(x, plan, rank).requires_grad_() for x in (q, k, v))
+    out = ringattn.ring_attention(q, k, v, plan, group, expand=expand, **options)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def change(expand):
+    with torch.no_grad():
+        expand.up.weight.mul_(2)
+
+
+@pytest.mark.parametrize("selection", [None, ringattn.Selection(memory_tau=1.0)])
+def test_a_change_in_place_is_refused(selection):
+    expand = Expand().double()
+    out = attend(expand, selection=selection)
+    change(expand)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("way", [name for name, way in WAYS.items() if way is not None])
+def test_a_change_in_place_is_refused_where_layers_are_checkpointed(way):
+    """What is kept of attention is of the old ones, whatever is made anew."""
+    layers, x, plan = problem("expand", 0, 1)
+    out = checkpoint(layers[0], x.requires_grad_(), plan, None, "auto", use_reentrant=False, **WAYS[way])
+    change(layers[0].expand)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        out.sum().backward()
+
+
+def unsent_worker(rank, world_size):
+    """What is raised after a change on all ranks, and the bytes that the backward sent."""
+    plan, group, expand = ringattn.Plan(LENGTH, world_size), dist.group.WORLD, Expand().double()
+    transport = ringattn.make_transport("p2p", group)
+    out = attend(expand, plan, group, transport=transport)
+    change(expand)
+    transport.stats.take()
+    with pytest.raises(RuntimeError, match=CHANGED):
+        out.sum().backward()
+    sent = transport.stats.take().bytes_sent
+    attend(expand, plan, group, transport=transport).sum().backward()  # the ring is as good as before
+    return sent
+
+
+def test_it_is_refused_before_anything_is_sent():
+    assert run_ranks(unsent_worker, 2) == [0, 0]
+
+
+class Normed(torch.nn.Module):
+    """An embedding that brings its rows to one length in place whenever it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(LENGTH, 8, max_norm=0.1, dtype=torch.float64)
+
+    def forward(self, k, v, positions):
+        return self.table(positions)[None, :, None] + torch.cat([k, k], dim=-1), v
+
+
+@pytest.mark.parametrize("kind", ["linear", "normed"])
+def test_what_autograd_allows_is_allowed(kind):
+    """Graphs that wait for each other or are walked twice, and data that goes elsewhere and comes back (ZeRO-3)."""
+    expand = (Expand() if kind == "linear" else Normed()).double()
+    (parameter,) = expand.parameters()
+    (expected,) = torch.autograd.grad(attend(expand).sum(), parameter)
+    found, data = [], parameter.data
+    if kind == "linear":
+        outs = [attend(expand).sum() for _ in range(2)]
+        found = [torch.autograd.grad(out, parameter)[0] for out in outs]
+        out = attend(expand).sum()
+        parameter.data = torch.empty(0, dtype=data.dtype)
+        parameter.data = data.clone()
+        parameter.data.copy_(data)
+        found += [torch.autograd.grad(out, parameter, retain_graph=True)[0] for _ in range(2)]
+    found.append(torch.autograd.grad(attend(expand).sum(), parameter)[0])
+    assert all(torch.equal(x, expected) for x in found)
+    with torch.inference_mode():
+        attend(copy.deepcopy(expand))  # its parameters have no versions
+
+
+def sharded_worker(rank, world_size, offloaded):
+    """How far two steps under FSDP2 are off those without, by how layers are kept; each of two micro-batches."""
+    policy = CPUOffloadPolicy(pin_memory=False) if offloaded else OffloadPolicy()
+    plan, group, found = ringattn.Plan(LENGTH, world_size), dist.group.WORLD, {}
+    for name, way in WAYS.items():
+        ends = []
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            layers = torch.nn.ModuleList(Layer("expand") for _ in range(2)).double()
+            if sharded:
+                for layer in layers:
+                    fully_shard(layer, reshard_after_forward=True, offload_policy=policy)
+            optimizer = torch.optim.SGD(layers.parameters(), lr=1e-3)
+            for _ in range(2):
+                losses = []
+                for number in range(2):
+                    generator = torch.Generator().manual_seed(number)
+                    x = torch.randn(1, LENGTH, 16, generator=generator, dtype=torch.float64)
+                    x = ringattn.shard(x, plan, rank).requires_grad_()
+                    for layer in layers:
+                        run = layer if way is None else partial(checkpoint, layer, use_reentrant=False, **way)
+                        x = run(x, plan, group, "auto")
+                    losses.append(x.square().sum())
+                for loss in losses:
+                    loss.backward()
+                for parameter in layers.parameters():
+                    if not sharded:
+                        dist.all_reduce(parameter.grad)
+                        parameter.grad /= world_size
+                optimizer.step()
+                optimizer.zero_grad()
+            ends.append([x.full_tensor() if sharded else x.detach() for x in layers.parameters()])
+        found[name] = off(*ends)
+    return found
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_parameters_that_fsdp_gathers_again_are_the_same(offloaded):
+    for found in run_ranks(sharded_worker, 2, offloaded):
+        assert all(difference <= 1e-12 for difference in found.values()), found
+
+
+@pytest.mark.parametrize("selection", [None, ringattn.Selection(memory_tau=1.0)])
+def test_parameters_that_were_there_for_the_forward_alone_are_refused(selection):
+    """Their gradients came out as zeros, and those of the payload by the module's own."""
+    expand = Expand().double()
+    others = {name: (2 * x.detach()).requires_grad_() for name, x in expand.named_parameters()}
+
+    class Calling(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.expand = expand
+
+        def forward(self):
+            return attend(self.expand, selection=selection)
+
+    out = torch.func.functional_call(Calling(), {f"expand.{name}": x for name, x in others.items()})
+    with pytest.raises(RuntimeError, match=r"backward: Expand, the module of expand, has other parameters than in the"):
+        out.sum().backward()
