@@ -129,8 +129,10 @@ def _run(options: argparse.Namespace, command: str) -> int:
             _measure(options, model, command, left_out)
         except KeyboardInterrupt:
             stopped = True
-            print(f"scaling_report: stopped; the points so far are in {options.out / NAME}.jsonl", file=sys.stderr)
         files = [load_all(options.out), left_out]
+        if stopped:
+            found = f"; the points so far are in {options.out / NAME}.jsonl" if files[0] else " before the first point"
+            print(f"scaling_report: stopped{found}", file=sys.stderr)
     files = [[row for row in rows if row.model == model] for rows in files]
     rows = [row for rows in files for row in one_of_each_case(rows)]
     if rows:
