@@ -260,7 +260,9 @@ def _point(cases: Cases, case: Case, most: int, max_step_seconds: int | None) ->
 
 def _line(row: StepRow) -> str:
     if row.seconds is None:
-        return f"{row.status}: {row.note}"
+        from tools.report.summary import failure  # not before a command line that is wrong was refused
+
+        return failure(row)
     used = "" if row.mfu_causal is None else f", MFU {row.mfu_causal:.1%}"
     memory = "" if row.peak_allocated is None else f", {row.peak_allocated:.1f} GiB on a GPU"
     return f"{row.tokens / row.seconds:,.0f} tokens/s, {row.seconds:.3g} s per step{used}{memory}; {row.memory}"

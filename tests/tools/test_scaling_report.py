@@ -141,6 +141,18 @@ def test_out_of_memory_is_a_row_and_other_failures_are_tried_again(
     assert "No point could be measured" in text
 
 
+def test_lack_of_memory_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reason of a lone process begins with the words of the status."""
+    note = "out of memory: [enforce fail at alloc_cpu.cpp:127] can't allocate 64 MiB"
+    monkeypatch.setattr(RankPool, "run", _fail(note))
+    assert main([*TINY, "--cp", "1", "--seq-len", "64", "--out", str(tmp_path), *LITTLE]) == 0
+    assert f"\n  {note}\n" in capsys.readouterr().out
+    assert load_rows(tmp_path)[0].note == note
+    assert f"| 64 | {note} [nothing recomputed or moved] |" in (tmp_path / "report.md").read_text()
+
+
 def test_what_is_refused_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankPool, "run", _fail())  # StopIteration, were it called
     assert main([*TINY, "--cp", "2", "--seq-len", f"3,{1 << 40}", "--out", str(tmp_path), *LITTLE]) == 0

@@ -21,6 +21,7 @@ from tools.report.rows_csv import rows_csv
 from tools.report.summary import (
     OTHER_CODE,
     OTHER_GPU,
+    failure,
     in_gib,
     key_figures,
     seconds,
@@ -177,7 +178,7 @@ def _failure(row: Row) -> str:
     if row.predicted_seconds is not None:
         foreseen.append(f"{seconds(row.predicted_seconds)} per step")
     told = f" [{'; '.join(foreseen)}]" if foreseen else ""
-    return f"{row.status}: {row.note}{told}"
+    return f"{failure(row)}{told}"
 
 
 def _longest_line(one: Longest, told_why: bool) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.progress import format_duration
+from tools.bench.step_rows import StepRow
 from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import RIVAL
 from tools.report.longest import Limits
@@ -245,6 +246,11 @@ def _not_measured(rows: Sequence[Row]) -> list[str]:
 
 def _where(row: Row) -> str:
     return f"{row.kind} cp {row.cp} at {row.tokens:,}"
+
+
+def failure(row: Row | StepRow) -> str:
+    """Why a row was not measured; a note that begins with the status does not have it said twice."""
+    return row.note if row.note.startswith(row.status) else f"{row.status}: {row.note}"
 
 
 def count(tokens: int) -> str:
