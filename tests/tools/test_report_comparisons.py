@@ -302,6 +302,21 @@ def test_a_disturbed_softmax_is_no_yardstick_of_a_sentence() -> None:
     assert "3.00 times" in " ".join(summary_sentences(report((replace(softmax, other_cores=0.0), sas))))
 
 
+def test_comparisons_with_a_disturbed_row_are_marked() -> None:
+    """In the table and in the CSV; but not a loss, which is what it is however long the step took."""
+    alone = _row("softmax", 1, 8192, 0.2, losses=(6.0,), step_seconds=(0.2, 0.3))
+    ring = _row("softmax", 4, 8192, 0.1, losses=(6.6,))
+    made = report((alone, ring, _row("sas", 1, 8192, 0.5), _row("sas", 4, 8192, 0.25)))
+    text = render_markdown(made, [])
+    assert "| 8,192 * |" in text
+    assert text.count("| 50.0% * | - | 1.0e-01 |") == 1
+    assert text.count("| 2.50x * |") == 1, "against the disturbed row"
+    assert text.count("| 2.50x |") == 1, "cp 4 against cp 4"
+    unsound = [line["unsound"] for line in csv.DictReader(io.StringIO(rows_csv(made.rows)))]
+    assert unsound == ["", "cost_same_length", "against_softmax", ""]
+    assert "Behind a comparison the mark says that the row compared with is such a point" in text
+
+
 def test_other_settings_have_names_and_an_order() -> None:
     assert [in_words(f"model.layers={n}") for n in (1, 4)] == ["1 layer", "4 layers"]
     assert in_words("model.hidden=512") == "model.hidden=512"

@@ -242,6 +242,26 @@ def test_ten_kinds_have_ten_colours() -> None:
     assert len(set(dark)) == len(COLOURS), "on dark paper too"
 
 
+def test_comparisons_with_disturbed_points_are_not_drawn() -> None:
+    steps = [gpu_row(kind, 4, n, n / 1e5 * (1 + number)) for number, kind in enumerate(KINDS) for n in (8192, 32768)]
+    quiet = report(tuple(steps))
+    looks = Looks.of(quiet.rows)
+    words = "not drawn: comparisons with disturbed points"
+
+    def drawn(made: Report) -> tuple[Drawing, str]:
+        drawing = next(one for one in list_drawings(made, looks) if one.name == "against_softmax")
+        (axes,) = _drawn([drawing], looks).axes
+        return drawing, "; ".join(text.get_text().replace("\n", " ") for text in axes.texts)
+
+    drawing, notes = drawn(quiet)
+    assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (2, 2, False)
+    restless = {"step_seconds": (steps[0].seconds, 2 * (steps[0].seconds or 0.0))}
+    drawing, notes = drawn(report((replace(steps[0], **restless), *steps[1:])))
+    assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (0, 2, True)
+    drawing, notes = drawn(report((*steps[:2], replace(steps[2], **restless), *steps[3:])))
+    assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (1, 2, True), "its own"
+
+
 def test_points_compared_with_another_gpu_are_hollow() -> None:
     made = _report(5, lengths=(8192,))
     looks = Looks.of(made.rows)

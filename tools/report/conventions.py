@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
 from tools.report.model import Report
-from tools.report.summary import OTHER_CODE, OTHER_GPU, in_gib
+from tools.report.summary import DISTURBED, OTHER_CODE, OTHER_GPU, in_gib
 
 _ANEW = (
     "by today's planner, that of the code which rendered this report, for each row's own machine: in the sentence "
@@ -40,8 +40,9 @@ def conventions(report: Report) -> list[tuple[str, str]]:
         (
             "Other work",
             "CPU cores that other processes kept busy during the timings, on average. A point is marked as disturbed "
-            f"(*) where that is over {RESTLESS_CORES:.0%} of the cores it uses, or its spread over "
-            f"{RESTLESS_SPREAD:.0%}.",
+            f"({DISTURBED}) where that is over {RESTLESS_CORES:.0%} of the cores it uses, or its spread over "
+            f"{RESTLESS_SPREAD:.0%}. Behind a comparison the mark says that the row compared with is such a point (in "
+            "the CSV: unsound). The pictures of comparisons draw none with a disturbed point on either side.",
         ),
         ("Lengths", "k is 1,024 tokens and M 1,048,576, on axes and in headlines."),
         (f"Tokens/s per {'GPU' if cuda else 'core'}", f"length / step time / number of {unit}s."),

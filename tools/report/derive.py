@@ -34,7 +34,7 @@ class Row:
         warmed_up_on_itself: Whether the first loss is of a row as long as this one.
         across: GPU of the row it is compared with, by the comparison's name, where that is not its own.
         other_code: The same of its commit; nothing where one of the two has none.
-        unsound: Names of the comparisons with a disturbed row.
+        unsound: Names of the comparisons with a disturbed row; not the loss, which other work does not change.
         no_yardstick: Names of the costs whose row of cp 1 says nothing of what cutting a row costs; see `yardsticks`.
     """
 
@@ -98,6 +98,10 @@ class Row:
         """The number of that name, but no cost against what is no yardstick."""
         value: float | None = None if name in self.no_yardstick else getattr(self, name)
         return value
+
+    def reliable(self, name: str) -> float | None:
+        """The same of a comparison, but none with a disturbed row on either side."""
+        return None if name in self.unsound or is_disturbed(self) else self.told(name)
 
     @property
     def one_document(self) -> bool:
@@ -214,7 +218,7 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
             for name, other in others.items()
             if row.commit and other.commit and other.commit != row.commit
         },
-        unsound=tuple(name for name, other in others.items() if is_disturbed(other)),
+        unsound=tuple(name for name, other in others.items() if name != "loss_difference" and is_disturbed(other)),
     )
 
 

@@ -218,6 +218,8 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
         ]
         if reasons:
             notes.append(f"hollow: against a row {' or '.join(reasons)}")
+        if sketch.compares and _lines(lambda row: row.told(sketch.compares), rows, sketch.only) != lines:
+            notes.append("not drawn: comparisons with disturbed points")
         hollow = [row for row in rows if row in gpus or row in commits]
         for (kind, cp), line in _lines(sketch.value, hollow, sketch.only).items():
             axes.plot(

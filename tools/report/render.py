@@ -19,6 +19,7 @@ from tools.report.names import common_settings, short
 from tools.report.plots import Plot, draw_plots
 from tools.report.rows_csv import rows_csv
 from tools.report.summary import (
+    DISTURBED,
     OTHER_CODE,
     OTHER_GPU,
     failure,
@@ -109,7 +110,7 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
             value = row.told(name)
             foreseen = None if predicted is None else getattr(row, predicted)
             told = (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
-            marks = ((OTHER_GPU, row.across), (OTHER_CODE, row.other_code))
+            marks = ((DISTURBED, row.unsound), (OTHER_GPU, row.across), (OTHER_CODE, row.other_code))
             return " ".join([told, *(mark for mark, others in marks if name in others and value is not None)])
 
         return shown
@@ -144,7 +145,7 @@ def _render(template: str, report: Report, **more: object) -> str:
         {
             "kind": row.kind,
             "cp": row.cp,
-            "tokens": f"{row.tokens:,}{' *' if is_disturbed(row) else ''}",
+            "tokens": f"{row.tokens:,}{f' {DISTURBED}' if is_disturbed(row) else ''}",
             "ok": row.ok,
             "status": _failure(row),
             "cells": [c(row) for _, c in columns],

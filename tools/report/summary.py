@@ -16,6 +16,7 @@ from tools.report.names import short
 from tools.report.yardsticks import COSTS, is_no_cost, yardstick_of
 
 _RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
+DISTURBED = "*"  # marks a disturbed point, and comparisons with it
 OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
 OTHER_CODE = "~"  # and one of rows that different versions of the code measured
 
@@ -75,8 +76,8 @@ def key_figures(report: Report) -> list[Figure]:
         full = f"; {used.mfu_full:.0%} by full attention's count" if used.mfu_full is not None else ""
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
     for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
-        priced = [row for row in sound if _is_told(row, name)]
-        if any(not row.changed for row in sound if any(_is_told(row, one) for one in COSTS)):
+        priced = [row for row in sound if row.reliable(name) is not None]
+        if any(not row.changed for row in sound if any(row.reliable(one) is not None for one in COSTS)):
             priced = [row for row in priced if not row.changed]
         if priced:
             row = max(priced, key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
@@ -123,19 +124,20 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
     listed = ", ".join(_where(row) for row in restless)
     return [
         f"Not reliable: other work disturbed {len(restless)} of {len(measured)} measured points ({listed}); the "
-        "sentences below leave them out. Measure them again, in a new folder, on a quiet machine."
+        "sentences below and the pictures of comparisons leave them out. Measure them again, in a new folder, on a "
+        "quiet machine."
     ]
 
 
 def _costs(sound: Sequence[Row]) -> list[str]:
     """Of the first kind that has any: the longest row of each ring that has its yardstick. The table has all."""
-    priced = [row for row in sound if any(_is_told(row, name) for name in COSTS)]
+    priced = [row for row in sound if any(row.reliable(name) is not None for name in COSTS)]
     kind = priced[0].kind if priced else ""
     sentences = []
     for cp in sorted({row.cp for row in priced if row.kind == kind}):
         told = []
         for name, words in COSTS.items():
-            own = [row for row in priced if (row.kind, row.cp) == (kind, cp) and _is_told(row, name)]
+            own = [row for row in priced if (row.kind, row.cp) == (kind, cp) and row.reliable(name) is not None]
             if own:
                 row = max(own, key=lambda row: row.tokens)
                 where = f"at {row.tokens:,} tokens{_across(row, name)}"
@@ -167,18 +169,13 @@ def _no_costs(sound: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _is_told(row: Row, name: str) -> bool:
-    """Whether the row has this comparison, with an undisturbed one, and with a yardstick that is one."""
-    return row.told(name) is not None and name not in row.unsound
-
-
 def _across(row: Row, name: str) -> str:
     gpus = f", {short(row.gpu)} against {short(row.across[name])}" if name in row.across else ""
     return f"{gpus}{', by different commits' if name in row.other_code else ''}"
 
 
 def _kinds(sound: Sequence[Row]) -> list[str]:
-    compared = [row for row in sound if row.is_ours and _is_told(row, "against_softmax")]
+    compared = [row for row in sound if row.is_ours and row.reliable("against_softmax") is not None]
     told = []
     for kind in dict.fromkeys(row.kind for row in compared):
         row = max((row for row in compared if row.kind == kind), key=lambda row: (row.tokens, row.cp))
@@ -192,7 +189,7 @@ def _rival(sound: Sequence[Row]) -> list[str]:
     told = [
         f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_across(row, name)}{_restless(row)}"
         for row in sound
-        if row.kind == RIVAL and _is_told(row, name)
+        if row.kind == RIVAL and row.reliable(name) is not None
     ]
     rival = "transformers + FSDP2 + torch's context_parallel (rival)"
     return [f"On as many GPUs a step of {rival} takes {', '.join(told)}."] if told else []
