@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from launch.config import MemoryConfig
+from launch.memory_advice import describe
 from model.flops import flops_per_token
 from tools.bench.step_rows import StepRow
-from tools.report.kinds import RIVAL, changes_model
+from tools.report.kinds import RIVAL, changes_model, rival_memory
 from tools.report.names import KEPT, attention_of, common_settings, conditions_of, kind_name, kind_order, model_at
 
 # From here on a number is called disturbed: spread of the timings; share of the used cores that others took.
 RESTLESS_SPREAD = 0.25
 RESTLESS_CORES = 0.1
+_ALL_KEPT = (describe(MemoryConfig()), "layers kept")  # ours, the rival's
 _Point = tuple[str, tuple[str, ...], int, int]  # attention, conditions, cp, tokens
 
 
@@ -90,6 +93,11 @@ class Row:
         return self.step_seconds is not None
 
     @property
+    def saves_memory(self) -> bool:
+        """Whether its settings take less memory than keeping all on the device would."""
+        return bool(self.memory) and self.memory not in _ALL_KEPT
+
+    @property
     def is_ours(self) -> bool:
         """Whether it is this project's own trainer."""
         return not self.kind.startswith(RIVAL)
@@ -143,7 +151,7 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
         tokens=step.tokens,
         status=step.status,
         note=step.note,
-        memory=step.memory,
+        memory=step.memory or (rival_memory(step.settings) if step.variant == RIVAL else ""),
         step_seconds=seconds,
         step_spread=(max(step.step_seconds) - min(step.step_seconds)) / seconds
         if seconds and len(step.step_seconds) > 1

@@ -209,18 +209,13 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
                 markeredgecolor="white",
                 linewidth=2,
             )
-        gpus = [row for row in rows if sketch.compares in row.across]
-        commits = [row for row in rows if sketch.compares in row.other_code]
-        reasons = [
-            words
-            for words, marked in (("on another GPU", gpus), ("of another commit", commits))
-            if _lines(sketch.value, marked, sketch.only)
-        ]
+        marked = {words: [row for row in rows if holds(row)] for words, holds in sketch.hollow}
+        reasons = [words for words, found in marked.items() if _lines(sketch.value, found, sketch.only)]
         if reasons:
-            notes.append(f"hollow: against a row {' or '.join(reasons)}")
+            notes.append(f"hollow: {' or '.join(reasons)}")
         if sketch.compares and _lines(lambda row: row.told(sketch.compares), rows, sketch.only) != lines:
             notes.append("not drawn: comparisons with disturbed points")
-        hollow = [row for row in rows if row in gpus or row in commits]
+        hollow = [row for row in rows if any(row in found for found in marked.values())]
         for (kind, cp), line in _lines(sketch.value, hollow, sketch.only).items():
             axes.plot(
                 *zip(*line, strict=True),

@@ -20,6 +20,7 @@ class Sketch:
         only: The cp it is about; None: all of them.
         reference: (height, name) of a horizontal line; None: none.
         compares: The comparison that it shows; "": none.
+        hollow: (words, whether it is true of a row) of what hollow markers tell apart.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Sketch:
     reference: tuple[float, str] | None = None
     only: int | None = None
     compares: str = ""
+    hollow: tuple[tuple[str, Callable[[Row], bool]], ...] = ()
 
 
 def sketches(report: Report, looks: Looks) -> list[Sketch]:
@@ -48,6 +50,8 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
         value=lambda row: row.mfu_causal,
         percent=True,
     )
+    # Without a mark its lines would fall, where a longer row is run with other settings, as if less were needed.
+    saving = (("recomputes, moves or tiles, see the table", lambda row: row.saves_memory),)
     memory = Sketch(
         name="gpu_memory",
         title=f"Memory in use on a GPU{at}",
@@ -55,6 +59,7 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
         unit="GiB; dashed: predicted",
         value=lambda row: row.gpu_used_gib,
         predicted=lambda row: row.predicted_used_gib,
+        hollow=saving,
         reference=None if limit is None else (limit, f"{has} {limit:.0f}"),
     )
     if not report.on_gpu:
@@ -71,6 +76,7 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
             unit="GiB; dashed: predicted",
             value=lambda row: row.host_peak_gib,
             predicted=lambda row: row.predicted_host_gib,
+            hollow=saving,
         )
     return [
         Sketch(name="step_time", title="Step time", unit="s", value=lambda row: row.step_seconds, log=True),
@@ -91,9 +97,18 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
             unit="times",
             value=lambda row: row.reliable("against_softmax"),
             compares="against_softmax",
+            hollow=_others("against_softmax"),
             reference=(1.0, "softmax"),
         ),
     ]
+
+
+def _others(name: str) -> tuple[tuple[str, Callable[[Row], bool]], ...]:
+    """How the two rows of a comparison may differ beside what is compared."""
+    return (
+        ("against another GPU", lambda row: name in row.across),
+        ("against another commit", lambda row: name in row.other_code),
+    )
 
 
 def _cost_of_cp(name: str, same: str, lost: str) -> Sketch:
@@ -103,6 +118,7 @@ def _cost_of_cp(name: str, same: str, lost: str) -> Sketch:
         unit=f"{lost} lost against cp 1",
         value=lambda row: row.reliable(name),
         compares=name,
+        hollow=_others(name),
         percent=True,
         reference=(0.0, "as cp 1"),
     )
