@@ -123,7 +123,8 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "measured: the longest row of this report that trained a step. Planned: the longest row that the planner "
             f"says fits a machine of {in_gib(report.machine) or 'memory that nobody told'} with any settings, each "
             "process with its share of the host's memory; computed, not run. It is one machine for all kinds, the "
-            "smallest where rows are of several. Where more was trained than is planned, it is said why.",
+            "smallest where rows are of several; of hosts the smallest of those where the largest ring ran. Where more "
+            "was trained than is planned, it is said why.",
         ),
         (
             "Loss difference",

@@ -242,8 +242,11 @@ def _memory(report: Report) -> str:
 
 
 def _threads(steps: Sequence[StepRow]) -> str:
-    found = sorted({(step.num_ranks, step.threads) for step in steps if step.threads})
-    return ", ".join(f"{number} at cp {cp}" for cp, number in found)
+    found: dict[int, set[int]] = {}
+    for step in steps:
+        if step.threads:
+            found.setdefault(step.num_ranks, set()).add(step.threads)
+    return ", ".join(f"{' or '.join(map(str, sorted(found[cp])))} at cp {cp}" for cp in sorted(found))
 
 
 def _commands(report: Report) -> list[str]:
