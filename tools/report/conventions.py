@@ -62,15 +62,16 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "Cost of cp, same length",
             f"1 - tokens/s per {unit} / those of cp 1 on a row of the same length: what is lost of a perfect "
             f"{'speed-up by more GPUs' if cuda else 'division of the cores'}. Below 0: faster than that. Both compare "
-            "the fastest measured settings of memory, which may differ: a shorter row can keep more; of cp 1 those "
-            "of the row's own commit, where there are any.",
+            "the fastest measured settings of memory, which may differ: a shorter row can keep more, and cp 1 has to "
+            "recompute or move more of a row as long, which is time that its cost is too small by; of cp 1 those of "
+            "the row's own commit, where there are any.",
         ),
         ("Against softmax", "step time / that of our softmax at the same length and cp; FLOPs may differ."),
         (
             "Compared rows",
             "have in common all settings but those that are compared and those of memory: rows of a model with fewer "
             "layers are compared with each other alone. Where one was measured on several GPUs, the same GPU's "
-            "is taken.",
+            f"is taken, and costs of cp are told between equal GPUs alone.{_mixed(report)}",
         ),
         *(
             [
@@ -133,6 +134,22 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "shorter row.",
         ),
     ]
+
+
+def _mixed(report: Report) -> str:
+    """What else sets the points of a report of several machines apart."""
+    told = ""
+    if len({row.gpu for row in report.rows}) > 1:
+        told += (
+            " The pictures draw the fastest row of each length, so that a line may be of several GPUs; those of costs "
+            "the fastest whose cp 1 was measured on its GPU."
+        )
+    if len({step.machine for step in report.steps}) > 1:
+        told += (
+            " Machines differ beside the GPU, or are not recorded (see below): how long a short row waits for its "
+            "host may be part of a difference that no mark tells."
+        )
+    return told
 
 
 def _repeated(not_shown: int) -> str:

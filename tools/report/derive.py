@@ -30,8 +30,9 @@ class Row:
         conditions: Documents and all settings beside kind and memory, in one order. Only rows that have them in common
             are compared with each other.
         best: The fastest measured of its kind, cp and length: what plots and sums show.
-        cost_same_tokens: 1 - FLOP/s per unit over those of cp 1 with as many tokens per rank, a ratio.
-        cost_same_length: 1 - tokens/s per unit over those of cp 1 at the same length, a ratio.
+        best_on_gpu: The fastest of those on its GPU: what they show of costs, see `yardsticks.priced`.
+        cost_same_tokens: 1 - FLOP/s per unit over those of cp 1 with as many tokens per rank on the same GPU, a ratio.
+        cost_same_length: 1 - tokens/s per unit over those of cp 1 at the same length on the same GPU, a ratio.
         against_softmax: Step time over that of our softmax at the same cp and length, a ratio.
         loss_difference: |first loss - that of cp 1 at the same length| / the latter, where both are of such a row.
         warmed_up_on_itself: Whether the first loss is of a row as long as this one.
@@ -50,6 +51,7 @@ class Row:
     note: str = ""
     memory: str = ""
     best: bool = False
+    best_on_gpu: bool = False
     step_seconds: float | None = None
     step_spread: float | None = None
     tokens_per_second_per_unit: float | None = None
@@ -205,8 +207,13 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
     if row.cp > 1:
         alone = yardstick(row.attention, 1, row.tokens)
         narrow = yardstick(row.attention, 1, row.tokens // row.cp) if row.tokens % row.cp == 0 else None
-        compared["cost_same_tokens"] = (narrow, _cost(row, narrow, "tflops_per_unit_causal"))
-        compared["cost_same_length"] = (alone, _cost(row, alone, "tokens_per_second_per_unit"))
+        for name, other, speed in (
+            ("cost_same_tokens", narrow, "tflops_per_unit_causal"),
+            ("cost_same_length", alone, "tokens_per_second_per_unit"),
+        ):
+            # A faster GPU would hide the cost, a slower one double it.
+            own = other if other is not None and other.gpu == row.gpu else None
+            compared[name] = (own, _cost(row, own, speed))
         # Another row's loss is no check: long rows are warmed up on a short one, whose loss comes first.
         same_row = alone is not None and alone.warmed_up_on_itself and row.warmed_up_on_itself
         if alone is not None and same_row and alone.first_loss and row.first_loss is not None:
@@ -219,7 +226,8 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
     return replace(
         row,
         **{name: value for name, (_, value) in compared.items()},  # type: ignore[arg-type]
-        best=min(same, key=lambda other: _or_zero(other.step_seconds)) is row,
+        best=min(same, key=_step_seconds) is row,
+        best_on_gpu=min((other for other in same if other.gpu == row.gpu), key=_step_seconds) is row,
         across={name: other.gpu for name, other in others.items() if other.gpu != row.gpu},
         other_code={
             name: other.commit
@@ -233,6 +241,10 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
 def _cost(row: Row, other: Row | None, name: str) -> float | None:
     own, base = getattr(row, name), None if other is None else getattr(other, name)
     return None if own is None or not base else 1 - own / base
+
+
+def _step_seconds(row: Row) -> float:
+    return _or_zero(row.step_seconds)
 
 
 def _or_zero(value: float | None) -> float:

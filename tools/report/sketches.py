@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tools.report.axes import Looks
 from tools.report.derive import Row
 from tools.report.model import Report
+from tools.report.yardsticks import priced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Sketch:
         only: The cp it is about; None: all of them.
         reference: (height, name) of a horizontal line; None: none.
         compares: The comparison that it shows; "": none.
+        shown: Whether a row is a point of it.
         hollow: (words, whether it is true of a row) of what hollow markers tell apart.
     """
 
@@ -33,6 +35,7 @@ class Sketch:
     reference: tuple[float, str] | None = None
     only: int | None = None
     compares: str = ""
+    shown: Callable[[Row], bool] = lambda row: row.best
     hollow: tuple[tuple[str, Callable[[Row], bool]], ...] = ()
 
 
@@ -82,8 +85,8 @@ def sketches(report: Report, looks: Looks) -> list[Sketch]:
         Sketch(name="step_time", title="Step time", unit="s", value=lambda row: row.step_seconds, log=True),
         speed,
         memory,
-        _cost_of_cp("cost_same_tokens", "same tokens per rank", "FLOP/s"),
-        _cost_of_cp("cost_same_length", "same length", "tokens/s"),
+        _cost_of_cp(report, "cost_same_tokens", "same tokens per rank", "FLOP/s"),
+        _cost_of_cp(report, "cost_same_length", "same length", "tokens/s"),
         Sketch(
             name="exposed",
             title="Exposed communication",
@@ -111,13 +114,15 @@ def _others(name: str) -> tuple[tuple[str, Callable[[Row], bool]], ...]:
     )
 
 
-def _cost_of_cp(name: str, same: str, lost: str) -> Sketch:
+def _cost_of_cp(report: Report, name: str, same: str, lost: str) -> Sketch:
+    shown = priced(report.rows, name)
     return Sketch(
         name=name,
         title=f"Cost of cp, {same}",
         unit=f"{lost} lost against cp 1",
         value=lambda row: row.reliable(name),
         compares=name,
+        shown=lambda row: row in shown,
         hollow=_others(name),
         percent=True,
         reference=(0.0, "as cp 1"),

@@ -13,7 +13,7 @@ from tools.report.kinds import RIVAL
 from tools.report.longest import Limits
 from tools.report.model import Report
 from tools.report.names import short
-from tools.report.yardsticks import COSTS, is_no_cost, yardstick_of
+from tools.report.yardsticks import COSTS, is_no_cost, priced, yardstick_of
 
 _RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
 DISTURBED = "*"  # marks a disturbed point, and comparisons with it
@@ -75,13 +75,13 @@ def key_figures(report: Report) -> list[Figure]:
         where = f"{used.tokens:,} tokens, {used.kind}, cp {used.cp}{on(used)}"
         full = f"; {used.mfu_full:.0%} by full attention's count" if used.mfu_full is not None else ""
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
+    costs = {name: priced(report.rows, name) for name in COSTS}
+    if any(not row.changed for found in costs.values() for row in found):
+        costs = {name: [row for row in found if not row.changed] for name, found in costs.items()}
     for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
-        priced = [row for row in sound if row.reliable(name) is not None]
-        if any(not row.changed for row in sound if any(row.reliable(one) is not None for one in COSTS)):
-            priced = [row for row in priced if not row.changed]
-        if priced:
-            row = max(priced, key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
-            where = f"{row.tokens:,} tokens, {row.kind}{_across(row, name)}"
+        if costs[name]:
+            row = max(costs[name], key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
+            where = f"{row.tokens:,} tokens, {row.kind}{on(row)}{_across(row, name)}"
             label = f"cost of cp {row.cp} against cp 1 at the same {words}: {where}"
             figures.append(Figure(value=f"{getattr(row, name):.1%}", label=label))
             break
@@ -101,8 +101,8 @@ def summary_sentences(report: Report) -> list[str]:
     sound = [row for row in measured if row.best and not is_disturbed(row)]
     sentences = [
         *_disturbed(measured),
-        *_costs(sound),
-        *_no_costs(sound),
+        *_costs(rows),
+        *_no_costs([row for row in measured if row.best_on_gpu and not is_disturbed(row)]),
         *_kinds(sound),
         *_rival(sound),
         *_predictions([row for row in measured if not is_disturbed(row)], anew=report.anew),
@@ -129,18 +129,20 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
     ]
 
 
-def _costs(sound: Sequence[Row]) -> list[str]:
+def _costs(rows: Sequence[Row]) -> list[str]:
     """Of the first kind that has any: the longest row of each ring that has its yardstick. The table has all."""
-    priced = [row for row in sound if any(row.reliable(name) is not None for name in COSTS)]
-    kind = priced[0].kind if priced else ""
+    costs = {name: priced(rows, name) for name in COSTS}
+    every = [row for row in rows if any(row in found for found in costs.values())]
+    kind = every[0].kind if every else ""
+    several = len({row.gpu for row in rows}) > 1
     sentences = []
-    for cp in sorted({row.cp for row in priced if row.kind == kind}):
+    for cp in sorted({row.cp for row in every if row.kind == kind}):
         told = []
         for name, words in COSTS.items():
-            own = [row for row in priced if (row.kind, row.cp) == (kind, cp) and row.reliable(name) is not None]
+            own = [row for row in costs[name] if (row.kind, row.cp) == (kind, cp)]
             if own:
                 row = max(own, key=lambda row: row.tokens)
-                where = f"at {row.tokens:,} tokens{_across(row, name)}"
+                where = f"at {row.tokens:,} tokens{f' on {short(row.gpu)}' if several else ''}{_across(row, name)}"
                 told.append(f"{getattr(row, name):.1%} against cp 1 {words} ({where})")
         sentences.append(f"Cost of cp {cp}, {kind}: {'; '.join(told)}.")
     return sentences
