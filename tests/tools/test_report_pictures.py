@@ -233,6 +233,18 @@ def test_a_length_beyond_the_planned_is_marked_and_told_exactly() -> None:
     assert len([patch for patch in figure.axes[0].patches if patch.get_hatch()]) == 1
 
 
+@pytest.mark.parametrize("seconds", [0.0502, 0.0485])
+def test_a_small_cost_is_drawn_small(seconds: float) -> None:
+    """A lone cost of 0.4% filled its picture, beside ticks of 0.2% and 0.2%."""
+    made = report(tuple(gpu_row("softmax", cp, 8192, each, host_total=None) for cp, each in ((1, 0.2), (4, seconds))))
+    looks = Looks.of(made.rows)
+    drawing = next(one for one in list_drawings(made, looks) if one.name == "cost_same_length")
+    (axes,) = _drawn([drawing], looks).axes
+    told = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(set(told)) == len(told)
+    assert axes.get_ylim()[1] - axes.get_ylim()[0] >= 0.05
+
+
 def test_ten_kinds_have_ten_colours() -> None:
     looks = Looks.of(_report(10).rows)
     assert len(looks.kinds) == 10
