@@ -129,8 +129,10 @@ def _run(options: argparse.Namespace, command: str) -> int:
             _measure(options, model, command, left_out)
         except KeyboardInterrupt:
             stopped = True
-            print(f"scaling_report: stopped; the points so far are in {options.out / NAME}.jsonl", file=sys.stderr)
         files = [load_all(options.out), left_out]
+        if stopped:
+            found = f"; the points so far are in {options.out / NAME}.jsonl" if files[0] else " before the first point"
+            print(f"scaling_report: stopped{found}", file=sys.stderr)
     files = [[row for row in rows if row.model == model] for rows in files]
     rows = [row for rows in files for row in one_of_each_case(rows)]
     if rows:
@@ -258,7 +260,9 @@ def _point(cases: Cases, case: Case, most: int, max_step_seconds: int | None) ->
 
 def _line(row: StepRow) -> str:
     if row.seconds is None:
-        return f"{row.status}: {row.note}"
+        from tools.report.summary import failure  # not before a command line that is wrong was refused
+
+        return failure(row)
     used = "" if row.mfu_causal is None else f", MFU {row.mfu_causal:.1%}"
     memory = "" if row.peak_allocated is None else f", {row.peak_allocated:.1f} GiB on a GPU"
     return f"{row.tokens / row.seconds:,.0f} tokens/s, {row.seconds:.3g} s per step{used}{memory}; {row.memory}"

@@ -21,7 +21,7 @@ from tools.bench.step_rows import StepRow
 from tools.report.axes import Looks, spread_ticks
 from tools.report.derive import Row, derive_rows
 from tools.report.kinds import KINDS, kind_of, kind_settings, other_settings, settings_of
-from tools.report.longest import Limits, longest_contexts, machine_facts, machine_limits
+from tools.report.longest import Limits, known_limits, longest_contexts, machine_facts, machine_limits
 from tools.report.names import config_of, model_at
 from tools.report.plots import draw_plots
 from tools.report.render import render_markdown, render_page, write_report
@@ -150,6 +150,18 @@ def test_one_machine_is_planned_for_and_shown() -> None:
     made = report(made.steps, Limits(gpu=20, host=100))
     assert (made.machine, made.unknown) == (Limits(gpu=20, host=100), ())
     assert None not in [one.planned for one in made.longest]
+
+
+def test_a_machine_with_fewer_gpus_is_not_what_a_ring_is_planned_for() -> None:
+    """Its host's memory is that of one GPU's share."""
+    alone = gpu_row("softmax", 1, 32768, 1.1, host_total=126.0, threads=16)
+    ring = gpu_row("softmax", 4, 32768, 0.5, threads=16)
+    for other in (ring, replace(ring, gpu="NVIDIA H200")):
+        assert machine_limits((alone, other), Limits()) == (Limits(gpu=79.0, host=500.0), frozenset())
+    assert machine_limits((alone,), Limits())[0].host == 126.0
+    assert known_limits(ring.gpu, (alone, ring), Limits()).host == 500.0, "also for rows that do not tell theirs"
+    made = report((alone, ring, gpu_row("softmax", 1, 8192, 0.2, threads=64)))
+    assert "| Threads per process | 16 or 64 at cp 1, 16 at cp 4 |" in render_markdown(made, [])
 
 
 def test_why_more_was_trained_than_is_planned_is_told() -> None:

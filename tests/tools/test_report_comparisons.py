@@ -9,13 +9,16 @@ import pytest
 
 from tests.tools.report_records import cpu_row, gpu_row, report
 from tools.bench.step_rows import StepRow
+from tools.report.axes import Looks
 from tools.report.conventions import conventions
 from tools.report.derive import Row, derive_rows
 from tools.report.kinds import in_words, kind_settings
 from tools.report.longest import Limits, longest_contexts
+from tools.report.plots import list_drawings
 from tools.report.render import render_markdown
 from tools.report.rows_csv import rows_csv
 from tools.report.summary import key_figures, summary_sentences
+from tools.report.yardsticks import priced
 
 H200 = {"gpu": "NVIDIA H200"}
 FAR = 1 << 20
@@ -102,15 +105,48 @@ def test_another_gpu_is_said_wherever_two_rows_are_compared() -> None:
     assert "- **#**: the two compared rows ran on different GPUs (NVIDIA H100 80GB HBM3 and NVIDIA H200)" in text
     line = next(one for one in csv.DictReader(io.StringIO(rows_csv(made.rows))) if one["kind"].startswith("lagged"))
     assert (line["across"], line["conditions"]) == ("against_softmax: NVIDIA H200", "model.layers=4")
-    # costs and losses
+    # losses, but no costs, which would be those of the GPU as well
     ring = (_row("softmax", 1, 8192, 0.2, losses=(6.0,), **H200), _row("softmax", 4, 8192, 0.1, losses=(6.6,)))
     made = report(ring)
-    assert set(made.rows[1].across) == {"cost_same_length", "loss_difference"}
-    assert "50.0% # |" in render_markdown(made, [])
+    assert (made.rows[1].cost_same_length, set(made.rows[1].across)) == (None, {"loss_difference"})
+    assert "| 1.0e-01 # |" in render_markdown(made, [])
+    assert "some on another GPU than theirs" in " ".join(summary_sentences(made))
+
+
+def test_costs_of_cp_are_told_between_equal_gpus_alone() -> None:
+    """Also where a faster row is of another GPU, on which cp 1 was not measured."""
+    steps = (
+        _row("softmax", 1, 8192, 0.2, machine="A, 16 cores, 126 GiB, Linux"),
+        _row("softmax", 4, 8192, 0.1, machine="A, 64 cores, 504 GiB, Linux"),
+        _row("softmax", 4, 8192, 0.125),
+        _row("softmax", 4, 8192, 0.08, **H200),
+        _row("softmax", 4, 32768, 0.7),
+        _row("softmax", 4, 32768, 0.5, **H200),
+    )
+    made = report(steps)
+    found = {(row.cp, row.tokens, row.step_seconds): row for row in made.rows}
+    costs = {key: row.cost_same_length for key, row in found.items() if row.cost_same_length is not None}
+    assert costs == {(4, 8192, 0.1): pytest.approx(0.5), (4, 8192, 0.125): pytest.approx(0.6)}
+    assert found[4, 32768, 0.5].cost_same_tokens is None
+    assert [key for key, row in found.items() if row.best] == [(1, 8192, 0.2), (4, 8192, 0.08), (4, 32768, 0.5)]
+    assert priced(made.rows, "cost_same_length") == [found[4, 8192, 0.1]]
+    assert priced(made.rows, "cost_same_tokens") == [found[4, 32768, 0.7]]
+    percent = f"{found[4, 32768, 0.7].cost_same_tokens:.1%}"
     sentences = " ".join(summary_sentences(made))
-    assert "50.0% against cp 1 as long a row (at 8,192 tokens, H100 80GB HBM3 against H200)" in sentences
-    assert "some on another GPU than theirs" in sentences
-    assert any("softmax, H100 80GB HBM3 against H200" in figure.label for figure in key_figures(made))
+    assert f"{percent} against cp 1 with as many tokens per rank (at 32,768 tokens on H100 80GB HBM3)" in sentences
+    assert "50.0% against cp 1 as long a row (at 8,192 tokens on H100 80GB HBM3)" in sentences
+    (figure,) = [figure for figure in key_figures(made) if figure.label.startswith("cost of cp")]
+    assert figure.value == percent
+    assert figure.label.endswith("per rank: 32,768 tokens, softmax, H100 80GB HBM3")
+    drawn = {one.name: one.text for one in list_drawings(made, Looks.of(made.rows))}
+    assert "softmax, cp 4: 50.0% at 8,192." in drawn["cost_same_length"]
+    assert f"softmax, cp 4: {percent} at 32,768." in drawn["cost_same_tokens"]
+    told = dict(conventions(made))["Compared rows"]
+    assert "costs of cp are told between equal GPUs alone" in told
+    assert "a line may be of several GPUs" in told
+    assert "Machines differ beside the GPU" in told
+    plain = dict(conventions(report(tuple(replace(step, machine="A") for step in steps if step.gpu != H200["gpu"]))))
+    assert plain["Compared rows"].endswith("between equal GPUs alone.")
 
 
 def test_another_version_of_the_code_is_said_wherever_two_rows_are_compared() -> None:
@@ -207,7 +243,7 @@ def test_a_yardstick_is_judged_for_all_kinds_alike() -> None:
     far = (_row("lagged", 1, 65536, 1.0, **H200), _row("lagged", 4, 65536, 0.3, **H200))
     h100 = (_row("sas", 1, 8192, 0.2), _row("sas", 4, 32768, 1.0))
     told = " ".join(summary_sentences(report((*waiting, *others, *far, *h100))))
-    assert "Cost of cp 4, lagged 128: 16.7% against cp 1 as long a row (at 65,536 tokens)." in told
+    assert "Cost of cp 4, lagged 128: 16.7% against cp 1 as long a row (at 65,536 tokens on H200)." in told
     assert not any(row.no_yardstick for row in report((*waiting, *h100)).rows if row.attention != "softmax")
 
 
@@ -300,6 +336,21 @@ def test_a_disturbed_softmax_is_no_yardstick_of_a_sentence() -> None:
     sas = cpu_row(1, 1024, 3.0, settings=" ".join((*kind_settings("sas", "test"), "engine.precision=fp32")))
     assert "against softmax" not in " ".join(summary_sentences(report((softmax, sas))))
     assert "3.00 times" in " ".join(summary_sentences(report((replace(softmax, other_cores=0.0), sas))))
+
+
+def test_comparisons_with_a_disturbed_row_are_marked() -> None:
+    """In the table and in the CSV; but not a loss, which is what it is however long the step took."""
+    alone = _row("softmax", 1, 8192, 0.2, losses=(6.0,), step_seconds=(0.2, 0.3))
+    ring = _row("softmax", 4, 8192, 0.1, losses=(6.6,))
+    made = report((alone, ring, _row("sas", 1, 8192, 0.5), _row("sas", 4, 8192, 0.25)))
+    text = render_markdown(made, [])
+    assert "| 8,192 * |" in text
+    assert text.count("| 50.0% * | - | 1.0e-01 |") == 1
+    assert text.count("| 2.50x * |") == 1, "against the disturbed row"
+    assert text.count("| 2.50x |") == 1, "cp 4 against cp 4"
+    unsound = [line["unsound"] for line in csv.DictReader(io.StringIO(rows_csv(made.rows)))]
+    assert unsound == ["", "cost_same_length", "against_softmax", ""]
+    assert "Behind a comparison the mark says that the row compared with is such a point" in text
 
 
 def test_other_settings_have_names_and_an_order() -> None:

@@ -141,6 +141,18 @@ def test_out_of_memory_is_a_row_and_other_failures_are_tried_again(
     assert "No point could be measured" in text
 
 
+def test_lack_of_memory_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reason of a lone process begins with the words of the status."""
+    note = "out of memory: [enforce fail at alloc_cpu.cpp:127] can't allocate 64 MiB"
+    monkeypatch.setattr(RankPool, "run", _fail(note))
+    assert main([*TINY, "--cp", "1", "--seq-len", "64", "--out", str(tmp_path), *LITTLE]) == 0
+    assert f"\n  {note}\n" in capsys.readouterr().out
+    assert load_rows(tmp_path)[0].note == note
+    assert f"| 64 | {note} [nothing recomputed or moved] |" in (tmp_path / "report.md").read_text()
+
+
 def test_what_is_refused_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankPool, "run", _fail())  # StopIteration, were it called
     assert main([*TINY, "--cp", "2", "--seq-len", f"3,{1 << 40}", "--out", str(tmp_path), *LITTLE]) == 0
@@ -184,15 +196,24 @@ def test_points_beyond_the_ranks_or_the_time_are_left_out(
     assert "(1 failed, 3 left out)" in (tmp_path / "report.md").read_text()
 
 
+def _interrupt(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_command_interrupted_before_its_first_point_names_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(RankPool, "run", _interrupt)
+    assert main([*TINY, "--cp", "1", "--seq-len", "64", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "scaling_report: stopped before the first point\n"
+    assert list(tmp_path.glob("*.jsonl")) == []
+
+
 def test_an_interrupted_command_leaves_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append_row(tmp_path, CPU_ROWS[0])
-
-    def interrupt(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(RankPool, "run", interrupt)
+    monkeypatch.setattr(RankPool, "run", _interrupt)
     assert main([*TINY, "--cp", "1", "--seq-len", "64", "--out", str(tmp_path)]) == 130
     assert "stopped; the points so far are in" in capsys.readouterr().err
     assert "| softmax | 1 | 1,024 | nothing recomputed or moved | 500 ms |" in (tmp_path / "report.md").read_text()

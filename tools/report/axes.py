@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MOST_TICKS = 8
 _BEYOND = "////"  # where more was trained than is planned
+_LEAST_PERCENT = 0.05  # of an axis; less would make a cliff of 0.4%, and ticks that read the same
 _BAR_CHARACTERS = 26  # of a name; longer ones take more lines
 
 
@@ -85,6 +86,8 @@ def dress(
         return
     known = [*values, *([reference[0]] if reference is not None else [])]
     top, low = max(known), min(0.0, *known)
+    if percent:
+        top = max(top, low + _LEAST_PERCENT)
     axes.set_ylim(1.15 * low, low + 1.12 * (top - low) if top > low else 1)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     if percent:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
 from tools.report.model import Report
-from tools.report.summary import OTHER_CODE, OTHER_GPU, in_gib
+from tools.report.summary import DISTURBED, OTHER_CODE, OTHER_GPU, in_gib
 
 _ANEW = (
     "by today's planner, that of the code which rendered this report, for each row's own machine: in the sentence "
@@ -40,8 +40,9 @@ def conventions(report: Report) -> list[tuple[str, str]]:
         (
             "Other work",
             "CPU cores that other processes kept busy during the timings, on average. A point is marked as disturbed "
-            f"(*) where that is over {RESTLESS_CORES:.0%} of the cores it uses, or its spread over "
-            f"{RESTLESS_SPREAD:.0%}.",
+            f"({DISTURBED}) where that is over {RESTLESS_CORES:.0%} of the cores it uses, or its spread over "
+            f"{RESTLESS_SPREAD:.0%}. Behind a comparison the mark says that the row compared with is such a point (in "
+            "the CSV: unsound). The pictures of comparisons draw none with a disturbed point on either side.",
         ),
         ("Lengths", "k is 1,024 tokens and M 1,048,576, on axes and in headlines."),
         (f"Tokens/s per {'GPU' if cuda else 'core'}", f"length / step time / number of {unit}s."),
@@ -61,15 +62,16 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "Cost of cp, same length",
             f"1 - tokens/s per {unit} / those of cp 1 on a row of the same length: what is lost of a perfect "
             f"{'speed-up by more GPUs' if cuda else 'division of the cores'}. Below 0: faster than that. Both compare "
-            "the fastest measured settings of memory, which may differ: a shorter row can keep more; of cp 1 those "
-            "of the row's own commit, where there are any.",
+            "the fastest measured settings of memory, which may differ: a shorter row can keep more, and cp 1 has to "
+            "recompute or move more of a row as long, which is time that its cost is too small by; of cp 1 those of "
+            "the row's own commit, where there are any.",
         ),
         ("Against softmax", "step time / that of our softmax at the same length and cp; FLOPs may differ."),
         (
             "Compared rows",
             "have in common all settings but those that are compared and those of memory: rows of a model with fewer "
             "layers are compared with each other alone. Where one was measured on several GPUs, the same GPU's "
-            "is taken.",
+            f"is taken, and costs of cp are told between equal GPUs alone.{_mixed(report)}",
         ),
         *(
             [
@@ -122,7 +124,8 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "measured: the longest row of this report that trained a step. Planned: the longest row that the planner "
             f"says fits a machine of {in_gib(report.machine) or 'memory that nobody told'} with any settings, each "
             "process with its share of the host's memory; computed, not run. It is one machine for all kinds, the "
-            "smallest where rows are of several. Where more was trained than is planned, it is said why.",
+            "smallest where rows are of several; of hosts the smallest of those where the largest ring ran. Where more "
+            "was trained than is planned, it is said why.",
         ),
         (
             "Loss difference",
@@ -131,6 +134,22 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "shorter row.",
         ),
     ]
+
+
+def _mixed(report: Report) -> str:
+    """What else sets the points of a report of several machines apart."""
+    told = ""
+    if len({row.gpu for row in report.rows}) > 1:
+        told += (
+            " The pictures draw the fastest row of each length, so that a line may be of several GPUs; those of costs "
+            "the fastest whose cp 1 was measured on its GPU."
+        )
+    if len({step.machine for step in report.steps}) > 1:
+        told += (
+            " Machines differ beside the GPU, or are not recorded (see below): how long a short row waits for its "
+            "host may be part of a difference that no mark tells."
+        )
+    return told
 
 
 def _repeated(not_shown: int) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from launch.config import MemoryConfig
+from launch.memory_advice import describe
 from model.flops import flops_per_token
 from tools.bench.step_rows import StepRow
-from tools.report.kinds import RIVAL, changes_model
+from tools.report.kinds import RIVAL, changes_model, rival_memory
 from tools.report.names import KEPT, attention_of, common_settings, conditions_of, kind_name, kind_order, model_at
 
 # From here on a number is called disturbed: spread of the timings; share of the used cores that others took.
 RESTLESS_SPREAD = 0.25
 RESTLESS_CORES = 0.1
+_ALL_KEPT = (describe(MemoryConfig()), "layers kept")  # ours, the rival's
 _Point = tuple[str, tuple[str, ...], int, int]  # attention, conditions, cp, tokens
 
 
@@ -27,14 +30,15 @@ class Row:
         conditions: Documents and all settings beside kind and memory, in one order. Only rows that have them in common
             are compared with each other.
         best: The fastest measured of its kind, cp and length: what plots and sums show.
-        cost_same_tokens: 1 - FLOP/s per unit over those of cp 1 with as many tokens per rank, a ratio.
-        cost_same_length: 1 - tokens/s per unit over those of cp 1 at the same length, a ratio.
+        best_on_gpu: The fastest of those on its GPU: what they show of costs, see `yardsticks.priced`.
+        cost_same_tokens: 1 - FLOP/s per unit over those of cp 1 with as many tokens per rank on the same GPU, a ratio.
+        cost_same_length: 1 - tokens/s per unit over those of cp 1 at the same length on the same GPU, a ratio.
         against_softmax: Step time over that of our softmax at the same cp and length, a ratio.
         loss_difference: |first loss - that of cp 1 at the same length| / the latter, where both are of such a row.
         warmed_up_on_itself: Whether the first loss is of a row as long as this one.
         across: GPU of the row it is compared with, by the comparison's name, where that is not its own.
         other_code: The same of its commit; nothing where one of the two has none.
-        unsound: Names of the comparisons with a disturbed row.
+        unsound: Names of the comparisons with a disturbed row; not the loss, which other work does not change.
         no_yardstick: Names of the costs whose row of cp 1 says nothing of what cutting a row costs; see `yardsticks`.
     """
 
@@ -47,6 +51,7 @@ class Row:
     note: str = ""
     memory: str = ""
     best: bool = False
+    best_on_gpu: bool = False
     step_seconds: float | None = None
     step_spread: float | None = None
     tokens_per_second_per_unit: float | None = None
@@ -90,6 +95,11 @@ class Row:
         return self.step_seconds is not None
 
     @property
+    def saves_memory(self) -> bool:
+        """Whether its settings take less memory than keeping all on the device would."""
+        return bool(self.memory) and self.memory not in _ALL_KEPT
+
+    @property
     def is_ours(self) -> bool:
         """Whether it is this project's own trainer."""
         return not self.kind.startswith(RIVAL)
@@ -98,6 +108,10 @@ class Row:
         """The number of that name, but no cost against what is no yardstick."""
         value: float | None = None if name in self.no_yardstick else getattr(self, name)
         return value
+
+    def reliable(self, name: str) -> float | None:
+        """The same of a comparison, but none with a disturbed row on either side."""
+        return None if name in self.unsound or is_disturbed(self) else self.told(name)
 
     @property
     def one_document(self) -> bool:
@@ -139,7 +153,7 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
         tokens=step.tokens,
         status=step.status,
         note=step.note,
-        memory=step.memory,
+        memory=step.memory or (rival_memory(step.settings) if step.variant == RIVAL else ""),
         step_seconds=seconds,
         step_spread=(max(step.step_seconds) - min(step.step_seconds)) / seconds
         if seconds and len(step.step_seconds) > 1
@@ -193,8 +207,13 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
     if row.cp > 1:
         alone = yardstick(row.attention, 1, row.tokens)
         narrow = yardstick(row.attention, 1, row.tokens // row.cp) if row.tokens % row.cp == 0 else None
-        compared["cost_same_tokens"] = (narrow, _cost(row, narrow, "tflops_per_unit_causal"))
-        compared["cost_same_length"] = (alone, _cost(row, alone, "tokens_per_second_per_unit"))
+        for name, other, speed in (
+            ("cost_same_tokens", narrow, "tflops_per_unit_causal"),
+            ("cost_same_length", alone, "tokens_per_second_per_unit"),
+        ):
+            # A faster GPU would hide the cost, a slower one double it.
+            own = other if other is not None and other.gpu == row.gpu else None
+            compared[name] = (own, _cost(row, own, speed))
         # Another row's loss is no check: long rows are warmed up on a short one, whose loss comes first.
         same_row = alone is not None and alone.warmed_up_on_itself and row.warmed_up_on_itself
         if alone is not None and same_row and alone.first_loss and row.first_loss is not None:
@@ -207,20 +226,25 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
     return replace(
         row,
         **{name: value for name, (_, value) in compared.items()},  # type: ignore[arg-type]
-        best=min(same, key=lambda other: _or_zero(other.step_seconds)) is row,
+        best=min(same, key=_step_seconds) is row,
+        best_on_gpu=min((other for other in same if other.gpu == row.gpu), key=_step_seconds) is row,
         across={name: other.gpu for name, other in others.items() if other.gpu != row.gpu},
         other_code={
             name: other.commit
             for name, other in others.items()
             if row.commit and other.commit and other.commit != row.commit
         },
-        unsound=tuple(name for name, other in others.items() if is_disturbed(other)),
+        unsound=tuple(name for name, other in others.items() if name != "loss_difference" and is_disturbed(other)),
     )
 
 
 def _cost(row: Row, other: Row | None, name: str) -> float | None:
     own, base = getattr(row, name), None if other is None else getattr(other, name)
     return None if own is None or not base else 1 - own / base
+
+
+def _step_seconds(row: Row) -> float:
+    return _or_zero(row.step_seconds)
 
 
 def _or_zero(value: float | None) -> float:

@@ -41,6 +41,12 @@ def settings_of(text: str) -> tuple[str, ...]:
     return tuple(part for part in parts if _SETTING.match(part))
 
 
+def rival_memory(text: str) -> str:
+    """What the rival's own choices say of its layers: "layers kept" or "layers recomputed"; "" if nothing."""
+    found = re.search(r"\blayers=(kept|recomputed)\b", text)
+    return f"layers {found[1]}" if found else ""
+
+
 def kind_of(settings: Sequence[str], preset: str) -> str:
     """The name of a kind, short enough for a legend."""
     values = dict(setting.split("=", 1) for setting in settings)

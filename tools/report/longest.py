@@ -56,24 +56,29 @@ class Limits:
 def machine_limits(steps: Sequence[StepRow], limits: Limits) -> tuple[Limits, frozenset[str]]:
     """(the one machine that all of a report is planned for: the smallest known, GPUs of which no row says it).
 
-    Rows on a GPU of a name share what any of them says of its memory and its host's. `limits` go before that.
+    Rows on a GPU of a name share what any of them says of its memory and its host's. `limits` go before that. Of the
+    host the rows of the largest ring say it: one with a single GPU has a part of the memory, and is no home of a ring.
     """
     known = {gpu: known_limits(gpu, steps, limits) for gpu in {step.gpu for step in steps}}
     unknown = frozenset(gpu for gpu, one in known.items() if one.host is None or (gpu != "cpu" and one.gpu is None))
-    found = [one for gpu, one in known.items() if gpu not in unknown]
     machine = Limits(
-        gpu=min((one.gpu for one in found if one.gpu is not None), default=None),
-        host=min((one.host for one in found if one.host is not None), default=None),
+        gpu=min((one.gpu for gpu, one in known.items() if gpu not in unknown and one.gpu is not None), default=None),
+        host=None if len(unknown) == len(known) else limits.host or _host([s for s in steps if s.gpu not in unknown]),
     )
     return machine, unknown
 
 
 def known_limits(gpu: str, steps: Sequence[StepRow], limits: Limits) -> Limits:
-    """Of a GPU of that name: `limits`, and where they say nothing the smallest that any row on one tells."""
+    """Of a GPU of that name: `limits`, and where they say nothing the smallest that rows on one tell, see `_host`."""
     own = [step for step in steps if step.gpu == gpu]
     device = limits.gpu or min((step.device_total for step in own if step.device_total), default=None)
-    host = limits.host or min((step.host_total for step in own if step.host_total), default=None)
-    return Limits(gpu=None if gpu == "cpu" else device, host=host)
+    return Limits(gpu=None if gpu == "cpu" else device, host=limits.host or _host(own))
+
+
+def _host(steps: Sequence[StepRow]) -> float | None:
+    """The smallest host of those on which the largest ring ran; of rows that tell it."""
+    told = [(step.num_ranks, step.host_total) for step in steps if step.host_total]
+    return min(told, key=lambda one: (-one[0], one[1]))[1] if told else None
 
 
 def longest_contexts(steps: Sequence[StepRow], limits: Limits) -> list[Longest]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tools.report.axes import Looks, bar_handles, bars, bars_height, dress
@@ -99,7 +99,7 @@ def list_drawings(report: Report, looks: Looks) -> list[Drawing]:
     drawings = []
     for sketch in sketches(report, looks):
         rows, left_out = _drawn(sketch, report.rows)
-        lines = _lines(sketch.value, rows, sketch.only)
+        lines = _lines(sketch, rows)
         if lines:
             drawings.append(
                 Drawing(
@@ -164,7 +164,7 @@ def make_figure(drawings: Sequence[Drawing], looks: Looks) -> Figure:
 def _drawn(sketch: Sketch, rows: Sequence[Row]) -> tuple[list[Row], tuple[str, ...]]:
     """(rows for a picture, kinds that it leaves out as `_loose_kinds` says, unless it had none of ours without)."""
     loose = _loose_kinds(rows)
-    lines = {kind for kind, _ in _lines(sketch.value, rows, sketch.only)}
+    lines = {kind for kind, _ in _lines(sketch, rows)}
     if all(kind in loose or kind.startswith(RIVAL) for kind in lines):
         return list(rows), ()
     return [row for row in rows if row.kind not in loose], tuple(kind for kind in loose if kind in lines)
@@ -181,8 +181,8 @@ def _loose_kinds(rows: Sequence[Row]) -> list[str]:
 
 def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        lines = _lines(sketch.value, rows, sketch.only)
-        predicted = _lines(sketch.predicted, rows, sketch.only) if sketch.predicted is not None else {}
+        lines = _lines(sketch, rows)
+        predicted = _lines(replace(sketch, value=sketch.predicted), rows) if sketch.predicted is not None else {}
         notes = []
         if sketch.reference is not None:
             height, name = sketch.reference
@@ -209,17 +209,14 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
                 markeredgecolor="white",
                 linewidth=2,
             )
-        gpus = [row for row in rows if sketch.compares in row.across]
-        commits = [row for row in rows if sketch.compares in row.other_code]
-        reasons = [
-            words
-            for words, marked in (("on another GPU", gpus), ("of another commit", commits))
-            if _lines(sketch.value, marked, sketch.only)
-        ]
+        marked = {words: [row for row in rows if holds(row)] for words, holds in sketch.hollow}
+        reasons = [words for words, found in marked.items() if _lines(sketch, found)]
         if reasons:
-            notes.append(f"hollow: against a row {' or '.join(reasons)}")
-        hollow = [row for row in rows if row in gpus or row in commits]
-        for (kind, cp), line in _lines(sketch.value, hollow, sketch.only).items():
+            notes.append(f"hollow: {' or '.join(reasons)}")
+        if any(_is_unreliable(row, sketch.compares) for row in rows if sketch.only in (None, row.cp)):
+            notes.append("not drawn: comparisons with disturbed points")
+        hollow = [row for row in rows if any(row in found for found in marked.values())]
+        for (kind, cp), line in _lines(sketch, hollow).items():
             axes.plot(
                 *zip(*line, strict=True),
                 color="white",
@@ -237,12 +234,15 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
     return draw
 
 
-def _lines(
-    value: Callable[[Row], float | None], rows: Sequence[Row], only: int | None
-) -> dict[tuple[str, int], list[tuple[int, float]]]:
+def _is_unreliable(row: Row, name: str) -> bool:
+    """Whether a comparison would be drawn, were it not with a disturbed point."""
+    return bool(name) and row.best_on_gpu and row.told(name) is not None and row.reliable(name) is None
+
+
+def _lines(sketch: Sketch, rows: Sequence[Row]) -> dict[tuple[str, int], list[tuple[int, float]]]:
     lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for row in rows:
-        found = value(row) if row.best and only in (None, row.cp) else None
+        found = sketch.value(row) if sketch.shown(row) and sketch.only in (None, row.cp) else None
         if found is not None:
             lines.setdefault((row.kind, row.cp), []).append((row.tokens, found))
     return lines

@@ -19,8 +19,10 @@ from tools.report.names import common_settings, short
 from tools.report.plots import Plot, draw_plots
 from tools.report.rows_csv import rows_csv
 from tools.report.summary import (
+    DISTURBED,
     OTHER_CODE,
     OTHER_GPU,
+    failure,
     in_gib,
     key_figures,
     seconds,
@@ -108,7 +110,7 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
             value = row.told(name)
             foreseen = None if predicted is None else getattr(row, predicted)
             told = (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
-            marks = ((OTHER_GPU, row.across), (OTHER_CODE, row.other_code))
+            marks = ((DISTURBED, row.unsound), (OTHER_GPU, row.across), (OTHER_CODE, row.other_code))
             return " ".join([told, *(mark for mark, others in marks if name in others and value is not None)])
 
         return shown
@@ -143,7 +145,7 @@ def _render(template: str, report: Report, **more: object) -> str:
         {
             "kind": row.kind,
             "cp": row.cp,
-            "tokens": f"{row.tokens:,}{' *' if is_disturbed(row) else ''}",
+            "tokens": f"{row.tokens:,}{f' {DISTURBED}' if is_disturbed(row) else ''}",
             "ok": row.ok,
             "status": _failure(row),
             "cells": [c(row) for _, c in columns],
@@ -177,7 +179,7 @@ def _failure(row: Row) -> str:
     if row.predicted_seconds is not None:
         foreseen.append(f"{seconds(row.predicted_seconds)} per step")
     told = f" [{'; '.join(foreseen)}]" if foreseen else ""
-    return f"{row.status}: {row.note}{told}"
+    return f"{failure(row)}{told}"
 
 
 def _longest_line(one: Longest, told_why: bool) -> list[str]:
@@ -240,8 +242,11 @@ def _memory(report: Report) -> str:
 
 
 def _threads(steps: Sequence[StepRow]) -> str:
-    found = sorted({(step.num_ranks, step.threads) for step in steps if step.threads})
-    return ", ".join(f"{number} at cp {cp}" for cp, number in found)
+    found: dict[int, set[int]] = {}
+    for step in steps:
+        if step.threads:
+            found.setdefault(step.num_ranks, set()).add(step.threads)
+    return ", ".join(f"{' or '.join(map(str, sorted(found[cp])))} at cp {cp}" for cp in sorted(found))
 
 
 def _commands(report: Report) -> list[str]:

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.progress import format_duration
+from tools.bench.step_rows import StepRow
 from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import RIVAL
 from tools.report.longest import Limits
 from tools.report.model import Report
 from tools.report.names import short
-from tools.report.yardsticks import COSTS, is_no_cost, yardstick_of
+from tools.report.yardsticks import COSTS, is_no_cost, priced, yardstick_of
 
 _RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
+DISTURBED = "*"  # marks a disturbed point, and comparisons with it
 OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
 OTHER_CODE = "~"  # and one of rows that different versions of the code measured
 
@@ -73,13 +75,13 @@ def key_figures(report: Report) -> list[Figure]:
         where = f"{used.tokens:,} tokens, {used.kind}, cp {used.cp}{on(used)}"
         full = f"; {used.mfu_full:.0%} by full attention's count" if used.mfu_full is not None else ""
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
+    costs = {name: priced(report.rows, name) for name in COSTS}
+    if any(not row.changed for found in costs.values() for row in found):
+        costs = {name: [row for row in found if not row.changed] for name, found in costs.items()}
     for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
-        priced = [row for row in sound if _is_told(row, name)]
-        if any(not row.changed for row in sound if any(_is_told(row, one) for one in COSTS)):
-            priced = [row for row in priced if not row.changed]
-        if priced:
-            row = max(priced, key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
-            where = f"{row.tokens:,} tokens, {row.kind}{_across(row, name)}"
+        if costs[name]:
+            row = max(costs[name], key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
+            where = f"{row.tokens:,} tokens, {row.kind}{on(row)}{_across(row, name)}"
             label = f"cost of cp {row.cp} against cp 1 at the same {words}: {where}"
             figures.append(Figure(value=f"{getattr(row, name):.1%}", label=label))
             break
@@ -99,8 +101,8 @@ def summary_sentences(report: Report) -> list[str]:
     sound = [row for row in measured if row.best and not is_disturbed(row)]
     sentences = [
         *_disturbed(measured),
-        *_costs(sound),
-        *_no_costs(sound),
+        *_costs(rows),
+        *_no_costs([row for row in measured if row.best_on_gpu and not is_disturbed(row)]),
         *_kinds(sound),
         *_rival(sound),
         *_predictions([row for row in measured if not is_disturbed(row)], anew=report.anew),
@@ -122,22 +124,25 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
     listed = ", ".join(_where(row) for row in restless)
     return [
         f"Not reliable: other work disturbed {len(restless)} of {len(measured)} measured points ({listed}); the "
-        "sentences below leave them out. Measure them again, in a new folder, on a quiet machine."
+        "sentences below and the pictures of comparisons leave them out. Measure them again, in a new folder, on a "
+        "quiet machine."
     ]
 
 
-def _costs(sound: Sequence[Row]) -> list[str]:
+def _costs(rows: Sequence[Row]) -> list[str]:
     """Of the first kind that has any: the longest row of each ring that has its yardstick. The table has all."""
-    priced = [row for row in sound if any(_is_told(row, name) for name in COSTS)]
-    kind = priced[0].kind if priced else ""
+    costs = {name: priced(rows, name) for name in COSTS}
+    every = [row for row in rows if any(row in found for found in costs.values())]
+    kind = every[0].kind if every else ""
+    several = len({row.gpu for row in rows}) > 1
     sentences = []
-    for cp in sorted({row.cp for row in priced if row.kind == kind}):
+    for cp in sorted({row.cp for row in every if row.kind == kind}):
         told = []
         for name, words in COSTS.items():
-            own = [row for row in priced if (row.kind, row.cp) == (kind, cp) and _is_told(row, name)]
+            own = [row for row in costs[name] if (row.kind, row.cp) == (kind, cp)]
             if own:
                 row = max(own, key=lambda row: row.tokens)
-                where = f"at {row.tokens:,} tokens{_across(row, name)}"
+                where = f"at {row.tokens:,} tokens{f' on {short(row.gpu)}' if several else ''}{_across(row, name)}"
                 told.append(f"{getattr(row, name):.1%} against cp 1 {words} ({where})")
         sentences.append(f"Cost of cp {cp}, {kind}: {'; '.join(told)}.")
     return sentences
@@ -166,18 +171,13 @@ def _no_costs(sound: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _is_told(row: Row, name: str) -> bool:
-    """Whether the row has this comparison, with an undisturbed one, and with a yardstick that is one."""
-    return row.told(name) is not None and name not in row.unsound
-
-
 def _across(row: Row, name: str) -> str:
     gpus = f", {short(row.gpu)} against {short(row.across[name])}" if name in row.across else ""
     return f"{gpus}{', by different commits' if name in row.other_code else ''}"
 
 
 def _kinds(sound: Sequence[Row]) -> list[str]:
-    compared = [row for row in sound if row.is_ours and _is_told(row, "against_softmax")]
+    compared = [row for row in sound if row.is_ours and row.reliable("against_softmax") is not None]
     told = []
     for kind in dict.fromkeys(row.kind for row in compared):
         row = max((row for row in compared if row.kind == kind), key=lambda row: (row.tokens, row.cp))
@@ -191,7 +191,7 @@ def _rival(sound: Sequence[Row]) -> list[str]:
     told = [
         f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_across(row, name)}{_restless(row)}"
         for row in sound
-        if row.kind == RIVAL and _is_told(row, name)
+        if row.kind == RIVAL and row.reliable(name) is not None
     ]
     rival = "transformers + FSDP2 + torch's context_parallel (rival)"
     return [f"On as many GPUs a step of {rival} takes {', '.join(told)}."] if told else []
@@ -245,6 +245,11 @@ def _not_measured(rows: Sequence[Row]) -> list[str]:
 
 def _where(row: Row) -> str:
     return f"{row.kind} cp {row.cp} at {row.tokens:,}"
+
+
+def failure(row: Row | StepRow) -> str:
+    """Why a row was not measured; a note that begins with the status does not have it said twice."""
+    return row.note if row.note.startswith(row.status) else f"{row.status}: {row.note}"
 
 
 def count(tokens: int) -> str:

@@ -20,13 +20,25 @@ Yardstick = tuple[int, str]  # tokens and GPU of a row of cp 1
 def yardstick_of(row: Row, name: str) -> Yardstick:
     """Which row of cp 1 a cost of a row is against."""
     tokens = row.tokens // row.cp if name == "cost_same_tokens" else row.tokens
-    return tokens, row.across.get(name, row.gpu)
+    return tokens, row.gpu  # costs are told between equal GPUs alone
 
 
 def is_no_cost(row: Row, name: str) -> bool:
     """Whether a cost by itself shows that its row of cp 1 is no yardstick."""
     value = getattr(row, name)
     return value is not None and name not in row.unsound and value < NO_COST
+
+
+def priced(rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows whose costs are drawn and summed up: of each kind, cp and length the fastest that has this one.
+
+    That may be another than the fastest of all, on whose GPU cp 1 was not measured.
+    """
+    found: dict[tuple[str, int, int], Row] = {}
+    for row in sorted(rows, key=lambda row: row.step_seconds or 0.0):
+        if row.best_on_gpu and row.reliable(name) is not None:
+            found.setdefault((row.kind, row.cp, row.tokens), row)
+    return [row for row in rows if row in found.values()]
 
 
 def judge_yardsticks(rows: Sequence[Row]) -> list[Row]:
