@@ -85,7 +85,7 @@ def step_time(case: MemoryCase, memory: MemoryConfig, rates: RatesFile) -> StepT
         "dense": rows * (dense + again.rest * again_dense),
         "recompute": rows * repeated,
         "communication": rows * communication,
-        "sharding": rows * count_parameters(model).total * step.shard if case.num_processes > 1 else 0.0,
+        "sharding": rows * _sharding_seconds(case, step),
         "offload": rows * _exposed_offload(case, memory, step, layer),
         "update": _update_seconds(case, memory, rates, step),
     }
@@ -181,6 +181,12 @@ def _exposed_ring(case: MemoryCase, step: StepRates, what: str, seconds: float) 
         return 0.0
     sent = case.tokens * payload_bytes_per_token(case.model, case.element_bytes) * (2 if what == "backward" else 1)
     return (ranks - 1) * max(0.0, sent / step.link - seconds / ranks)
+
+
+def _sharding_seconds(case: MemoryCase, step: StepRates) -> float:
+    """Of one row."""
+    sharded = case.engine == "fsdp" or (case.engine == "zero" and case.zero_stage >= 1)
+    return count_parameters(case.model).total * step.shard if sharded and case.num_processes > 1 else 0.0
 
 
 def _exposed_gather(case: MemoryCase, step: StepRates, what: str, seconds: float, twice: bool) -> float:

@@ -82,8 +82,9 @@ def ring_attention(
             documents, scale, scoring, transport or ulysses. If one rank changes shapes in a later call it raises at
             once, and its neighbours a PeerError when it ends or their time is up; if it comes with another scoring, all
             of them do.
-        RuntimeError: by the backward pass, before anything is sent, if a parameter of `expand` was changed in place
-            since the forward. On this rank alone: the others wait, if theirs were not.
+        RuntimeError: by the backward pass, before anything is sent, if a parameter or buffer of `expand`, frozen or
+            not, was changed in place since the forward, or another parameter took its place. On this rank alone: the
+            others wait, if theirs were not.
         PeerError: over gloo, when a neighbour dies or does not answer. On CUDA this thread waits for nobody: NCCL's
             watchdog, or a barrier of the copy engine, ends the process once their time is up; the trainer watches from
             a thread beside it, and names rank, layer and hop before that (`launch/stall.py`).

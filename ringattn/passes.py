@@ -26,7 +26,7 @@ def run_forward(work: SoftmaxAttention, width: int, q: Tensor, k: Tensor, v: Ten
     """Out [B, S, H, Dv = width] in q's dtype, and lse [B, H, S] in the accumulator dtype."""
     with _no_autocast(q.device):
         out, lse = _run(work, ("forward", width), partial(_softmax_forward, width), (q,), (k, v))
-    work.expansion.note_parameters()
+    work.expansion.forward_ended()
     return out, lse
 
 
@@ -138,7 +138,7 @@ def run_selective_forward(
         graphs = _may_be_graphs(work, q, k, v)
         step = partial(_selective_forward, width, len(own))
         out, lse, *found = _run_selective(work, name, step, inputs, graphs=graphs)
-    work.expansion.note_parameters()
+    work.expansion.forward_ended()
     cost = None if work.terms.tau is None else found.pop(0)
     made = None if own else found.pop(0)
     return out, lse, cost, made, *found

@@ -25,6 +25,7 @@ from ringattn.plan import Plan
 from ringattn.schedule import Stop
 from ringattn.scoring.expansion_module import launch_key
 from ringattn.scoring.graph_inputs import GraphInputs, computing_with, graph_inputs
+from ringattn.scoring.watched import WatchedModule
 
 Expand = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(k [B, S, ...], v [B, S, ...], positions [S]) -> (keys [B, S, G, D], values [B, S, G, Dv])."""
@@ -71,10 +72,10 @@ class Expansion:
         self._own: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._launch_key = launch_key(expand)
         self.like: tuple[Tensor, ...] = ()
-        self._owner = owner_module(expand)
-        self.parameters = () if self._owner is None else trainable_parameters(self._owner)
+        owner = owner_module(expand)
+        self.parameters = () if owner is None else trainable_parameters(owner)
         self.parameter_gradients: list[Tensor | None] = []
-        self.note_parameters()
+        self._watched = None if owner is None else WatchedModule(owner)
 
     def own(self, rank: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str | None]:
         """Expand the own payload before any hop, so that a wrong shape is found there; hop 0 uses the result.
@@ -147,7 +148,7 @@ class Expansion:
         wanted = [x.requires_grad for x in given.tensors]
         if backward:
             tensors = tuple(x.detach().requires_grad_(grad) for x, grad in zip(tensors, wanted, strict=True))
-        other._expand, other._owner = computing_with(self._expand, given, tensors), None
+        other._expand = computing_with(self._expand, given, tensors)
         other.parameters = tuple(x for x, grad in zip(tensors, wanted, strict=True) if grad)  # type: ignore[misc]
         other._forget_gradients()
         return other
@@ -214,36 +215,25 @@ class Expansion:
             if grad is not None:
                 self.parameter_gradients[index] = _added(self.parameter_gradients[index], grad)
 
-    def note_parameters(self) -> None:
-        """Remember by their versions what the parameters are now: they are not saved, hooks would move them about.
-
-        Once more after a forward, for an `expand` that changes them itself whenever it runs (an embedding's max_norm).
-        """
-        self._versions = tuple(map(_version, self.parameters))
+    def forward_ended(self) -> None:
+        """See `WatchedModule`."""
+        if self._watched is not None:
+            self._watched.forward_ended()
 
     def start_backward(self) -> None:
         """Begin a backward (a retained graph may be walked twice). Before anything is sent.
 
         Raises:
-            RuntimeError: since the forward a parameter was changed in place, or other ones took their places in the
-                module: out and lse are of the old ones.
+            RuntimeError: since the forward a parameter or a buffer was changed in place, or other parameters took the
+                places of those: out and lse are of what they were.
         """
-        if self._owner is not None and not set(map(id, self.parameters)) <= set(map(id, self._owner.parameters())):
+        problem = None if self._watched is None else self._watched.problem()
+        if problem is not None:
             raise RuntimeError(
-                f"ring_attention: backward: {type(self._owner).__name__}, the module of expand, has other parameters "
-                "than in the forward, where something put its own in their places (torch.func.functional_call does): "
-                "keys and values would be expanded by other weights than the output was made with. Give the module "
-                "the values to compute with for as long as a backward may come"
+                f"ring_attention: backward: {problem}: keys and values would be expanded by other weights than the "
+                "output was made with. Call backward before what changes them (an optimizer's step), or "
+                "ring_attention again after it"
             )
-        for index, (parameter, before) in enumerate(zip(self.parameters, self._versions, strict=True)):
-            if _version(parameter) != before:
-                raise RuntimeError(
-                    f"ring_attention: backward: parameter {index} of expand's {len(self.parameters)} that take "
-                    f"gradients, of shape {tuple(parameter.shape)}, has been changed in place since the forward (it is "
-                    f"at version {_version(parameter)}, expected {before}): keys and values would be expanded by other "
-                    "weights than the output was made with. Call backward before what changes it (an optimizer's "
-                    "step), or ring_attention again after it"
-                )
         self._forget_gradients()
 
     def _forget_gradients(self) -> None:
@@ -309,11 +299,6 @@ def owner_module(expand: Expand | None) -> nn.Module | None:
 def trainable_parameters(owner: nn.Module) -> tuple[nn.Parameter, ...]:
     """Those that take gradients, in their order."""
     return tuple(parameter for parameter in owner.parameters() if parameter.requires_grad)
-
-
-def _version(x: Tensor) -> int:
-    """Counts changes in place, as autograd sees them: not what is done to `x.data`, nor what FSDP gathers into it."""
-    return 0 if x.is_inference() else x._version
 
 
 def _same(x: Tensor) -> Tensor:

@@ -128,6 +128,9 @@ def test_on_a_cpu_only_the_host_counts() -> None:
     plan = plan_memory(config(4096, "test", "fp32", memory={"auto": True}), 2, facts, preset("test"))
     assert (plan.estimate.on_gpu, plan.memory, plan.warning) == (False, MemoryConfig(), None)
     assert plan.comparable_bytes == plan.estimate.host_bytes
+    # What is computed again hides a gather of weights: as fast but for rounding.
+    short = plan_memory(config(64, "test", "fp32", memory={"auto": True}), 2, facts, preset("test"))
+    assert short.memory == MemoryConfig()
     tight = DeviceFacts(device_bytes=None, host_bytes=int(1.2 * GIB))
     picked = plan_memory(config(65_536, "test", "fp32", memory={"auto": True}), 2, tight, preset("test"))
     assert picked.memory.recompute

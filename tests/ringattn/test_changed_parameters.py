@@ -1,4 +1,4 @@
-"""Parameters of `expand` that change in place between forward and backward: refused, and nothing else is."""
+"""Parameters of `expand` that change in place, or make way for others, between forward and backward: refused."""
 
 import copy
 from functools import partial
@@ -13,9 +13,7 @@ import ringattn
 from tests.processes import run_ranks
 from tests.ringattn.test_keeping import LENGTH, WAYS, Expand, Layer, off, problem
 
-CHANGED = (
-    r"parameter 0 of expand's 1 that take gradients, of shape \(8, 4\), has been changed in place since the forward"
-)
+CHANGED = r"backward: up.weight of Expand, the module of expand, of shape \(8, 4\), has been changed in place since the"
 
 
 def attend(expand, plan=None, group=None, **options):
@@ -85,22 +83,24 @@ class Normed(torch.nn.Module):
         return self.table(positions)[None, :, None] + torch.cat([k, k], dim=-1), v
 
 
+@pytest.mark.parametrize("selection", [None, ringattn.Selection(memory_tau=1.0)], ids=["plain", "selection"])
 @pytest.mark.parametrize("kind", ["linear", "normed"])
-def test_what_autograd_allows_is_allowed(kind):
-    """Graphs that wait for each other or are walked twice, and data that goes elsewhere and comes back (ZeRO-3)."""
+def test_what_autograd_allows_is_allowed(kind, selection):
+    """Graphs that wait for each other, are walked twice or made anew, and data that goes elsewhere and comes back
+    (ZeRO-3); with weights that `expand` itself writes at each call."""
     expand = (Expand() if kind == "linear" else Normed()).double()
     (parameter,) = expand.parameters()
-    (expected,) = torch.autograd.grad(attend(expand).sum(), parameter)
-    found, data = [], parameter.data
-    if kind == "linear":
-        outs = [attend(expand).sum() for _ in range(2)]
-        found = [torch.autograd.grad(out, parameter)[0] for out in outs]
-        out = attend(expand).sum()
-        parameter.data = torch.empty(0, dtype=data.dtype)
-        parameter.data = data.clone()
-        parameter.data.copy_(data)
-        found += [torch.autograd.grad(out, parameter, retain_graph=True)[0] for _ in range(2)]
-    found.append(torch.autograd.grad(attend(expand).sum(), parameter)[0])
+    call = partial(attend, expand, selection=selection)
+    (expected,) = torch.autograd.grad(call().sum(), parameter)
+    data = parameter.data
+    outs = [call().sum() for _ in range(2)]
+    found = [torch.autograd.grad(out, parameter)[0] for out in outs]
+    out = call().sum()
+    parameter.data = torch.empty(0, dtype=data.dtype)
+    parameter.data = data.clone()
+    parameter.data.copy_(data)
+    found += [torch.autograd.grad(out, parameter, retain_graph=True)[0] for _ in range(2)]
+    found.append(torch.autograd.grad(checkpoint(call, use_reentrant=False).sum(), parameter)[0])
     assert all(torch.equal(x, expected) for x in found)
     with torch.inference_mode():
         attend(copy.deepcopy(expand))  # its parameters have no versions
@@ -148,11 +148,12 @@ def test_parameters_that_fsdp_gathers_again_are_the_same(offloaded):
         assert all(difference <= 1e-12 for difference in found.values()), found
 
 
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("selection", [None, ringattn.Selection(memory_tau=1.0)])
-def test_parameters_that_were_there_for_the_forward_alone_are_refused(selection):
+def test_parameters_that_were_there_for_the_forward_alone_are_refused(selection, trained):
     """Their gradients came out as zeros, and those of the payload by the module's own."""
-    expand = Expand().double()
-    others = {name: (2 * x.detach()).requires_grad_() for name, x in expand.named_parameters()}
+    expand = Expand().double().requires_grad_(trained)
+    others = {f"expand.{name}": (2 * x.detach()).requires_grad_(trained) for name, x in expand.named_parameters()}
 
     class Calling(torch.nn.Module):
         def __init__(self):
@@ -162,6 +163,27 @@ def test_parameters_that_were_there_for_the_forward_alone_are_refused(selection)
         def forward(self):
             return attend(self.expand, selection=selection)
 
-    out = torch.func.functional_call(Calling(), {f"expand.{name}": x for name, x in others.items()})
-    with pytest.raises(RuntimeError, match=r"backward: Expand, the module of expand, has other parameters than in the"):
+    out = torch.func.functional_call(Calling(), others)
+    with pytest.raises(RuntimeError, match=r"up.weight of Expand, the module of expand, is another parameter than in"):
+        out.sum().backward()
+
+
+class Frozen(torch.nn.Module):
+    """What takes no gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = torch.nn.Linear(4, 8, bias=False, dtype=torch.float64).requires_grad_(False)
+        self.register_buffer("factor", torch.full((), 0.5, dtype=torch.float64))
+
+    def forward(self, k, v, positions):
+        return self.base(k)[:, :, None].flatten(3) * self.factor, v
+
+
+@pytest.mark.parametrize("name", ["base.weight", "factor"])
+def test_what_takes_no_gradients_is_watched_too(name):
+    expand = Frozen()
+    out = attend(expand)
+    dict([*expand.named_parameters(), *expand.named_buffers()])[name].mul_(2)
+    with pytest.raises(RuntimeError, match=rf"backward: {name} of Frozen, the module of expand, of shape"):
         out.sum().backward()

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import ringattn
 from ringattn.kernels.selective import tiled
 from ringattn.operator_calls import attend_by_operator
-from ringattn.scoring import expansion
+from ringattn.scoring import expansion, watched
 from ringattn.scoring.expansion import Expansion
 from ringattn.scoring.rotary import Rope
 from ringattn.testing import dense_attention, error
@@ -207,7 +207,7 @@ def test_layers_of_a_row_of_documents_share_its_graphs(size, tmp_path):
 
 def parameters_where_they_lie(transport_graphs):
     expansion.computing_with = lambda module, given, tensors: module
-    expansion._version = lambda x: 0  # a recorded graph writes views of what it reads anew, unlike one of CUDA
+    watched._version = lambda x: 0  # a recorded graph writes views of what it reads anew, unlike one of CUDA
 
 
 def without_launch_key(transport_graphs):

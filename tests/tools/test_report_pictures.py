@@ -301,6 +301,11 @@ def test_comparisons_with_disturbed_points_are_not_drawn() -> None:
     assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (0, 2, True)
     drawing, notes = drawn(report((*steps[:2], replace(steps[2], **restless), *steps[3:])))
     assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (1, 2, True), "its own"
+    # Nothing is left out where another GPU's row, which is faster and quiet, is the point.
+    slower = {"gpu": "NVIDIA H200", "seconds": 10 * (steps[0].seconds or 0.0)}
+    elsewhere = (replace(steps[0], **slower, step_seconds=(1.0, 9.0)), replace(steps[2], **slower))
+    drawing, notes = drawn(report((*steps, *elsewhere)))
+    assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (2, 2, False)
 
 
 def test_points_compared_with_another_gpu_are_hollow() -> None:

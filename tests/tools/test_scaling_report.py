@@ -245,7 +245,7 @@ def test_the_committed_records_are_rendered(tmp_path: Path, capsys: pytest.Captu
     assert "--gpu-gb" not in capsys.readouterr().out, "early rows do not say what an H100 has, later ones do"
     text = (tmp_path / "report.md").read_text()
     settings = "recompute=keep_attention, offload=inputs, tile=8192"
-    assert f"| softmax | 4 | 1,048,576 | {settings} | 208 s (212 s) |" in text
+    assert f"| softmax | 4 | 1,048,576 | {settings} | 208 s (210 s) |" in text
     assert "Planned for 79.2 GiB per GPU, 504 GiB of host memory" in text
     rows = [json.loads(line) for line in Path(records).read_text().splitlines()]
     last = [row for row in rows if row["model"] == "qwen3-0.6b"][-1]

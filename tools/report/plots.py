@@ -213,7 +213,7 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
         reasons = [words for words, found in marked.items() if _lines(sketch, found)]
         if reasons:
             notes.append(f"hollow: {' or '.join(reasons)}")
-        if any(_is_unreliable(row, sketch.compares) for row in rows if sketch.only in (None, row.cp)):
+        if any(_is_unreliable(row, sketch) for row in rows if sketch.only in (None, row.cp)):
             notes.append("not drawn: comparisons with disturbed points")
         hollow = [row for row in rows if any(row in found for found in marked.values())]
         for (kind, cp), line in _lines(sketch, hollow).items():
@@ -234,9 +234,10 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
     return draw
 
 
-def _is_unreliable(row: Row, name: str) -> bool:
+def _is_unreliable(row: Row, sketch: Sketch) -> bool:
     """Whether a comparison would be drawn, were it not with a disturbed point."""
-    return bool(name) and row.best_on_gpu and row.told(name) is not None and row.reliable(name) is None
+    name = sketch.compares
+    return bool(name) and sketch.among(row) and row.told(name) is not None and row.reliable(name) is None
 
 
 def _lines(sketch: Sketch, rows: Sequence[Row]) -> dict[tuple[str, int], list[tuple[int, float]]]:
