@@ -75,7 +75,7 @@ class Expansion:
         owner = owner_module(expand)
         self.parameters = () if owner is None else trainable_parameters(owner)
         self.parameter_gradients: list[Tensor | None] = []
-        self._watched = None if owner is None else WatchedModule(owner)
+        self._watched = None if owner is None else WatchedModule(owner, whole=owner is expand)
 
     def own(self, rank: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str | None]:
         """Expand the own payload before any hop, so that a wrong shape is found there; hop 0 uses the result.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class WatchedModule:
@@ -10,12 +11,19 @@ class WatchedModule:
 
     They are not saved for the backward: hooks on saved tensors would move them about. Their versions tell of changes in
     place, as autograd sees them: not of what is done to `x.data`, nor of what FSDP gathers into it.
+
+    Args:
+        module: what `expand` is, or is a method of.
+        whole: `expand` is the module. Of a method's owner, such as a whole layer, nobody knows what the method reads:
+            only changes of its parameters are told then, as other parts may write to buffers, and FSDP gathers parts
+            one after the other.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, whole: bool) -> None:
         self._module = module
-        self._parameters = dict(module.named_parameters())
-        tensors: dict[str, Tensor] = {**self._parameters, **dict(module.named_buffers())}
+        parameters: dict[str, Tensor] = dict(module.named_parameters())
+        self._parameters = parameters if whole else {}
+        tensors = {**parameters, **dict(module.named_buffers())} if whole else parameters
         self._versions = {name: (x, _version(x)) for name, x in tensors.items()}
 
     def forward_ended(self) -> None:
@@ -43,4 +51,4 @@ class WatchedModule:
 
 
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    return 0 if is_lazy(x) or x.is_inference() else x._version

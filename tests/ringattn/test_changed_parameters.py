@@ -187,3 +187,64 @@ def test_what_takes_no_gradients_is_watched_too(name):
     dict([*expand.named_parameters(), *expand.named_buffers()])[name].mul_(2)
     with pytest.raises(RuntimeError, match=rf"backward: {name} of Frozen, the module of expand, of shape"):
         out.sum().backward()
+
+
+class Whole(torch.nn.Module):
+    """A layer whose `expand` is a method: other parts of it write to buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.after = torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8)
+        self.mlp = torch.nn.Linear(8, 8)
+
+    def expand(self, k, v, positions):
+        return self.up(k), v
+
+    def forward(self, x, plan, group):
+        q, k, v = x[:, :, None].expand(-1, -1, 2, -1).contiguous(), x[:, :, None, :4], x[:, :, None]
+        out = ringattn.ring_attention(q, k.contiguous(), v.contiguous(), plan, group, expand=self.expand)
+        return x + self.mlp(self.after(out.mean(2).mT).mT)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_of_a_method_s_module_other_parts_may_change(again):
+    layer, plan = Whole().double(), ringattn.Plan(LENGTH, 1)
+    x = torch.randn(2, LENGTH, 8, dtype=torch.float64, requires_grad=True)
+    call = partial(checkpoint, layer, use_reentrant=False) if again else layer
+    outs = [call(x, plan, None).sum() for _ in range(2)]
+    sum(outs).backward()
+    assert layer.up.weight.grad.abs().sum() > 0
+    out = call(x, plan, None)
+    with torch.no_grad():
+        layer.up.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"up.weight of Whole, the module of expand, of shape"):
+        out.sum().backward()
+
+
+def apart_worker(rank, world_size):
+    """Micro-batches of a layer whose feed-forward is sharded by itself, gathered until the last one."""
+    plan, layer = ringattn.Plan(LENGTH, world_size), Whole().double()
+    fully_shard(layer.mlp)
+    fully_shard(layer)
+    x = ringattn.shard(torch.ones(2, LENGTH, 8, dtype=torch.float64), plan, rank)
+    for last in (False, True):
+        layer.set_reshard_after_backward(last)
+        layer.set_requires_gradient_sync(last)
+        layer(x, plan, dist.group.WORLD).square().sum().backward()
+    return True
+
+
+def test_of_a_method_s_module_parts_may_be_gathered_by_themselves():
+    assert run_ranks(apart_worker, 2) == [True, True]
+
+
+def test_weights_that_are_made_at_the_first_call_may_be():
+    class Lazy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.LazyLinear(8, bias=False, dtype=torch.float64)
+
+        def forward(self, k, v, positions):
+            return self.up(k), v
+
+    attend(Lazy()).sum().backward()
