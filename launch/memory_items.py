@@ -324,8 +324,11 @@ def graph_bytes(case: MemoryCase) -> float:
     payload = tokens * shape.payload / case.ulysses * case.element_bytes
     none = selection is not None and selection.guide  # see `ringattn.passes`
     over_copy_engines = case.on_gpu and 1 < inner.cp_size == _near_ranks(case)
-    widest = max(queries, tokens * shape.expanded * case.element_bytes) if expanded else queries
-    widest = widest if expanded or selection is not None else max(queries, out, payload)
+    widest = max(queries, out, payload)
+    if expanded:  # keys or values, whichever are wider
+        widest = max(queries, tokens * shape.key_heads * max(shape.score_dim, shape.value_dim) * case.element_bytes)
+    elif selection is not None:
+        widest = queries
     if none or not over_copy_engines or widest > GRAPH_BYTES:
         return 0.0
     if selection is not None or expanded:

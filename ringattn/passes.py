@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -84,8 +85,9 @@ def _run(
 
 
 def _widest(work: _Work, payload: Payload) -> tuple[Tensor, ...]:
-    """What is widest of all that a pass makes of a payload; stand-ins of the shapes that it has on this rank."""
-    return payload if work.expansion.plain else work.expansion.like
+    """The payload, or of keys and values that it is expanded to the wider ones, by a stand-in of the shape that they
+    have on this rank: such passes launch several times as much as others, and wait for the host at longer shards."""
+    return payload if work.expansion.plain else (max(work.expansion.like, key=lambda x: prod(x.shape[2:])),)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
