@@ -61,7 +61,7 @@ def test_graphs_hold_what_is_made_of_a_payload() -> None:
     assert [item.device for item in graph_items(selecting)] == [held + 2 * queries, 1.5 * made]  # some of it in fp32
     # Nothing is expanded in the ring: graphs of plain attention.
     assert [item.name for item in graph_items(replace(case, ulysses=2))] == ["tensors of CUDA graphs"]
-    for tokens, graphs in ((16_384, True), (16_388, False)):  # keys and values of 64 MiB, and of more
+    for tokens, graphs in ((32_768, True), (32_772, False)):  # keys of 64 MiB, and of more
         found = estimate_memory(kind_case(tokens, 4, SAS), MemoryConfig())
         (last,) = (phase for phase in found.phases if phase.name == "backward of the last attention")
         for items, expected in ((found.always, graphs), (last.items, not graphs)):  # one of them
@@ -85,7 +85,7 @@ def test_without_selection_graphs_are_the_row_s_where_there_are_documents(kind: 
         (last,) = (phase for phase in found.phases if phase.name == "backward of the last attention")
         for items in (found.always, last.items):  # of graphs, and of calls that are launched
             assert "expanded keys and values" in {item.name for item in items}
-    most = 16_384 if kind == SAS else 65_536  # keys and values of 64 MiB, queries of as much
+    most = 32_768 if kind == SAS else 65_536  # keys of 64 MiB, queries of as much
     longest, longer = (graph_bytes(replace(kind_case(n, 4, kind), documents=True)) for n in (most, most + 8))
     assert longest > 0 == longer
 
