@@ -21,7 +21,7 @@ from ringattn.transport.copy_engine import CopyEngineTransport
 from ringattn.transport.graphs import Step
 from ringattn.transport.hybrid import HybridTransport, hosts_in_order
 from ringattn.transport.p2p import P2PTransport
-from ringattn.transport.peer_memory import CudaPeerMemory, hosts_of, peer_memory_problem
+from ringattn.transport.peer_memory import CudaPeerMemory, PeerMemory, hosts_of, peer_memory_problem
 from ringattn.transport.stats import HopWait, RingStats, RingTotals, Waiting
 from ringattn.transport.turns import Turn
 
@@ -147,8 +147,8 @@ def make_transport(
         name: Which. "copy_engine" moves payloads between GPUs of one host without taking multiprocessors from
             attention; "p2p" is the process group's own sends and receives, NCCL or gloo; "hybrid" is the first inside
             each of several hosts and the second between them. "auto" takes copy_engine where every rank can reach every
-            other one's memory; hybrid where they are neighbours on several hosts, equally many (at least two) on each,
-            and reach each other inside; else p2p.
+            other one's memory (it tries); hybrid where they are neighbours on several hosts, equally many (at least
+            two) on each, and reach each other inside; else p2p.
         group: The ring. With NCCL every rank has called torch.cuda.set_device. "hybrid" makes a group per host: with
             NCCL bound to a device all ranks of the world must then come here together.
         timeout: Asked at each hop how long a silent neighbour is waited for. None: as long as `group` waits. NCCL keeps
@@ -177,20 +177,45 @@ def make_transport(
         return _hybrid(group, control, timeout, hosts_of(group))
     problem = peer_memory_problem(group)
     if problem is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-        made = CopyEngineTransport(CudaPeerMemory(group, device, timeout), graphs, control.stats, control.ranks)
-        if name == "auto":
-            made.description += " (auto: every rank can reach every other one's memory)"
-        return made
+        memory = CudaPeerMemory(group, torch.device("cuda", torch.cuda.current_device()), timeout)
+        problem = _making_problem(memory, group) if name == "auto" else None
+        if problem is None:
+            made = CopyEngineTransport(memory, graphs, control.stats, control.ranks)
+            if name == "auto":
+                made.description += " (auto: every rank can reach every other one's memory)"
+            return made
     if name == "copy_engine":
         raise TopologyError(f"transport: copy_engine cannot be had: {problem}; use transport='auto' or 'p2p'")
     hosts = hosts_of(group)
     if 1 < hosts_in_order(hosts) < len(hosts) and peer_memory_problem(group, inside_hosts=True) is None:
         hybrid = _hybrid(group, control, timeout, hosts)
+        not_made = _making_problem(hybrid._near.memory, group)
+        if not_made is not None:
+            control.description += f" (hybrid cannot be had: {not_made})"
+            return control
         hybrid.description += " (auto: every rank can reach the memory of all of its host)"
         return hybrid
     control.description += f" (copy_engine cannot be had: {problem})"
     return control
+
+
+def _making_problem(memory: PeerMemory, group: dist.ProcessGroup) -> str | None:
+    """Why peer memory cannot be made, the same on all ranks, or None. A collective of all ranks of the group.
+
+    It is tried: CUDA answers no question about GPUs that are hidden from this process.
+
+    Args:
+        memory: of all ranks of the group, or of those of one host.
+    """
+    mine = None
+    try:
+        memory.reserve(1)
+    except (TopologyError, torch.OutOfMemoryError) as error:
+        words = str(error).removeprefix("transport: ").removeprefix("copy_engine ").strip()
+        mine = words.partition("; use transport=")[0] or type(error).__name__
+    reasons: list[str | None] = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(reasons, mine, group=group)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _hybrid(

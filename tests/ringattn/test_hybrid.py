@@ -14,6 +14,7 @@ from ringattn.testing import dense_attention, error
 from ringattn.transport.copy_engine import CopyEngineTransport
 from ringattn.transport.hybrid import HybridPassage, HybridTransport, PairsOfPlan, hosts_in_order
 from ringattn.transport.p2p import P2PTransport
+from ringattn.transport.peer_memory import all_or_none
 from tests.peer_memory import FilePeerMemory
 from tests.processes import run_ranks
 from tests.ringattn.test_copy_engine import DOCUMENTS, attend, cases
@@ -226,7 +227,17 @@ def test_hosts_that_a_plan_may_go_by(hosts, expected):
     assert hosts_in_order(hosts) == expected
 
 
-def choosing_worker(rank, world_size, hosts, folder, trouble):
+class HiddenMemory(FilePeerMemory):
+    """That of a ring whose last rank does not see the others' GPUs: it shows when they are mapped."""
+
+    def reserve(self, size):
+        with all_or_none(self._group, "map the other ranks' GPU memory", "Expected GPUs"):
+            if dist.get_rank() == dist.get_world_size() - 1:
+                raise RuntimeError("invalid device ordinal")
+        return super().reserve(size)
+
+
+def choosing_worker(rank, world_size, hosts, folder, trouble, unmapped=False):
     """`make_transport` over made-up hosts whose ranks reach each other's memory, but for where there is trouble."""
 
     def problem_of(group, *, inside_hosts=False):
@@ -234,8 +245,8 @@ def choosing_worker(rank, world_size, hosts, folder, trouble):
             return trouble
         return None if inside_hosts or len(set(hosts)) == 1 else "the ranks are on 2 hosts"
 
-    def memory(group, device, timeout, ranks):
-        return FilePeerMemory(group, folder, ranks=ranks)
+    def memory(group, device, timeout, ranks=None):
+        return (HiddenMemory if unmapped else FilePeerMemory)(group, folder, ranks=ranks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ringattn.transport, "hosts_of", lambda group: list(hosts))
@@ -260,6 +271,17 @@ def test_auto_takes_both_where_hosts_have_equally_many_neighbours(hosts, trouble
     for description, found, wrong in run_ranks(choosing_worker, len(hosts), hosts, str(tmp_path), trouble):
         assert description == expected
         assert found == (2 if "inside" in expected else 1)
+        assert wrong <= 1e-10
+
+
+@pytest.mark.parametrize(("hosts", "tried", "place"), [("aa", "copy_engine", 1), ("aabb", "hybrid", 1)])
+def test_auto_takes_p2p_on_all_ranks_where_memory_cannot_be_mapped(hosts, tried, place, tmp_path):
+    reason = (
+        f"cannot map the other ranks' GPU memory: rank {place}: RuntimeError: invalid device ordinal. Expected GPUs"
+    )
+    for description, found, wrong in run_ranks(choosing_worker, len(hosts), hosts, str(tmp_path), None, True):
+        assert description == f"p2p over gloo ({tried} cannot be had: {reason})"
+        assert found == 1
         assert wrong <= 1e-10
 
 

@@ -1,6 +1,7 @@
 """What carries attention is logged where the library made it by name: once, by one rank, with the reason."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def logging_worker(rank, world_size, reachable, options):
         if reachable:
             patch.setattr(transport, "peer_memory_problem", lambda group: None)
             patch.setattr(torch.cuda, "current_device", lambda: 0)
-            patch.setattr(transport, "CudaPeerMemory", lambda *arguments: None)
+            patch.setattr(transport, "CudaPeerMemory", lambda *arguments: SimpleNamespace(reserve=lambda size: True))
             patch.setattr(transport, "CopyEngineTransport", stand_in)
         for each in (plan, plan.with_documents([0, 9, 32]), plan):
             call(each, **options)
