@@ -17,6 +17,7 @@ from tools.report.longest import Limits, longest_contexts
 from tools.report.plots import list_drawings
 from tools.report.render import render_markdown
 from tools.report.rows_csv import rows_csv
+from tools.report.sketches import sketches
 from tools.report.summary import key_figures, summary_sentences
 from tools.report.yardsticks import priced
 
@@ -177,6 +178,26 @@ def test_another_version_of_the_code_is_said_wherever_two_rows_are_compared() ->
     assert "~" not in dict(conventions(same))
     assert "different commits" not in " ".join(summary_sentences(same))
     assert "| Commit | aaa |" in render_markdown(same, [])
+
+
+def test_other_settings_of_memory_are_said_where_a_cost_is_told() -> None:
+    again = "recompute=keep_attention"
+    steps = (
+        _row("softmax", 1, 8192, 0.4, memory="nothing recomputed or moved"),
+        _row("softmax", 1, 32768, 4.0, memory=again),
+        _row("softmax", 4, 32768, 2.0, memory="nothing recomputed or moved"),
+        _row("lagged", 4, 32768, 3.0, memory=again),
+    )
+    made = report(steps)
+    assert [dict(row.other_memory) for row in made.rows] == [{}, {}, {"cost_same_length": again}, {}]
+    text = render_markdown(made, [])
+    assert text.count("| 50.0% ^ |") == 1
+    assert "- **^**: a cost of cp where the row of cp 1 has other settings of memory" in text
+    assert f"50.0% against cp 1 as long a row (at 32,768 tokens, cp 1 with {again})" in text
+    (sketch,) = [one for one in sketches(made, Looks.of(made.rows)) if one.name == "cost_same_length"]
+    hollow = {words: [row.cp for row in made.rows if holds(row)] for words, holds in sketch.hollow}
+    assert hollow["against other settings of memory"] == [4]
+    assert "^" not in dict(conventions(report(tuple(replace(step, memory=again) for step in steps))))
 
 
 def test_one_gpu_needs_no_mark() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
 from tools.report.model import Report
-from tools.report.summary import DISTURBED, OTHER_CODE, OTHER_GPU, in_gib
+from tools.report.summary import DISTURBED, OTHER_CODE, OTHER_GPU, OTHER_MEMORY, in_gib
 
 _ANEW = (
     "by today's planner, that of the code which rendered this report, for each row's own machine: in the sentence "
@@ -93,6 +93,17 @@ def conventions(report: Report) -> list[tuple[str, str]]:
                 )
             ]
             if any(row.other_code for row in report.rows)
+            else []
+        ),
+        *(
+            [
+                (
+                    OTHER_MEMORY,
+                    "a cost of cp where the row of cp 1 has other settings of memory: what one of the two runs again "
+                    "or moves, and the other does not, is part of the cost, or hides it.",
+                )
+            ]
+            if any(row.other_memory for row in report.rows)
             else []
         ),
         (

@@ -15,6 +15,8 @@ from tools.report.names import KEPT, attention_of, common_settings, conditions_o
 # From here on a number is called disturbed: spread of the timings; share of the used cores that others took.
 RESTLESS_SPREAD = 0.25
 RESTLESS_CORES = 0.1
+# Of cp, and how rows of cp 1 are alike that they are told against.
+COSTS = {"cost_same_tokens": "with as many tokens per rank", "cost_same_length": "as long a row"}
 _ALL_KEPT = (describe(MemoryConfig()), "layers kept")  # ours, the rival's
 _Point = tuple[str, tuple[str, ...], int, int]  # attention, conditions, cp, tokens
 
@@ -38,6 +40,7 @@ class Row:
         warmed_up_on_itself: Whether the first loss is of a row as long as this one.
         across: GPU of the row it is compared with, by the comparison's name, where that is not its own.
         other_code: The same of its commit; nothing where one of the two has none.
+        other_memory: The same of its settings of memory, of costs of cp alone.
         unsound: Names of the comparisons with a disturbed row; not the loss, which other work does not change.
         no_yardstick: Names of the costs whose row of cp 1 says nothing of what cutting a row costs; see `yardsticks`.
     """
@@ -85,6 +88,7 @@ class Row:
     commit: str = ""
     across: Mapping[str, str] = field(default_factory=dict)
     other_code: Mapping[str, str] = field(default_factory=dict)
+    other_memory: Mapping[str, str] = field(default_factory=dict)
     unsound: tuple[str, ...] = ()
     no_yardstick: tuple[str, ...] = ()
     measured_at: str = ""
@@ -233,6 +237,11 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
             name: other.commit
             for name, other in others.items()
             if row.commit and other.commit and other.commit != row.commit
+        },
+        other_memory={
+            name: other.memory
+            for name, other in others.items()
+            if name in COSTS and row.memory and other.memory and other.memory != row.memory
         },
         unsound=tuple(name for name, other in others.items() if name != "loss_difference" and is_disturbed(other)),
     )

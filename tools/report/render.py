@@ -22,6 +22,7 @@ from tools.report.summary import (
     DISTURBED,
     OTHER_CODE,
     OTHER_GPU,
+    OTHER_MEMORY,
     failure,
     in_gib,
     key_figures,
@@ -110,7 +111,12 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
             value = row.told(name)
             foreseen = None if predicted is None else getattr(row, predicted)
             told = (_NONE if value is None else show(value)) + ("" if foreseen is None else f" ({show(foreseen)})")
-            marks = ((DISTURBED, row.unsound), (OTHER_GPU, row.across), (OTHER_CODE, row.other_code))
+            marks = (
+                (DISTURBED, row.unsound),
+                (OTHER_GPU, row.across),
+                (OTHER_CODE, row.other_code),
+                (OTHER_MEMORY, row.other_memory),
+            )
             return " ".join([told, *(mark for mark, others in marks if name in others and value is not None)])
 
         return shown

@@ -113,6 +113,7 @@ def _others(name: str) -> tuple[tuple[str, Callable[[Row], bool]], ...]:
     return (
         ("against another GPU", lambda row: name in row.across),
         ("against another commit", lambda row: name in row.other_code),
+        ("against other settings of memory", lambda row: name in row.other_memory),
     )
 
 

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 from launch.progress import format_duration
 from tools.bench.step_rows import StepRow
-from tools.report.derive import Row, is_disturbed
+from tools.report.derive import COSTS, Row, is_disturbed
 from tools.report.kinds import RIVAL
 from tools.report.longest import Limits
 from tools.report.model import Report
 from tools.report.names import short
-from tools.report.yardsticks import COSTS, is_no_cost, priced, yardstick_of
+from tools.report.yardsticks import is_no_cost, priced, yardstick_of
 
 _RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
 DISTURBED = "*"  # marks a disturbed point, and comparisons with it
 OTHER_GPU = "#"  # marks a comparison of rows on different GPUs
 OTHER_CODE = "~"  # and one of rows that different versions of the code measured
+OTHER_MEMORY = "^"  # and a cost of cp where cp 1 has other settings of memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,8 @@ def _no_costs(sound: Sequence[Row]) -> list[str]:
 
 def _across(row: Row, name: str) -> str:
     gpus = f", {short(row.gpu)} against {short(row.across[name])}" if name in row.across else ""
-    return f"{gpus}{', by different commits' if name in row.other_code else ''}"
+    memory = f", cp 1 with {row.other_memory[name]}" if name in row.other_memory else ""
+    return f"{gpus}{memory}{', by different commits' if name in row.other_code else ''}"
 
 
 def _kinds(sound: Sequence[Row]) -> list[str]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tools.report.derive import Row
+from tools.report.derive import COSTS, Row
 
-COSTS = {"cost_same_tokens": "with as many tokens per rank", "cost_same_length": "as long a row"}
 NO_COST = -0.1
 Yardstick = tuple[int, str]  # tokens and GPU of a row of cp 1
 
