@@ -32,6 +32,9 @@ _INBOX_SLOTS = 3
 # that are under way, and their gradients. With these, 32k tokens per GPU come to what was measured (fitted).
 _QUERY_PARTS = 2.5
 _NEEDED_PART = 0.75
+# What the five products that read a norm's result keep of it under autocast beyond the two that they would share: each
+# rounds it for itself.
+_ROUNDED_COPIES = 3
 # Payloads of selection under way: two at least, see `_AHEAD_BYTES` in `ringattn.transport.copy_engine`.
 _AHEAD = 2
 # Votes of shallower layers while they count, in sizes of those votes in bf16: joined for a layer, sums and messages in
@@ -84,6 +87,16 @@ class MemoryCase:
         """Of the longest shard."""
         return self.plan.longest_shard
 
+    @property
+    def autocast(self) -> bool:
+        """Weights are fp32, and products round what they read: `ddp`, and `zero` at stage 0."""
+        return self.element_bytes < _FP32 and (self.engine == "ddp" or (self.engine == "zero" and self.zero_stage == 0))
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of a token's hidden state, what a layer reads and writes: as the embedding made it."""
+        return self.model.dim * (_FP32 if self.autocast else self.element_bytes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
@@ -117,7 +130,7 @@ def kept_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[
     if not memory.recompute:
         inside: float = _layer_bytes_per_token(case)
         if memory.tile is not None:  # what lies between the tiles: a layer's input, and the attention's tensors
-            inside = model.dim * size + _attention_bytes_per_token(case)
+            inside = case.hidden + _attention_bytes_per_token(case)
         whole = tokens * (inside + unrounded_bytes_per_token(model, size))
         yield Item(name="activations of all layers", device=layers * whole)
         if case.ulysses > 1:
@@ -126,7 +139,7 @@ def kept_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iterator[
         if states:
             yield Item(name="column states of selection", device=layers * states)
         return
-    inputs, away = tokens * model.dim * size, layers_offloading(memory, model.layers)
+    inputs, away = tokens * case.hidden, layers_offloading(memory, model.layers)
     yield Item(name="inputs of layers", device=_at_hand(layers, layers - away) * inputs, host=away * inputs)
     if memory.recompute != "keep_attention":
         if states:
@@ -166,7 +179,7 @@ def _at_hand(kept: int, staying: int) -> int:
 def loss_items(case: MemoryCase) -> Iterator[Item]:
     """The last layer's output, its norm's, and their gradient; logits of a tile and the head's gradient."""
     model, size = case.model, case.element_bytes
-    yield Item(name="hidden states at the loss", device=3 * case.tokens * model.dim * size)
+    yield Item(name="hidden states at the loss", device=3 * case.tokens * case.hidden)
     yield Item(name="loss tile", device=loss_bytes(model, min(case.loss_tile, case.tokens), size))
 
 
@@ -174,7 +187,7 @@ def feed_forward_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]
     model, size, tokens = case.model, case.element_bytes, case.tokens
     yield from _gradient_items(case)
     layer, flight = _layer_bytes_per_token(case), flight_bytes_per_token(model, size)
-    inputs = model.dim * size
+    inputs = case.hidden
     if memory.tile is not None:
         if memory.recompute:
             yield Item(name="one layer again", device=tokens * _attention_bytes_per_token(case))
@@ -196,7 +209,7 @@ def attention_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iter
         layers: It is the backward of the last of so many layers.
     """
     model, size, tokens = case.model, case.element_bytes, case.tokens
-    shape, inputs = attention_shape(model), model.dim * size
+    shape, inputs = attention_shape(model), case.hidden
     yield from _gradient_items(case)
     between = (
         model.dim + between_elements(model, fused=_fused(case))
@@ -218,8 +231,13 @@ def attention_items(case: MemoryCase, memory: MemoryConfig, layers: int) -> Iter
 
 def _layer_bytes_per_token(case: MemoryCase) -> float:
     """What a layer keeps if nothing is recomputed or in tiles; a compiled gate keeps its inputs, not silu's result."""
-    gate = case.model.ffn_dim * case.element_bytes if case.compiled else 0
-    return layer_bytes_per_token(case.model, case.element_bytes, fused=_fused(case)) - gate
+    model, size = case.model, case.element_bytes
+    kept = layer_bytes_per_token(model, size, fused=_fused(case))
+    if case.compiled:
+        kept -= model.ffn_dim * size
+    if case.autocast:  # both norms' inputs are unrounded
+        kept += 2 * (case.hidden - model.dim * size) + _ROUNDED_COPIES * model.dim * size
+    return kept
 
 
 def _attention_bytes_per_token(case: MemoryCase) -> float:

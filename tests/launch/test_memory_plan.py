@@ -21,6 +21,7 @@ from launch.step_time import step_time
 from model.config import ModelConfig, SelectionConfig, preset
 from model.decoder import Decoder
 from model.flops import count_parameters
+from model.kinds import attention_shape
 from ringattn.softmax import SoftmaxAttention
 from ringattn.transport.copy_engine import GRAPH_BYTES
 from tests.model.dense import random_row, tiny
@@ -184,7 +185,12 @@ def test_groups_of_heads_are_those_of_the_ring() -> None:
 
 
 def kept_by_autograd(
-    model: ModelConfig, settings: MemoryConfig, tokens: int, dtype: torch.dtype = torch.float32
+    model: ModelConfig,
+    settings: MemoryConfig,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    autocast: bool = False,
 ) -> tuple[int, int]:
     """(bytes that autograd keeps, weights aside, bytes in the host store) of a real forward pass."""
     module = Decoder(model, layer_memory(config(tokens, memory=settings.model_dump())))
@@ -203,7 +209,8 @@ def kept_by_autograd(
         return ringattn.ring_attention(q, k, v, plan, **options)
 
     words, labels, positions = random_row(model, tokens)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+    rounding = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), rounding:
         loss = module(words, labels, positions, attention, tokens)
     store = module._runner.store
     host = 0 if store is None else store.bytes
@@ -229,6 +236,31 @@ def test_layers_in_tiles_keep_what_autograd_keeps(qk_norm: bool) -> None:
     kept = kept_by_autograd(deep, settings, 128)[0] - kept_by_autograd(shallow, settings, 128)[0]
     predicted = predicted_kept(deep, settings, 128)[0] - predicted_kept(shallow, settings, 128)[0]
     assert kept == pytest.approx(predicted, rel=0.01)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 32}, {"recompute": True}], ids=str)
+def test_autocast_keeps_more_of_a_layer(settings: dict[str, Any]) -> None:
+    """What it keeps beyond a decoder in bf16. Unlike on GPUs, the norms of that one keep their inputs in fp32, too."""
+    shallow, deep = (tiny(**{**SHAPE, "layers": layers}) for layers in (2, 6))
+    memory, tokens = MemoryConfig(**settings), 128
+    kept = {
+        autocast: sum(
+            sign * kept_by_autograd(model, memory, tokens, dtype, autocast=autocast)[0]
+            for model, sign in ((deep, 1), (shallow, -1))
+        )
+        for autocast, dtype in ((False, torch.bfloat16), (True, torch.float32))
+    }
+    cases = [
+        case_of(config(tokens, engine={"name": engine, "precision": "bf16"}), deep, 1, on_gpu=True)
+        for engine in ("fsdp", "ddp")
+    ]
+    narrow, wide = (sum(i.device for i in kept_items(case, memory, deep.layers)) * 4 / 6 for case in cases)
+    unrounded = 4 * tokens * deep.dim * 2 * (1 if settings else 2)  # inputs of layers, and of their second norms
+    norms = 2 * deep.dim + attention_shape(deep).norms
+    weights = 0 if settings else 4 * 2 * (count_parameters(deep).layer - norms)  # rounded ones are counted apart
+    if not settings:
+        kept[True] += unrounded
+    assert kept[True] - kept[False] - weights == pytest.approx(wide - narrow)
 
 
 @pytest.mark.parametrize(
