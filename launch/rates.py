@@ -28,6 +28,7 @@ class StepRates:
         narrow_heads: Rate of attention against that of the table, by head width.
         selection: Time of selective attention against plain: "exact", "lagged".
         dense: FLOP/s of all but attention, by width of the model.
+        expansion: Bytes a second of the queries, keys and values that a pass expands, by pass.
         shard: Seconds a row and parameter that sharding takes, beside gathers that hide.
         link: Between GPUs.
         host_link: Between a GPU and host memory, each way.
@@ -39,6 +40,7 @@ class StepRates:
     narrow_heads: dict[int, float]
     selection: dict[str, float]
     dense: dict[int, float]
+    expansion: dict[str, float]
     shard: float
     link: float
     host_link: float
@@ -110,6 +112,7 @@ class RatesFile:
             narrow_heads=self._table("step.narrow_heads"),
             selection={name: self._positive(f"step.selection.{name}") for name in ("exact", "lagged")},
             dense={width: rate * 1e12 for width, rate in self._table("step.width_tflops").items()},
+            expansion={what: self._positive(f"step.expansion_gbps.{what}") * 1e9 for what in PASSES},
             shard=self._number("step.shard_ms_per_gparam") * 1e-12,
             link=link[-1][1],
             host_link=self._positive("step.host_link_gbps") * 1e9,

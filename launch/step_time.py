@@ -19,7 +19,6 @@ from launch.rates import PASSES, RatesFile, StepRates, by_size
 from model.flops import (
     attention_result_bytes_per_token,
     count_parameters,
-    expansion_flops,
     flops_per_token,
     pair_flops,
     payload_bytes_per_token,
@@ -36,7 +35,7 @@ class StepTime:
     """Seconds of one step on the busiest process, by what they are spent on.
 
     Attributes:
-        attention: Forward and backward, as often as they run.
+        attention: Forward and backward, as often as they run, with what they expand.
         dense: Everything else that computes: products, norms, loss.
         recompute: Part of the two that is done a second time.
         communication: Of the ring and of gathered weights, as far as it does not hide.
@@ -161,7 +160,16 @@ def _attention_seconds(case: MemoryCase, rates: RatesFile, step: StepRates, what
     seconds /= by_size(step.narrow_heads, min(shape.score_dim, shape.value_dim))
     if model.selection is not None:
         seconds *= step.selection["exact" if model.selection.lag == 1 else "lagged"]
-    return seconds
+    return seconds + _expanded_bytes(case) / step.expansion[what]
+
+
+def _expanded_bytes(case: MemoryCase) -> float:
+    """Of one layer: the own queries, and keys and values of all ranks, which each rank expands as they arrive. Where
+    heads are exchanged, those are its own, too."""
+    shape, own = attention_shape(case.model), case.plan.seq_len / case.plan.cp_size
+    queries = own * shape.heads * shape.score_dim if shape.query_flops else 0.0
+    payloads = case.plan.seq_len if expands_in_ring(case) else own
+    return (queries + (payloads * shape.expanded if shape.payload_flops else 0.0)) * case.element_bytes
 
 
 def _dense_seconds(case: MemoryCase, step: StepRates) -> tuple[float, float]:
@@ -169,9 +177,8 @@ def _dense_seconds(case: MemoryCase, step: StepRates) -> tuple[float, float]:
     model = case.model
     count, tokens = count_parameters(model), case.plan.seq_len / case.plan.cp_size
     rate = by_size(step.dense, model.dim)
-    expansion = model.layers * expansion_flops(model)
-    layers = 2.0 * (count.products - model.vocab_size * model.dim) + expansion
-    return 3.0 * tokens * (2.0 * count.products + expansion) / rate, tokens * layers / model.layers / rate
+    layers = 2.0 * (count.products - model.vocab_size * model.dim)
+    return 6.0 * tokens * count.products / rate, tokens * layers / model.layers / rate
 
 
 def _exposed_ring(case: MemoryCase, step: StepRates, what: str, seconds: float) -> float:
@@ -199,7 +206,7 @@ def _exposed_gather(case: MemoryCase, step: StepRates, what: str, seconds: float
 def _exposed_offload(case: MemoryCase, memory: MemoryConfig, step: StepRates, layer: dict[str, float]) -> float:
     """Of all layers, both ways."""
     model, layers = case.model, case.model.layers
-    inputs = case.tokens * model.dim * case.element_bytes
+    inputs = case.tokens * case.hidden
     result = case.tokens * attention_result_bytes_per_token(model, _FP32 if model.selection else case.element_bytes)
     recomputed = layers - layers_keeping(memory, layers)
     moved = [

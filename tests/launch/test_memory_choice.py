@@ -150,7 +150,7 @@ def test_a_run_is_planned_over_the_hosts_that_it_is_on(hosts: str, most: int, pa
     everyone = [(host, 80 * GIB, 1000 * GIB) for host in hosts]
     facts = facts_of(everyone)
     assert facts == DeviceFacts(device_bytes=80 * GIB, host_bytes=1000 * GIB // most, per_node=most)
-    auto = config(32_768, model={"preset": "qwen3-0.6b", **SAS}, memory={"auto": True})
+    auto = config(8_192, model={"preset": "qwen3-0.6b", **SAS}, memory={"auto": True})
     plan = plan_memory(auto, 8, facts)
     assert plan.time.seconds == pytest.approx(28 * RatesFile().step().host_layer[passes], rel=0.02)
     assert plan.estimate.host_bytes_per_node == most * plan.estimate.host_bytes

@@ -113,10 +113,10 @@ def test_where_heads_are_exchanged_the_ring_expands_nothing() -> None:
     ],
 )
 def test_short_rows_wait_for_the_host(model: dict[str, Any], near: int, seconds: float) -> None:
-    """docs/records/steps-4-h200.jsonl: 8,192 tokens on four GPUs, of which the device computes in less than 0.07 s."""
+    """docs/records/steps-4-h200.jsonl: 8,192 tokens on four GPUs. The device computes for less than 0.15 s of it."""
     short, long = (
         step_time(replace(kind_case(n, 4, model), per_node=near), MemoryConfig(), RATES) for n in (8_192, 131_072)
     )
     assert short.seconds == pytest.approx(seconds, rel=0.15)
-    assert short.seconds - short.host < 0.1
+    assert short.seconds - short.host < 0.15
     assert long.host < 0.01 * long.seconds

@@ -25,6 +25,8 @@ NAMES = [f"{row.model} cp {row.num_ranks} {row.tokens} {row.settings}" for row i
 FAR_PEAKS = {("llama-3-8b", 2, 65_536), ("llama-3-8b", 4, 65_536)}
 # Of whole devices, farther off than a tenth, but no more than a fifth: with room to spare the allocator keeps more.
 FAR_DEVICES = FAR_PEAKS
+# Whose attention was launched by the host then, and runs from CUDA graphs by today's code.
+OLDER_CODE = {("NVIDIA H200", "qwen3-0.6b", 4, 32_768)}
 every_row = pytest.mark.parametrize("row", ROWS, ids=NAMES)
 
 
@@ -53,6 +55,8 @@ def test_times_are_within_their_wide_limits(row: StepRow, tmp_path: Path) -> Non
     assert row.seconds is not None
     if row.documents != "one":
         pytest.skip("several documents shorten attention")
+    if "attention=sas" in row.settings and (row.gpu, *place(row)) in OLDER_CODE:
+        pytest.skip("measured before such passes were graphs")
     time = planned(row, tmp_path).time
     slower, faster = time_tolerance(row)
     assert (1 - slower) * row.seconds <= time.seconds <= (1 + faster) * row.seconds
