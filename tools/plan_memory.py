@@ -31,6 +31,17 @@ from launch.progress import format_duration
 from launch.rates import H100, RatesFile
 from launch.step_time import step_time
 
+# Of a `StepTime`: together they are its `seconds`.
+TIME_PARTS = {
+    "attention": "attention",
+    "dense": "the rest of the computation",
+    "communication": "communication that does not hide",
+    "sharding": "casts and copies of sharded weights and gradients",
+    "offload": "offload that does not hide",
+    "update": "update of the weights",
+    "host": "waiting for the host's own work",
+}
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -142,21 +153,13 @@ def _show(question: Question, lengths: list[int], console: Console) -> bool:
     case, asked, best = question.answer(lengths[-1])
     _show_machine(question, case, console)
     _show_items(asked, console)
+    _show_time(asked, console)
     if len(lengths) > 1:
         _show_lengths(question, lengths, console)
     _show_settings(question, case, asked, best, console)
     wrong = [text for length in lengths if (text := _misfit(question, length)) is not None]
     for text in wrong:
         console.print(f"\n{text}", markup=False, soft_wrap=True)
-    beyond = {
-        "offload": asked.time.offload,
-        "communication": asked.time.communication,
-        "the host's own work": asked.time.host,
-    }
-    for name, seconds in beyond.items():
-        if seconds > 0.005 * asked.time.seconds:
-            part = seconds / asked.time.seconds
-            console.print(f"\n{name} does not hide behind the computation: {seconds:.3g} s, {part:.1%} of the step.")
     return not wrong
 
 
@@ -199,6 +202,20 @@ def _show_items(asked: Choice, console: Console) -> None:
         f"torch's own peak (max_memory_allocated) {estimate.allocated / GIB:.1f} GiB; "
         f"the node {estimate.host_bytes_per_node / GIB:.0f} GiB of host memory{starting}"
     )
+
+
+def _show_time(asked: Choice, console: Console) -> None:
+    time = asked.time
+    console.print(f"\ntime of a step with {describe(asked.memory)}")
+    table = Table(box=None, show_footer=True)
+    table.add_column("spent on", footer="sum")
+    table.add_column("s", justify="right", footer=f"{time.seconds:,.3f}")
+    table.add_column("part", justify="right", footer=f"{1:.1%}")
+    for name, words in TIME_PARTS.items():
+        seconds = getattr(time, name)
+        if seconds:
+            table.add_row(words, f"{seconds:,.3f}", f"{seconds / time.seconds:.1%}")
+    console.print(table)
 
 
 def _show_lengths(question: Question, lengths: list[int], console: Console) -> None:

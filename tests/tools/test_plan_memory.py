@@ -1,6 +1,7 @@
 """The planner's command: what it prints and what it refuses."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from typer.testing import CliRunner, Result
 
 from launch.errors import EXIT_CONFIG, EXIT_OUT_OF_MEMORY
 from launch.memory_search import LADDER
-from tools.plan_memory import app
+from launch.step_time import StepTime
+from tools.plan_memory import TIME_PARTS, app
 
 CONFIG = str(Path(__file__).parents[2] / "configs/qwen3-0.6b-32k.yaml")
 SHAPE = ("model.vocab_size=151936", "optim.rows_per_step=1")
@@ -76,8 +78,7 @@ def test_json_has_every_number() -> None:
     assert best["fits"]
     assert best["allocated_bytes"] < best["device_bytes"] <= 50 * 2**30
     parts = best["seconds"]
-    names = ("attention", "dense", "communication", "sharding", "offload", "update", "host")
-    assert sum(parts[name] for name in names) == pytest.approx(parts["total"])
+    assert sum(parts[name] for name in TIME_PARTS) == pytest.approx(parts["total"])
     assert [row["memory"] for row in told["longest"]] == [
         {name: value for name, value in memory.model_dump().items() if name != "auto"} for memory in LADDER
     ]
@@ -85,6 +86,31 @@ def test_json_has_every_number() -> None:
     most = told["longest_of_all"]
     assert most["tokens"] > max(row["tokens"] for row in told["longest"])  # its layers differ, theirs do not
     assert 0 < most["memory"]["offload_layers"] < 27
+
+
+def test_every_part_of_a_step_s_time_is_named_and_they_add_up() -> None:
+    names = [field.name for field in fields(StepTime)]
+    assert [name for name in names if name not in ("recompute", "tokens", "utilisation")] == list(TIME_PARTS)
+    values = dict.fromkeys(("recompute", "tokens", "utilisation"), 0) | {
+        name: 2**number for number, name in enumerate(TIME_PARTS)
+    }
+    assert StepTime(**values).seconds == sum(values.values())  # type: ignore[arg-type]
+    found = run("memory=auto", "--tokens", "32768")
+    assert found.exit_code == 0, found.output
+    _, text = found.output.split("time of a step with nothing recomputed or moved\n spent on ")
+    told = {}
+    for line in text.splitlines()[1:]:
+        words, seconds, part = line.strip().rsplit(maxsplit=2)
+        told[words] = float(seconds), float(part.rstrip("%"))
+        if words == "sum":
+            break
+    whole = told.pop("sum")
+    assert set(told) <= set(TIME_PARTS.values())
+    assert {TIME_PARTS[name] for name in ("attention", "dense", "sharding", "update", "host")} <= set(told)
+    assert [sum(column) for column in zip(*told.values(), strict=True)] == [
+        pytest.approx(whole[0], abs=0.004),
+        pytest.approx(whole[1], abs=0.4),
+    ]
 
 
 @pytest.mark.parametrize(
