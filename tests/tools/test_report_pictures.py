@@ -13,6 +13,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from tests.tools.report_records import gpu_row, report
+from tools.bench.step_rows import StepRow
 from tools.report.axes import Looks
 from tools.report.kinds import kind_settings
 from tools.report.model import Report
@@ -283,29 +284,59 @@ def test_points_of_settings_that_save_memory_are_hollow() -> None:
     assert (hollow, "hollow" in notes) == ([], False)
 
 
+def _told(made: Report, name: str) -> tuple[Drawing, str, str]:
+    """(a picture, its notes, and of these what it says is not drawn)."""
+    looks = Looks.of(made.rows)
+    drawing = next(one for one in list_drawings(made, looks) if one.name == name)
+    figure = _drawn([drawing], looks)
+    _check(figure)
+    notes = " ".join(text.get_text() for text in reversed(figure.axes[0].texts))
+    return drawing, notes, notes.partition("not drawn, as disturbed: ")[2]
+
+
+def _restless(step: StepRow) -> StepRow:
+    seconds = step.seconds or 0.0
+    return replace(step, step_seconds=(seconds, 2 * seconds))
+
+
 def test_comparisons_with_disturbed_points_are_not_drawn() -> None:
     steps = [gpu_row(kind, 4, n, n / 1e5 * (1 + number)) for number, kind in enumerate(KINDS) for n in (8192, 32768)]
-    quiet = report(tuple(steps))
-    looks = Looks.of(quiet.rows)
-    words = "not drawn: comparisons with disturbed points"
 
-    def drawn(made: Report) -> tuple[Drawing, str]:
-        drawing = next(one for one in list_drawings(made, looks) if one.name == "against_softmax")
-        (axes,) = _drawn([drawing], looks).axes
-        return drawing, " ".join(text.get_text() for text in reversed(axes.texts))
+    def drawn(*steps: StepRow) -> tuple[int, int, str]:
+        drawing, _, missing = _told(report(steps), "against_softmax")
+        return drawing.text.count("8,192"), drawing.text.count("32,768"), missing
 
-    drawing, notes = drawn(quiet)
-    assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (2, 2, False)
-    restless = {"step_seconds": (steps[0].seconds, 2 * (steps[0].seconds or 0.0))}
-    drawing, notes = drawn(report((replace(steps[0], **restless), *steps[1:])))
-    assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (0, 2, True)
-    drawing, notes = drawn(report((*steps[:2], replace(steps[2], **restless), *steps[3:])))
-    assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (1, 2, True), "its own"
+    assert drawn(*steps) == (2, 2, "")
+    both = "selective cp 4 at 8,192, lagged 128 cp 4 at 8,192"
+    assert drawn(_restless(steps[0]), *steps[1:]) == (0, 2, both)
+    assert drawn(*steps[:2], _restless(steps[2]), *steps[3:]) == (1, 2, "selective cp 4 at 8,192"), "its own"
     # Nothing is left out where another GPU's row, which is faster and quiet, is the point.
     slower = {"gpu": "NVIDIA H200", "seconds": 10 * (steps[0].seconds or 0.0)}
     elsewhere = (replace(steps[0], **slower, step_seconds=(1.0, 9.0)), replace(steps[2], **slower))
-    drawing, notes = drawn(report((*steps, *elsewhere)))
-    assert (drawing.text.count("8,192"), drawing.text.count("32,768"), words in notes) == (2, 2, False)
+    assert drawn(*steps, *elsewhere) == (2, 2, "")
+    more = [gpu_row(kind, 4, 65536, 1.0 + number) for number, kind in enumerate(KINDS)]
+    found = drawn(*(_restless(step) if "selection" not in step.settings else step for step in steps), *more)
+    assert found == (0, 0, "selective cp 4 at 8,192, selective cp 4 at 32,768, 2 more")
+
+
+def test_costs_with_disturbed_points_are_told_where_no_other_row_stands_for_them() -> None:
+    """Whichever of two GPUs is the faster one: the point is there."""
+    h100 = [gpu_row("softmax", cp, n, n / 1e4 / cp**0.9) for cp in (1, 4) for n in (8192, 65536)]
+    slow = [replace(step, gpu="NVIDIA H200", seconds=2 * (step.seconds or 0.0), step_seconds=()) for step in h100]
+
+    def drawn(*steps: StepRow) -> tuple[bool, bool, str]:
+        drawing, notes, missing = _told(report(steps), "cost_same_length")
+        assert "hollow" not in notes, "costs are told between equal GPUs alone"
+        return " 8,192" in drawing.text, "65,536" in drawing.text, missing
+
+    assert drawn(*h100) == drawn(*h100, *slow) == (True, True, "")
+    for fast in (h100, slow):
+        other = slow if fast is h100 else h100
+        for number in (0, 2):  # cp 1, cp 4
+            steps = [_restless(step) if step is fast[number] else step for step in fast]
+            assert drawn(*steps) == (False, True, "softmax cp 4 at 8,192")
+            assert drawn(*steps, *other) == (True, True, "")
+            assert drawn(*steps, *other[1:]) == (False, True, "softmax cp 4 at 8,192"), "the other has no yardstick"
 
 
 def test_points_compared_with_another_gpu_are_hollow() -> None:

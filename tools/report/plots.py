@@ -14,7 +14,7 @@ from tools.report.layout import MARKERS, finish, handles_of, heading
 from tools.report.model import Report
 from tools.report.sketches import Sketch, sketches
 from tools.report.style import STYLE, darkened
-from tools.report.summary import three_digits
+from tools.report.summary import point_name, three_digits
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SIZE = (5.6, 3.7)
+_MOST_MISSING = 2  # points that a note names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +214,11 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
         reasons = [words for words, found in marked.items() if _lines(sketch, found)]
         if reasons:
             notes.append(f"hollow: {' or '.join(reasons)}")
-        if any(_is_unreliable(row, sketch) for row in rows if sketch.only in (None, row.cp)):
-            notes.append("not drawn: comparisons with disturbed points")
+        missing = _missing(sketch, rows)
+        if missing:
+            more = len(missing) - _MOST_MISSING
+            named = [*missing[:_MOST_MISSING], *([f"{more} more"] if more > 0 else [])]
+            notes.append(f"not drawn, as disturbed: {', '.join(named)}")
         hollow = [row for row in rows if any(row in found for found in marked.values())]
         for (kind, cp), line in _lines(sketch, hollow).items():
             axes.plot(
@@ -234,10 +238,21 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
     return draw
 
 
-def _is_unreliable(row: Row, sketch: Sketch) -> bool:
-    """Whether a comparison would be drawn, were it not with a disturbed point."""
+def _missing(sketch: Sketch, rows: Sequence[Row]) -> list[str]:
+    """Points that the picture lacks because their comparison is with a disturbed row, or of one.
+
+    Not those of a kind, cp and length that another row stands for: of another GPU, which was quiet.
+    """
     name = sketch.compares
-    return bool(name) and sketch.among(row) and row.told(name) is not None and row.reliable(name) is None
+    if not name:
+        return []
+    drawn = {(*line, tokens) for line, points in _lines(sketch, rows).items() for tokens, _ in points}
+    unsound = {
+        (row.kind, row.cp, row.tokens): point_name(row)
+        for row in rows
+        if sketch.only in (None, row.cp) and row.told(name) is not None and row.reliable(name) is None
+    }
+    return [words for place, words in unsound.items() if place not in drawn]
 
 
 def _lines(sketch: Sketch, rows: Sequence[Row]) -> dict[tuple[str, int], list[tuple[int, float]]]:

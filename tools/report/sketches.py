@@ -22,7 +22,6 @@ class Sketch:
         reference: (height, name) of a horizontal line; None: none.
         compares: The comparison that it shows; "": none.
         shown: Whether a row is a point of it.
-        among: Whether a row would be one, were it not disturbed.
         hollow: (words, whether it is true of a row) of what hollow markers tell apart.
     """
 
@@ -37,7 +36,6 @@ class Sketch:
     only: int | None = None
     compares: str = ""
     shown: Callable[[Row], bool] = lambda row: row.best
-    among: Callable[[Row], bool] = lambda row: row.best
     hollow: tuple[tuple[str, Callable[[Row], bool]], ...] = ()
 
 
@@ -126,8 +124,7 @@ def _cost_of_cp(report: Report, name: str, same: str, lost: str) -> Sketch:
         value=lambda row: row.reliable(name),
         compares=name,
         shown=lambda row: row in shown,
-        among=lambda row: row.best_on_gpu,
-        hollow=_others(name)[1:],  # costs are told between equal GPUs alone
+        hollow=_others(name),
         percent=True,
         reference=(0.0, "as cp 1"),
     )

@@ -122,7 +122,7 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
     restless = [row for row in measured if is_disturbed(row)]
     if not restless:
         return []
-    listed = ", ".join(_where(row) for row in restless)
+    listed = ", ".join(point_name(row) for row in restless)
     return [
         f"Not reliable: other work disturbed {len(restless)} of {len(measured)} measured points ({listed}); the "
         "sentences below and the pictures of comparisons leave them out. Measure them again, in a new folder, on a "
@@ -158,7 +158,7 @@ def _no_costs(sound: Sequence[Row]) -> list[str]:
     sentences = []
     for (tokens, gpu), costs in left_out.items():
         shown = ", ".join(
-            f"{getattr(row, name):.1%} for {_where(row)} against cp 1 {COSTS[name]}"
+            f"{getattr(row, name):.1%} for {point_name(row)} against cp 1 {COSTS[name]}"
             for row, name in costs
             if is_no_cost(row, name)
         )
@@ -241,11 +241,11 @@ def _not_measured(rows: Sequence[Row]) -> list[str]:
     if not failed:
         return []
     listed = ", ".join(f"{number} {status}" for status, number in failed.items())
-    where = ", ".join(_where(row) for row in rows if not row.ok)
+    where = ", ".join(point_name(row) for row in rows if not row.ok)
     return [f"{sum(failed.values())} of {len(rows)} points were not measured ({listed}): {where}."]
 
 
-def _where(row: Row) -> str:
+def point_name(row: Row) -> str:
     return f"{row.kind} cp {row.cp} at {row.tokens:,}"
 
 
