@@ -85,8 +85,10 @@ def time_tolerance(row: StepRow) -> tuple[float, float]:
     """By how much a step may have been slower, and faster, than predicted."""
     if row.tokens >= 131_072:
         return 0.09, 0.09
+    if (row.tokens, row.num_ranks) == (32_768, 4):
+        return 0.2, 0.09  # the host bounds these, and those of some machines are slower
     if row.tokens > 8_192:
-        return (0.2 if row.num_ranks == 4 else 0.09), 0.09
+        return 0.09, 0.09
     if row.num_ranks == 2:
         return 0.55, 0.3  # on that day two GPUs were half as fast
     return 0.18, 0.31  # the host's work is most of it
