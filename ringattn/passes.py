@@ -86,8 +86,11 @@ def _run(
 
 def _widest(work: _Work, payload: Payload) -> tuple[Tensor, ...]:
     """The payload, or of keys and values that it is expanded to the wider ones, by a stand-in of the shape that they
-    have on this rank: such passes launch several times as much as others, and wait for the host at longer shards."""
-    return payload if work.expansion.plain else (max(work.expansion.like, key=lambda x: prod(x.shape[2:])),)
+    have on this rank: such passes launch several times as much as others, and wait for the host at longer shards.
+    Nothing where there are no stand-ins, and so no graphs."""
+    if work.expansion.plain:
+        return payload
+    return tuple(sorted(work.expansion.like, key=lambda x: prod(x.shape[2:]))[-1:])
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
