@@ -62,6 +62,7 @@ class MemoryCase:
         element_bytes: Of activations: 2 (bf16) or 4 (fp32).
         ulysses: Degree of the exchange of heads; 1 is none.
         rows: Of a step, per ring.
+        transport: Of the ring, by its name; "auto" counts as what it takes where GPUs of a node reach each other.
         documents: Rows may hold several that do not see each other.
         compiled: Norms, RoPE and gates are, see `engine.compile`.
         on_gpu: Whether `device` is a GPU; else its items are host memory too.
@@ -77,6 +78,7 @@ class MemoryCase:
     ulysses: int
     loss_tile: int
     rows: int
+    transport: str
     documents: bool
     asynchronous_saves: bool
     compiled: bool
@@ -340,13 +342,15 @@ def graph_bytes(case: MemoryCase) -> float:
     tokens, heads = inner.longest_shard, shape.heads / case.ulysses
     queries, out = (tokens * heads * width * case.element_bytes for width in (shape.score_dim, shape.value_dim))
     payload = tokens * shape.payload / case.ulysses * case.element_bytes
-    none = selection is not None and selection.guide  # see `ringattn.passes`
+    # Guided layers, see `ringattn.passes`; and modules that expand with hooks, which ZeRO-3 gives to all of them.
+    none = (selection is not None and selection.guide) or (expanded and case.engine == "zero" and case.zero_stage == 3)
     over_copy_engines = case.on_gpu and 1 < inner.cp_size == _near_ranks(case)
     widest = max(queries, out, payload)
     if expanded:  # keys or values, whichever are wider
-        widest = max(queries, tokens * shape.key_heads * max(shape.score_dim, shape.value_dim) * case.element_bytes)
+        made = tokens * shape.key_heads * max(shape.score_dim, shape.value_dim) * case.element_bytes
+        widest = max(queries, out, made)
     elif selection is not None:
-        widest = queries
+        widest = max(queries, out)
     if none or not over_copy_engines or widest > GRAPH_BYTES:
         return 0.0
     if selection is not None or expanded:
@@ -399,7 +403,9 @@ def peer_bytes(case: MemoryCase) -> float:
 
 
 def _near_ranks(case: MemoryCase) -> int:
-    """Of an (inner) ring, on one node."""
+    """Of an (inner) ring, on one node, whose memory is within reach."""
+    if case.transport == "p2p":
+        return 1
     # It has one rank of every team, and teams are neighbours, but in the striped layout: see `ringattn.teams`.
     apart = 1 if case.plan.layout == "striped" else case.ulysses
     return min(inner_plan(case.plan, case.ulysses).cp_size, max(1, case.per_node // apart))

@@ -176,6 +176,7 @@ def case_of(
         ulysses=1 if parallel.ulysses == "auto" else parallel.ulysses,
         loss_tile=config.optim.loss_tile,
         rows=config.optim.rows_per_step // dp,
+        transport=parallel.transport,
         documents=not config.data.cross_document_attention,
         asynchronous_saves=config.checkpoint.asynchronous,
         compiled=config.compiles(on_gpu=on_gpu),

@@ -8,10 +8,11 @@ import pytest
 
 from launch.config import MemoryConfig
 from launch.memory_items import graph_bytes, graph_items, peer_bytes
-from launch.memory_plan import estimate_memory
+from launch.memory_plan import case_of, estimate_memory
 from launch.step_time import step_time
+from model.config import preset
 from ringattn.teams import ring_of
-from tests.launch.test_memory_plan import LAGGED, RATES, SAS, kind_case
+from tests.launch.test_memory_plan import LAGGED, RATES, SAS, config, kind_case
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,29 @@ def test_only_layers_that_are_alike_share_graphs() -> None:
     for model in (LAGGED, {**SAS, **LAGGED}):
         assert graph_bytes(kind_case(8_192, 4, model)) > 0
         assert graph_bytes(kind_case(8_192, 4, {**model, "selection_guide": True})) == 0
+
+
+def test_modules_with_hooks_and_rings_without_peer_memory_have_no_graphs() -> None:
+    """ZeRO-3 hooks every module, also those that expand; sends and receives have neither graphs nor regions."""
+    for stage, expanding in ((2, True), (3, False)):
+        zero = {"engine": "zero", "zero_stage": stage}
+        assert (graph_bytes(replace(kind_case(8_192, 4, SAS), **zero)) > 0) == expanding
+        assert graph_bytes(replace(kind_case(8_192, 4, {}), **zero)) > 0
+    for model in ({}, SAS, LAGGED):
+        case = kind_case(8_192, 4, model)
+        assert min(graph_bytes(case), peer_bytes(case)) > 0
+        assert graph_bytes(replace(case, transport="p2p")) == peer_bytes(replace(case, transport="p2p")) == 0
+    of_run = config(8_192, model={"preset": "qwen3-0.6b"}, parallel={"transport": "p2p"})
+    assert case_of(of_run, preset("qwen3-0.6b"), 4, on_gpu=True).transport == "p2p"
+
+
+def test_wide_outputs_count_as_they_do_backward() -> None:
+    """81,920 tokens over 4, 16 heads whose values are 128 wide: out is 80 MiB, queries of 96 features 60."""
+    mla = {"attention": "mla", "heads": 16, "kv_heads": 4, "head_dim": 64, "qk_norm": False}
+    mla |= {"latent_dim": 128, "rope_dim": 32, "value_dim": 128}
+    for model in (mla, {**mla, **LAGGED}):
+        assert graph_bytes(kind_case(65_536, 4, model)) > 0
+        assert graph_bytes(kind_case(81_920, 4, model)) == 0
 
 
 def test_graphs_hold_what_is_made_of_a_payload() -> None:
