@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from launch.errors import ConfigError, PeerLost
+from ringattn.groups import without_multicast
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -268,6 +269,7 @@ def _join_world(launch: Launch, device: torch.device, timeout: timedelta) -> Non
     backend = "nccl" if device.type == "cuda" else "gloo"
     # Bound to its device, NCCL connects here, under the setup timeout, and not inside the first hop.
     bound = device if device.type == "cuda" else None
+    without_multicast()
     ranks: dict[str, Any] = {
         "rank": launch.rank,
         "world_size": launch.world_size,

@@ -1,11 +1,22 @@
-"""What torch knows of a process group and tells in private attributes only, asked for in one place."""
+"""What torch knows of a process group and tells in private attributes only, asked for in one place, and multicast."""
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+
+def without_multicast() -> None:
+    """Have NCCL and torch's symmetric memory leave NVLink multicast alone, unless the environment says otherwise.
+
+    It belongs to the whole switch, which others may share; nothing here needs it, and making it can wait for ever on
+    hosts that hand it out badly. Both ask the environment only, when a communicator or a region is made.
+    """
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 
 def message_device(group: dist.ProcessGroup) -> torch.device:

@@ -162,6 +162,13 @@ def make_ulysses(
         ring_group = dist.new_group(ranks, timeout=wait, backend=backend, use_local_synchronization=True)
         assert ring_group is not None
         channel = make_transport(transport, ring_group, timeout, graphs=graphs)
+        if transport == "auto":
+            # Rings beside each other must come to their graphs alike, in step with the exchanges that join them.
+            taken = [""] * size
+            dist.all_gather_object(taken, type(channel).__name__, group=group)
+            if len(set(taken)) > 1:
+                channel = make_transport("p2p", ring_group, timeout, graphs=graphs)
+                channel.description += " (auto: what one ring beside it can have, another cannot)"
     return Ulysses(
         group=group,
         degree=degree,

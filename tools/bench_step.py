@@ -23,6 +23,7 @@ from rich.console import Console
 
 from launch.errors import LaunchError
 from model.presets import PRESETS
+from ringattn.groups import without_multicast
 from tools.bench.device import pick_device
 from tools.bench.start import whole
 from tools.bench.step_cases import Case, Cases, Choices
@@ -66,9 +67,7 @@ def main(
     size, is_first = _ranks(nproc)
     if not is_first:
         return  # the first rank starts the processes of the cases anew, on all of the machine's GPUs
-    # Multicast belongs to the whole NVLink switch, so nobody gets it here.
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    without_multicast()
     choices = Choices(
         steps=steps,
         seconds=case_seconds,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import ringattn
 from ringattn.attention import attend_on
+from ringattn.groups import without_multicast
 from ringattn.kernels import KERNELS
 from ringattn.transport import Transport, make_transport
 from ringattn.transport.loopback import attend_in_turns
@@ -110,9 +111,7 @@ def _real(sizes: list[int]) -> tuple[int, torch.device, Rings]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        # Multicast belongs to the whole NVLink switch, so nobody gets it here.
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        without_multicast()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank = dist.get_rank()
     groups: dict[int, dist.ProcessGroup] = {}

@@ -11,7 +11,6 @@ foresees for them, and measures nothing.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launch.errors import EXIT_CONFIG, ConfigError, LaunchError, WriteError
 from model.presets import PRESETS
+from ringattn.groups import without_multicast
 from tools.bench.step_rows import NAME, StepRow, load_all, one_of_each_case, read_all
 from tools.report.kinds import KINDS, kind_of, kind_settings
 
@@ -180,9 +180,7 @@ def _measure(options: argparse.Namespace, model: str, command: str, left_out: li
     if options.device == "cuda" and not gpus:
         raise ConfigError("--device cuda: no CUDA device is visible; use --device cpu or auto")
     device = "cuda" if gpus and options.device != "cpu" else "cpu"
-    # Multicast belongs to the whole NVLink switch, so nobody gets it here.
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    without_multicast()
     choices = Choices(
         steps=options.repeats,
         seconds=float(options.point_seconds),

@@ -172,18 +172,21 @@ def make_transport(
         return control
     if name == "hybrid":
         problem = peer_memory_problem(group, inside_hosts=True)
-        if problem is not None:
-            raise TopologyError(f"transport: hybrid cannot be had: {problem}; use transport='auto' or 'p2p'")
-        return _hybrid(group, control, timeout, hosts_of(group))
+        if problem is None:
+            made = _hybrid(group, control, timeout, hosts_of(group))
+            problem = _making_problem(made._near.memory, group)  # later only a host's ranks would be told
+            if problem is None:
+                return made
+        raise TopologyError(f"transport: hybrid cannot be had: {problem}; use transport='auto' or 'p2p'")
     problem = peer_memory_problem(group)
     if problem is None:
         memory = CudaPeerMemory(group, torch.device("cuda", torch.cuda.current_device()), timeout)
         problem = _making_problem(memory, group) if name == "auto" else None
         if problem is None:
-            made = CopyEngineTransport(memory, graphs, control.stats, control.ranks)
+            direct = CopyEngineTransport(memory, graphs, control.stats, control.ranks)
             if name == "auto":
-                made.description += " (auto: every rank can reach every other one's memory)"
-            return made
+                direct.description += " (auto: every rank can reach every other one's memory)"
+            return direct
     if name == "copy_engine":
         raise TopologyError(f"transport: copy_engine cannot be had: {problem}; use transport='auto' or 'p2p'")
     hosts = hosts_of(group)

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.errors import TopologyError
-from ringattn.groups import timeout_of
+from ringattn.groups import timeout_of, without_multicast
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _GRAIN = 2**21  # regions are multiples of this
+_BROKEN = -1  # in place of a number of rendezvous: one has failed, and torch may have counted it on some ranks only
 # What the steps of making them take.
 _ALLOCATED = "Expected that much free memory on every GPU, beside torch's own; free some, or shorten what travels"
 _MAPPED = (
@@ -94,7 +95,7 @@ class CudaPeerMemory:
         ranks: of the group's members in the ring, if it is a part of the ring; they go by these here.
     """
 
-    _rendezvous: ClassVar[int] = 0  # of this process, in any group
+    _rendezvous: ClassVar[int] = 0  # of this process, in any group; or _BROKEN
 
     def __init__(
         self,
@@ -120,19 +121,21 @@ class CudaPeerMemory:
             return False
         import torch.distributed._symmetric_memory as symmetric  # there is none without CUDA
 
+        without_multicast()
         torch.cuda.synchronize(self.device)
         agree_on_rendezvous(self._group, CudaPeerMemory._rendezvous)  # and no rank is using the old regions any more
-        CudaPeerMemory._rendezvous += 1
         if self.pinned:
             self._kept.append((self._handle, self._regions))
         size = -(-size // _GRAIN) * _GRAIN
         with torch.inference_mode(False):  # training may come after an evaluation that came first
             with all_or_none(self._group, f"allocate {size:,} bytes of peer memory", _ALLOCATED):
                 own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
+            CudaPeerMemory._rendezvous, count = _BROKEN, CudaPeerMemory._rendezvous
             with all_or_none(self._group, "map the other ranks' GPU memory", _MAPPED):
                 self._handle = symmetric.rendezvous(own, self._group)
                 places = range(dist.get_world_size(self._group))
                 self._regions = [self._handle.get_buffer(place, [size], torch.uint8) for place in places]
+            CudaPeerMemory._rendezvous = count + 1
         self._regions[self._places[self.rank]] = own
         self._size = size  # not before: making them may fail
         return True
@@ -208,13 +211,20 @@ def agree_on_rendezvous(group: dist.ProcessGroup, before: int) -> None:
     """Refuse a rendezvous that would hang: torch numbers its messages by process, not by group. Collective.
 
     Args:
-        before: how many this process has had, in any group.
+        before: how many this process has had, in any group; or _BROKEN.
 
     Raises:
-        TopologyError: on all ranks, if they have not had equally many (https://github.com/pytorch/pytorch/issues/196082).
+        TopologyError: on all ranks, if they have not had equally many (https://github.com/pytorch/pytorch/issues/196082),
+            or one has failed.
     """
     counts = [before] * dist.get_world_size(group)
     dist.all_gather_object(counts, before, group=group)
+    if _BROKEN in counts:
+        raise TopologyError(
+            "transport: copy_engine cannot be had: expected ranks whose peer memory could be mapped so far, but once "
+            f"that of rank {counts.index(_BROKEN)} could not, after which torch's symmetric memory may wait for ever; "
+            "use transport='p2p', which needs none, or start anew"
+        )
     if len(set(counts)) > 1:
         told = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(counts))
         raise TopologyError(
@@ -247,10 +257,13 @@ def all_or_none(group: dist.ProcessGroup, what: str, expected: str) -> Iterator[
     if isinstance(failed, torch.OutOfMemoryError):
         raise failed
     first = next((f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None), None)
-    if first is not None:
-        raise TopologyError(
-            f"transport: copy_engine cannot {what}: {first}. {expected}; use transport='p2p', which needs none"
-        ) from failed
+    try:
+        if first is not None:
+            raise TopologyError(
+                f"transport: copy_engine cannot {what}: {first}. {expected}; use transport='p2p', which needs none"
+            ) from failed
+    finally:
+        del failed  # a circle through its traceback, which would hold what the step has made
 
 
 def peer_memory_problem(group: dist.ProcessGroup, *, inside_hosts: bool = False) -> str | None:

@@ -32,6 +32,23 @@ def config(device: str = "cpu", **parallel: Any) -> Config:
     )
 
 
+def test_processes_join_without_multicast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL asks the environment when the first group is made."""
+    found: dict[str, str | None] = {}
+
+    def join(*arguments: Any, **named: Any) -> None:
+        found.update({name: os.environ.get(name) for name in ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST")})
+        raise RuntimeError("nobody there")
+
+    for name in ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST"):
+        monkeypatch.setenv(name, "")  # so that it is as before when the test is over
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    with pytest.raises(PeerLost, match="nobody there"):
+        Topology.start(config())
+    assert found == {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

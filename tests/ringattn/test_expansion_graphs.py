@@ -15,6 +15,7 @@ from ringattn.scoring import expansion, watched
 from ringattn.scoring.expansion import Expansion
 from ringattn.scoring.rotary import Rope
 from ringattn.testing import dense_attention, error
+from ringattn.transport import copy_engine
 from ringattn.transport.row_graphs import WORTH_CALLS
 from tests.processes import run_ranks
 from tests.ringattn.test_graphs import recording_transport, without_new_inputs
@@ -182,6 +183,34 @@ def test_layers_that_are_alike_share_a_graph_and_have_their_own_parameters(size,
 
 def test_other_ways_to_call_take_graphs_too(tmp_path):
     check(OTHER_WAYS, run_ranks(worker, 2, str(tmp_path), OTHER_WAYS, None, timeout=120))
+
+
+def wide_worker(rank, world_size, folder, limits):
+    """How many graphs there are when so many bytes may be as wide as the widest that a pass has."""
+    sizes = {"heads": 4, "latent_dim": 6, "rotary_dim": 4, "nope_dim": DIM, "value_dim": VALUES}
+    module = ringattn.LatentExpansion(**sizes, rope=Rope()).double()
+    modules = [(module, (4, DIM + 4), (1, 6), (1, 4))] * LAYERS
+    found = []
+    for limit in limits:
+        copy_engine.GRAPH_BYTES = limit
+        transport, plan = recording_transport(f"{folder}/{limit}"), ringattn.Plan(TOKENS, world_size)
+        transport.memory.reserve(2**20)
+        for step in range(STEPS):
+            assert differences(Case("latent"), modules, plan, rank, transport, step) <= 1e-10
+        found.append(len(transport._graphs._captured))
+    return found
+
+
+VALUES = 20
+
+
+def test_keys_or_values_up_to_the_limit_are_graphs(tmp_path):
+    """Values of 4 heads of 20 are the widest, of keys and queries of 12; both together pass the first limit."""
+    widest = 4 * VALUES * 8 * ringattn.Plan(TOKENS, 2).longest_shard
+    limits = (widest, widest - 1)
+    for limit in limits:
+        (tmp_path / str(limit)).mkdir()
+    assert run_ranks(wide_worker, 2, str(tmp_path), limits, timeout=120) == [[2, 0]] * 2
 
 
 ROWS_OF_DOCUMENTS = [

@@ -1,7 +1,11 @@
 """When ranks can reach each other's memory: two hosts are two even if they have one name, and GPUs are told apart."""
 
+import gc
+import os
 import socket
-from contextlib import contextmanager
+import sys
+import weakref
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -103,6 +107,96 @@ def test_a_rendezvous_that_would_hang_is_refused_on_all_ranks(counts):
     assert len(set(found)) == 1
     assert "(rank 0: 2, rank 1: 0, rank 2: 2)" in found[0]
     assert "use transport='p2p' for rings that overlap" in found[0]
+
+
+def test_after_one_that_failed_no_other_is_begun():
+    found = run_ranks(rendezvous_worker, 3, (1, peer_memory._BROKEN, 1))
+    assert len(set(found)) == 1
+    assert "once that of rank 1 could not" in found[0]
+    assert "use transport='p2p'" in found[0]
+
+
+def mapping_worker(rank, world_size, fails):
+    """What two regions after each other end with, of which the first cannot be mapped on some rank."""
+    numbers = iter(range(2))
+
+    def rendezvous(own, group):
+        if next(numbers) == 0 and rank == fails:
+            raise RuntimeError("invalid device ordinal")
+        return SimpleNamespace(get_buffer=lambda place, sizes, dtype: torch.empty(sizes, dtype=dtype))
+
+    symmetric = SimpleNamespace(empty=torch.empty, rendezvous=rendezvous)
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda *device: None)
+        patch.setitem(sys.modules, "torch.distributed._symmetric_memory", symmetric)
+        patch.setattr(torch.distributed, "_symmetric_memory", symmetric, raising=False)
+        memory = peer_memory.CudaPeerMemory(dist.group.WORLD, torch.device("cpu"))
+        for size in (1, 2**21 + 1):
+            try:
+                told.append(str(memory.reserve(size)))
+            except ringattn.TopologyError as error:
+                told.append(str(error))
+    return told
+
+
+def test_a_region_that_could_not_be_mapped_is_the_last_one():
+    for first, second in run_ranks(mapping_worker, 2, 1):
+        assert "cannot map the other ranks' GPU memory: rank 1: RuntimeError: invalid device ordinal" in first
+        assert "expected ranks whose peer memory could be mapped so far" in second
+    assert run_ranks(mapping_worker, 2, None) == [["True", "True"]] * 2
+
+
+class Own:
+    """What a step has made before it fails."""
+
+
+def holding_worker(rank, world_size):
+    """Whether what a failed step made is gone when the error has been dealt with, without the garbage collector."""
+    made = []
+
+    def step():
+        with peer_memory.all_or_none(dist.group.WORLD, "map them", "Expected GPUs"):
+            own = Own()
+            made.append(weakref.ref(own))
+            if rank == 0:
+                raise RuntimeError("invalid device ordinal")
+
+    gc.disable()
+    with suppress(ringattn.TopologyError):
+        step()
+    gone = made[0]() is None
+    gc.enable()
+    return gone
+
+
+def test_what_a_failed_step_has_made_is_not_held():
+    assert run_ranks(holding_worker, 2) == [True, True]
+
+
+def reserving_worker(rank, world_size):
+    """Which switches of multicast are set when memory is made."""
+    found = {}
+
+    def note(*arguments):
+        found.update({name: os.environ.get(name) for name in SWITCHES})
+        raise RuntimeError("no GPU")
+
+    for name in SWITCHES:
+        os.environ.pop(name, None)
+    os.environ["NCCL_NVLS_ENABLE"] = "1"  # somebody's wish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", note)
+        with pytest.raises(RuntimeError, match="no GPU"):
+            peer_memory.CudaPeerMemory(dist.group.WORLD, torch.device("cpu")).reserve(1)
+    return found
+
+
+SWITCHES = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST")
+
+
+def test_peer_memory_is_made_without_multicast():
+    assert run_ranks(reserving_worker, 1) == [{SWITCHES[0]: "1", SWITCHES[1]: "1"}]
 
 
 def failing_worker(rank, world_size, failures):

@@ -232,7 +232,7 @@ class HiddenMemory(FilePeerMemory):
 
     def reserve(self, size):
         with all_or_none(self._group, "map the other ranks' GPU memory", "Expected GPUs"):
-            if dist.get_rank() == dist.get_world_size() - 1:
+            if dist.get_rank(self._group) == dist.get_world_size(self._group) - 1:
                 raise RuntimeError("invalid device ordinal")
         return super().reserve(size)
 
@@ -283,6 +283,60 @@ def test_auto_takes_p2p_on_all_ranks_where_memory_cannot_be_mapped(hosts, tried,
         assert description == f"p2p over gloo ({tried} cannot be had: {reason})"
         assert found == 1
         assert wrong <= 1e-10
+
+
+def beside_worker(rank, world_size, folder, hidden):
+    """What the ring of this rank takes beside the other one, after attention through both has been checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ringattn.transport, "peer_memory_problem", lambda group, *, inside_hosts=False: None)
+        kinds = {True: HiddenMemory, False: FilePeerMemory}
+        patch.setattr(
+            ringattn.transport,
+            "CudaPeerMemory",
+            lambda group, device, timeout: kinds[hidden and rank % 2 == 1](group, f"{folder}/{rank % 2}"),
+        )
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        made = ringattn.make_ulysses(dist.group.WORLD, 2)
+    ringattn.self_check(heads=4, kv_heads=4, head_dim=8, group=dist.group.WORLD, ulysses=made)
+    return made.transport.description
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_rings_beside_each_other_take_the_same(hidden, tmp_path):
+    """Also where only the memory of one of them cannot be mapped: they come to their graphs in step."""
+    for place in "01":
+        (tmp_path / place).mkdir()
+    told = run_ranks(beside_worker, 4, str(tmp_path), hidden, timeout=60)
+    if hidden:
+        reason = "p2p over gloo (auto: what one ring beside it can have, another cannot)"
+        assert told == [reason] * 4
+    else:
+        assert all(one.startswith("copy_engine: ") for one in told)
+
+
+def asking_worker(rank, world_size, folder):
+    """`hybrid` by name, of which one host's ranks cannot map their memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ringattn.transport, "hosts_of", lambda group: list("aabb"))
+        patch.setattr(ringattn.transport, "peer_memory_problem", lambda group, *, inside_hosts=False: None)
+        kinds = {True: HiddenMemory, False: FilePeerMemory}
+        patch.setattr(
+            ringattn.transport,
+            "CudaPeerMemory",
+            lambda group, device, timeout, ranks: kinds[rank < 2](group, f"{folder}/{rank // 2}", ranks=ranks),
+        )
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        with pytest.raises(ringattn.TopologyError) as told:
+            ringattn.make_transport("hybrid", dist.group.WORLD)
+    return str(told.value)
+
+
+def test_hybrid_by_name_is_refused_on_all_hosts_where_one_cannot_map_memory(tmp_path):
+    for host in "01":
+        (tmp_path / host).mkdir()
+    (told,) = set(run_ranks(asking_worker, 4, str(tmp_path)))
+    assert told.startswith("transport: hybrid cannot be had: cannot map the other ranks' GPU memory: rank 1: Runt")
+    assert told.endswith("use transport='auto' or 'p2p'")
 
 
 def out_of_memory(*arguments):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import typer
 
+from ringattn.groups import without_multicast
 from tools.bench.ranks import Ranks
 
 Job = Callable[[Ranks], int]
@@ -103,10 +104,9 @@ def _rank(local_rank: int, place: str, timeout: float, job: Job, store: dist.Sto
     """One rank, from joining to leaving; the exit status."""
     device = torch.device("cuda", local_rank) if place == "cuda" else torch.device("cpu")
     if device.type == "cuda":
-        # Multicast belongs to the whole NVLink switch, so nobody gets it here; `Ranks` itself watches for ranks that
-        # fail, and NCCL's watchdog would end the process over a group that is given up.
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        without_multicast()
+        # `Ranks` itself watches for ranks that fail, and NCCL's watchdog would end the process over a group that is
+        # given up.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         torch.cuda.set_device(device)
     backend, patience = ("nccl" if device.type == "cuda" else "gloo"), timedelta(seconds=10 * timeout)
