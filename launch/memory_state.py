@@ -11,6 +11,9 @@ GRADIENTS = "gradients"
 GATHERED = "gathered weights"
 # Elements of DeepSpeed's buffers for reducing and gathering, as launch/engine/zero.py sets them.
 _ZERO_BUCKET_ELEMENTS = 50_000_000
+# Layers of up to so many parameters are gathered and reduced in pairs by `fsdp`: on H100 the host's work for a unit is
+# the slow part then.
+_PAIRED = 32_000_000
 _FP32 = 4
 
 
@@ -40,9 +43,15 @@ def state_items(
     if engine == "fsdp":
         share = _FP32 * total * part
         found = _placed(share, share, 2 * share, on_host)
-        whole = _gathered(count, model, element_bytes, head=own_head(model, engine), kept=kept)
+        in_unit = layers_in_unit(_layer_and_root(count, model)[0])
+        whole = _gathered(count, model, element_bytes, head=own_head(model, engine), in_unit=in_unit, kept=kept)
         return (*found, (GATHERED, whole, 0.0))
     return _zero_items(total, count, model, zero_stage, part, low, on_host, element_bytes)
+
+
+def layers_in_unit(parameters: float) -> int:
+    """How many layers of so many parameters each `fsdp` gathers and reduces together."""
+    return 2 if parameters <= _PAIRED else 1
 
 
 def _placed(weights: float, gradients: float, moments: float, on_host: bool) -> tuple[tuple[str, float, float], ...]:
@@ -51,16 +60,18 @@ def _placed(weights: float, gradients: float, moments: float, on_host: bool) -> 
 
 
 def _gathered(
-    count: ParameterCount, model: ModelConfig, element_bytes: int, *, head: float, kept: bool = False
+    count: ParameterCount, model: ModelConfig, element_bytes: int, *, head: float, in_unit: int = 1, kept: bool = False
 ) -> float:
-    """Embedding and head for the whole step; of layers the current one, the next, and the buffer it arrives in.
+    """Embedding and head for the whole step; of units of layers this one, the next, and the buffer it arrives in.
 
     Args:
         head: Parameters of a head that is gathered by itself.
+        in_unit: Layers that are gathered together.
         kept: All layers are there, and one buffer.
     """
     layer, root = _layer_and_root(count, model)
-    return element_bytes * (root - head + (model.layers + 1 if kept else min(3, model.layers)) * layer)
+    held = model.layers + in_unit if kept else min(3 * in_unit, model.layers)
+    return element_bytes * (root - head + held * layer)
 
 
 def own_head(model: ModelConfig, engine: str) -> float:
@@ -75,13 +86,13 @@ def _layer_and_root(count: ParameterCount, model: ModelConfig) -> tuple[float, f
 
 
 def shares_of_gradients(model: ModelConfig) -> tuple[float, float]:
-    """Part of all gradients that is there with `fsdp` in the backward pass of the first layer, and when all layers are
-    done: those of the embedding, and of the head if it is the same, come last.
+    """Part of all gradients that is there with `fsdp` in the backward pass of the first unit of layers, and when all
+    layers are done: those of the embedding, and of the head if it is the same, come last.
     """
     count = count_parameters(model)
     layer, root = _layer_and_root(count, model)
     done = count.total - root + own_head(model, "fsdp")
-    return (done - layer) / count.total, done / count.total
+    return (done - min(layers_in_unit(layer), model.layers) * layer) / count.total, done / count.total
 
 
 def _zero_items(
@@ -132,4 +143,8 @@ def gradient_flight_items(
         return
     if not head:
         yield "the head's gradient", element_bytes * float(model.vocab_size * model.dim)
-    yield "gradients of a layer", (element_bytes + reduced) * layer
+    in_unit = min(layers_in_unit(layer), model.layers) if engine == "fsdp" else 1
+    yield (
+        "gradients of a unit of layers" if in_unit > 1 else "gradients of a layer",
+        (element_bytes + reduced) * in_unit * layer,
+    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from launch.engine.plain import PlainEngine
+from launch.memory_state import layers_in_unit
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class FsdpEngine(PlainEngine):
-    """Every rank holds 1/world of each tensor (fp32, split by rows) and gathers a layer's weights when it is computed.
+    """Every rank holds 1/world of each tensor (fp32, split by rows) and gathers a layer's weights when it is computed;
+    of small layers those of two, see `layers_in_unit`.
 
     bf16 gathers and computes in bf16, reduces gradients in fp32 and updates fp32 weights.
 
@@ -44,7 +46,10 @@ class FsdpEngine(PlainEngine):
             offload = CPUOffloadPolicy(pin_memory=topology.device.type == "cuda")  # nothing to pin for without a GPU
         shard = partial(fully_shard, mesh=topology.world_mesh, mp_policy=policy, offload_policy=offload)
         again = config.memory.weights == "regather"
-        parts = [shard(layer, reshard_after_forward=again) for layer in getattr(module, "layers", ())]
+        parts = []
+        for unit in _units(list(getattr(module, "layers", ()))):
+            shard(unit, reshard_after_forward=again)
+            parts.append(cast(FSDPModule, unit[0]))
         head = getattr(module, "head", None)
         if head is not None and any(True for _ in head.parameters()):
             # By itself, its gradient is reduced while the last layers run backward, and its weights are gathered for
@@ -78,3 +83,11 @@ class FsdpEngine(PlainEngine):
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _units(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Layers that are gathered together, in their order."""
+    if not layers:
+        return []
+    count = layers_in_unit(sum(parameter.numel() for parameter in layers[0].parameters()))
+    return [layers[first : first + count] for first in range(0, len(layers), count)]

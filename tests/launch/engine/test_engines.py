@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from launch import memory_state
 from launch.engine import Engine
 from launch.errors import NumericsError
 from tests.launch.engine import toy
@@ -224,13 +225,15 @@ def test_the_gradient_of_a_head_of_its_own_is_reduced_before_the_layers() -> Non
     assert run_ranks(order_of_gradients, 2, True) == [[(False, False), (False, False), (False, True)]] * 2
 
 
-def prefetched(rank: int, world_size: int) -> list[tuple[str, list[str]]]:
-    """Which parts announce which others, by their kinds."""
+def prefetched(rank: int, world_size: int, paired: float) -> list[tuple[str, list[str]]]:
+    """Which parts of three layers announce which others, by their kinds."""
+    memory_state._PAIRED = paired  # type: ignore[assignment]
     told: list[tuple[Any, Any]] = []
     announce = FSDPModule.set_modules_to_forward_prefetch
     FSDPModule.set_modules_to_forward_prefetch = lambda self, modules: told.append((self, modules))  # type: ignore
     try:
-        engine = toy.start("fsdp", tied=False)
+        config = toy.toy_config("fsdp")
+        engine = toy.build_model(config, replace(toy.toy_shape(tied=False), layers=3), toy.Topology.start(config))
     finally:
         FSDPModule.set_modules_to_forward_prefetch = announce  # type: ignore[method-assign]
     names = {part: name for name, part in engine.module.named_modules()}
@@ -238,14 +241,17 @@ def prefetched(rank: int, world_size: int) -> list[tuple[str, list[str]]]:
     return [(names[part], [names[other] for other in others]) for part, others in told]
 
 
-def test_each_layer_gathers_the_next_and_the_last_the_head() -> None:
-    assert run_ranks(prefetched, 1) == [[("layers.0", ["layers.1"]), ("layers.1", ["head"])]]
+def test_each_unit_of_layers_gathers_the_next_and_the_last_the_head() -> None:
+    alone = [("layers.0", ["layers.1"]), ("layers.1", ["layers.2"]), ("layers.2", ["head"])]
+    assert run_ranks(prefetched, 1, 0.0) == [alone]
+    assert run_ranks(prefetched, 1, math.inf) == [[("layers.0", ["layers.2"]), ("layers.2", ["head"])]]
 
 
 def gathered(rank: int, world_size: int, kind: str) -> tuple[list[int], list[float]]:
     """How often something is gathered in each of two steps and an evaluation between them, and the three losses."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
+    memory_state._PAIRED = 0  # layers are units
     gather, counts, losses = _fsdp_param_group.foreach_all_gather, [], []
     _fsdp_param_group.foreach_all_gather = lambda *rest: (counts.append(counts.pop() + 1), gather(*rest))[1]
     engine = toy.start(kind)
