@@ -237,8 +237,9 @@ def _layer_bytes_per_token(case: MemoryCase) -> float:
     kept = layer_bytes_per_token(model, size, fused=_fused(case))
     if case.compiled:
         kept -= model.ffn_dim * size
-    if case.autocast:  # both norms' inputs are unrounded
-        kept += 2 * (case.hidden - model.dim * size) + _ROUNDED_COPIES * model.dim * size
+    if case.autocast:  # the layer's input is unrounded, and so is that of its second norm unless that is compiled
+        unrounded = case.hidden - model.dim * size
+        kept += unrounded if case.compiled else 2 * unrounded + _ROUNDED_COPIES * model.dim * size
     return kept
 
 

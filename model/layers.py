@@ -69,6 +69,7 @@ class Attention(Attending):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.head_dim = config.head_dim
+        self.norm_eps = config.norm_eps
         self.q_proj = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
@@ -78,6 +79,12 @@ class Attention(Attending):
 
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """See `Attending.project`."""
+        if self.pointwise.halves:
+            weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+            norms: tuple[Tensor | None, ...] = (None, None)
+            if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+                norms = (self.q_norm.weight, self.k_norm.weight)
+            return self.pointwise.heads(x, *weights, *norms, self.norm_eps, rotation.cos, rotation.sin)
         q, k, v = (
             rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -118,8 +125,17 @@ class DecoderLayer(nn.Module):
         if self.tile is not None:
             return self._in_tiles(self.tile, hidden, rotation, attention, carried, again)
         change, penalty, votes = self.attention(self.attention_norm(hidden), rotation, attention, carried)
-        hidden = hidden + change  # [B, S, E]
-        return hidden + self.mlp(self.mlp_norm(hidden)), penalty, votes
+        return self._feed_forward(hidden, change), penalty, votes
+
+    def _feed_forward(self, x: Tensor, change: Tensor) -> Tensor:
+        """What the layer makes of its input [B, S, E] and the attention's change of it."""
+        norm, mlp = self.mlp_norm, self.mlp
+        if mlp.pointwise.halves:
+            weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+            return mlp.pointwise.feed_forward(x, change, norm.weight, norm.eps, *weights)
+        x = x + change
+        result: Tensor = x + mlp(norm(x))
+        return result
 
     def _in_tiles(
         self,
@@ -134,8 +150,7 @@ class DecoderLayer(nn.Module):
             return self.attention.project(self.attention_norm(x), rotation.rows(rows))
 
         def after(rows: slice, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-            x = x + self.attention.finish(out)
-            return (x + self.mlp(self.mlp_norm(x)),)
+            return (self._feed_forward(x, self.attention.finish(out)),)
 
         q, k, v = in_tiles(before, self._parameters_before, (hidden,), tile)
         out, penalty, votes = self.attention.attend(q, k, v, rotation, attention, carried)

@@ -3,6 +3,9 @@
 Run operation by operation, as PyTorch does, they read and write every tensor several times, in fp32 in part; on an H100
 they took as long as all products together. `torch.compile` makes one or two kernels of each, forward and backward. They
 are functions of tensors, so that one compilation serves all layers, whatever an engine does to the modules.
+
+The two halves of a layer around its attention, products and all, are compiled as functions, too: at short shards the
+host's work for many small nodes of autograd, and calls of modules, takes longer than a GPU's.
 """
 
 from __future__ import annotations
@@ -22,20 +25,24 @@ class Pointwise:
 
     Args:
         backend: Of `torch.compile`; None runs them operation by operation.
+        halves: Compile halves of layers as well. Not where weights come by calls of their modules (ZeRO-3).
 
     Attributes:
-        norm, turn, turn_last, norm_and_turn, gate, softmax: See the functions of the file.
+        norm, turn, turn_last, norm_and_turn, gate, softmax, heads, feed_forward: See the functions of the file.
     """
 
-    def __init__(self, backend: str | None = None) -> None:
+    def __init__(self, backend: str | None = None, *, halves: bool = False) -> None:
         wrap: Callable[..., Any] = _same if backend is None else partial(_by_kind, backend=backend)
         self.compiled = backend is not None
+        self.halves = self.compiled and halves
         self.norm: Callable[..., Tensor] = wrap(norm)
         self.turn: Callable[..., Tensor] = wrap(turn)
         self.turn_last: Callable[..., Tensor] = wrap(turn_last)
         self.norm_and_turn: Callable[..., Tensor] = wrap(norm_and_turn)
         self.gate: Callable[..., Tensor] = wrap(gate)
         self.softmax: Callable[..., tuple[Tensor, Tensor]] = wrap(softmax)
+        self.heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = wrap(heads)
+        self.feed_forward: Callable[..., Tensor] = wrap(feed_forward)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,6 +74,36 @@ def norm_and_turn(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tenso
 def gate(x: Tensor, y: Tensor) -> Tensor:
     """silu(x) * y: the middle of SwiGLU."""
     return F.silu(x) * y
+
+
+def heads(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, S, heads, D] of normed hidden states x [B, S, E], by the weights of projections
+    [heads * D, E] and of q/k norms [D], if there are any, and cos and sin [S, D/2]; see `model.layers.Attention`."""
+    split = (*x.shape[:2], -1, 2 * cos.shape[1])
+    queries, keys, values = (F.linear(x, weight).view(split) for weight in (q, k, v))
+    if q_norm is None or k_norm is None:
+        return turn(queries, cos, sin), turn(keys, cos, sin), values
+    return norm_and_turn(queries, q_norm, eps, cos, sin), norm_and_turn(keys, k_norm, eps, cos, sin), values
+
+
+def feed_forward(
+    x: Tensor, change: Tensor, weight: Tensor, eps: float, gated: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """x + change, and on top of it what SwiGLU makes of its norm: hidden states [B, S, E] behind the attention, whose
+    change it is, by the weights of the norm [E] and of the products [F, E], [F, E] and [E, F]."""
+    x = x + change
+    normed = norm(x, weight, eps)
+    return x + F.linear(gate(F.linear(normed, gated), F.linear(normed, up)), down)
 
 
 def softmax(logits: Tensor, columns: Tensor, valid: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,22 +44,24 @@ def losses_and_gradients(config, pointwise, memory, dtype, lengths=LENGTHS):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize(
     ("name", "way"), [*(("gqa", way) for way in WAYS), *((name, WAYS[1]) for name in ("mla", "tpa", "sas"))], ids=str
 )
-def test_the_same_losses_and_gradients(name, way):
+def test_the_same_losses_and_gradients(name, way, halves):
     config = kind(name, layers=2)
     expected = losses_and_gradients(config, PLAIN, Memory(**way), torch.float64)
-    found = losses_and_gradients(config, Pointwise("aot_eager"), Memory(**way), torch.float64)
+    found = losses_and_gradients(config, Pointwise("aot_eager", halves=halves), Memory(**way), torch.float64)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.slow
-def test_each_function_is_one_graph_whatever_the_lengths():
+@pytest.mark.parametrize("halves", [False, True])
+def test_each_function_is_one_graph_whatever_the_lengths(halves):
     counts = torch._dynamo.utils.counters
     counts.clear()
-    compiled, config, memory = Pointwise("aot_eager"), kind("gqa", layers=2), Memory(tile=5)
+    compiled, config, memory = Pointwise("aot_eager", halves=halves), kind("gqa", layers=2), Memory(tile=5)
     for lengths in (LENGTHS, (24, 17)):
         losses_and_gradients(config, compiled, memory, torch.float32, lengths)
     graphs = counts["stats"]["unique_graphs"]
@@ -87,7 +89,7 @@ def test_many_kinds_of_calls_and_many_lengths_stay_compiled():
 
 @pytest.mark.slow
 def test_many_lengths_ways_and_dtypes_of_a_decoder_stay_compiled():
-    compiled = Pointwise("aot_eager")
+    compiled = Pointwise("aot_eager", halves=True)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for dtype, way in itertools.product((torch.float32, torch.bfloat16), WAYS):
             losses_and_gradients(kind("gqa", layers=1), compiled, Memory(**way), dtype, range(1, 13))
@@ -97,7 +99,7 @@ def test_many_lengths_ways_and_dtypes_of_a_decoder_stay_compiled():
 def test_compiled_by_inductor():
     config = kind("gqa", layers=1)
     expected = losses_and_gradients(config, PLAIN, Memory(tile=5), torch.float32)
-    found = losses_and_gradients(config, Pointwise("inductor"), Memory(tile=5), torch.float32)
+    found = losses_and_gradients(config, Pointwise("inductor", halves=True), Memory(tile=5), torch.float32)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
