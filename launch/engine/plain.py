@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.optim.adamw import adamw
 
 from launch.engine.base import Engine, build_adamw, fill_adamw_state, state_names
 from model.initial import Part
@@ -38,15 +39,15 @@ class PlainEngine(Engine):
         """See `Engine.write_weights`."""
         write({name: own_part(parameter) for name, parameter in self._parameters.items()})
 
+    @torch.no_grad()  # else each shard's DTensor would make a node of autograd's
     def _named_gradients(self) -> Iterable[tuple[str, Tensor]]:
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                yield name, local_tensor(parameter.grad)
+        found = ((name, parameter.grad) for name, parameter in self._parameters.items())
+        return [(name, local_tensor(gradient)) for name, gradient in found if gradient is not None]
 
     def _update(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
+        step_on_own_parts(self._optimizer)
         self._optimizer.zero_grad(set_to_none=True)
 
     def _discard(self) -> None:
@@ -86,6 +87,34 @@ def own_part(tensor: Tensor) -> Part:
     mine = local_tensor(tensor.detach())
     assert len(mine) == min(most, tensor.shape[0] - first), (mine.shape, first, tensor.shape)
     return Part(values=mine, first=first * math.prod(tensor.shape[1:]))
+
+
+@torch.no_grad()
+def step_on_own_parts(optimizer: torch.optim.AdamW) -> None:
+    """`optimizer.step()`, to the bit, of this rank's shards: DTensors would be taken apart in Python, one by one.
+
+    Its state is there already (see `fill_adamw_state`). Shards are asked for anew each time: FSDP may put others in
+    their places.
+    """
+    for group in optimizer.param_groups:
+        given = [parameter for parameter in group["params"] if parameter.grad is not None]
+        states = [optimizer.state[parameter] for parameter in given]
+        adamw(
+            [local_tensor(parameter) for parameter in given],
+            [local_tensor(parameter.grad) for parameter in given],
+            [local_tensor(state["exp_avg"]) for state in states],
+            [local_tensor(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=group["amsgrad"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
