@@ -33,8 +33,11 @@ _INBOX_SLOTS = 3
 _QUERY_PARTS = 2.5
 _NEEDED_PART = 0.75
 # What the five products that read a norm's result keep of it under autocast beyond the two that they would share: each
-# rounds it for itself.
+# rounds it for itself. In halves that are compiled whole they share them; what four H200 took there
+# (docs/records/steps-4-h200.jsonl, engine.name=ddp) is two copies more than their saved tensors, of which not all is
+# understood.
 _ROUNDED_COPIES = 3
+_ROUNDED_COPIES_COMPILED = 2
 # Payloads of selection under way: two at least, see `_AHEAD_BYTES` in `ringattn.transport.copy_engine`.
 _AHEAD = 2
 # Votes of shallower layers while they count, in sizes of those votes in bf16: joined for a layer, sums and messages in
@@ -238,8 +241,12 @@ def _layer_bytes_per_token(case: MemoryCase) -> float:
     if case.compiled:
         kept -= model.ffn_dim * size
     if case.autocast:  # the layer's input is unrounded, and so is that of its second norm unless that is compiled
-        unrounded = case.hidden - model.dim * size
-        kept += unrounded if case.compiled else 2 * unrounded + _ROUNDED_COPIES * model.dim * size
+        unrounded, rounded = case.hidden - model.dim * size, model.dim * size
+        kept += (
+            unrounded + _ROUNDED_COPIES_COMPILED * rounded
+            if case.compiled
+            else 2 * unrounded + _ROUNDED_COPIES * rounded
+        )
     return kept
 
 
