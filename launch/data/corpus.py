@@ -113,8 +113,7 @@ class Corpus(ABC):
             raise IndexError(f"held-out row {index}: expected 0 <= index < {self.num_held_out_rows}")
         position = index * self._form.seq_len
         count = min(self._form.seq_len, self._held_out.num_tokens - position)
-        pieces, following = self._held_out.pieces(position, count)
-        return build_row(pieces, following, index, self._form, chunks)
+        return build_row(self._held_out.pieces(position, count), index, self._form, chunks)
 
     def identity(self) -> dict[str, Any]:
         """JSON: what `describe_change` compares."""
@@ -198,8 +197,8 @@ class TokenCorpus(Corpus):
     def row(self, index: int, chunks: Sequence[range] | None = None) -> Row:
         if index < 0:
             raise ValueError(f"row index must be >= 0, got {index}")
-        pieces, following = self._training.pieces(index * self._form.seq_len, self._form.seq_len)
-        return build_row(pieces, following, index, self._form, chunks)
+        pieces = self._training.pieces(index * self._form.seq_len, self._form.seq_len)
+        return build_row(pieces, index, self._form, chunks)
 
     def cursor(self, next_index: int) -> dict[str, Any]:
         epoch = next_index * self._form.seq_len // self._training.num_tokens

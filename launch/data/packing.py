@@ -2,7 +2,8 @@
 
 A stream is all documents one after the other, epoch after epoch, each document closed by its end token. Row i is the
 tokens i*T .. i*T + T - 1 of the stream. Where a row boundary cuts a document, its rest opens the next row as a document
-of its own, and the last label before the cut is still the token that follows. With T = 4, documents A = a b . and
+of its own, and the last label before the cut is still the token that follows, read and checked like those of the row
+itself. With T = 4, documents A = a b . and
 B = c d e . (a dot is the end token; x is a label of -100):
 
     row 0   tokens  a b . c     labels  b . x d     documents  0 3 4
@@ -39,7 +40,7 @@ class Row:
         num_valid: labels other than -100 in the whole row.
         token_bytes: see `RowFormat`.
         digest: 32 bits that differ if the whole row does, whatever part of it this is: lengths and places of its pieces
-            and the checksums of the blocks they lie in.
+            and the checksums of the blocks that they and their labels lie in.
         index: number of the row in its stream.
     """
 
@@ -113,7 +114,11 @@ class Checksums:
 
 
 class Piece:
-    """A run of one document's tokens. Nothing is read before it is asked for."""
+    """A run of one document's tokens. Nothing is read before it is asked for.
+
+    Attributes:
+        goes_on: the document does: the last token of the piece has a label, which is the token after it.
+    """
 
     def __init__(
         self, whole: np.ndarray, begin: int, end: int, document: int = 0, checksums: Checksums | None = None
@@ -121,29 +126,30 @@ class Piece:
         """Tokens begin .. end - 1 of a document whose ids are `whole`."""
         self._whole, self._begin, self._end = whole, begin, end
         self._document, self._checksums = document, checksums
+        self.goes_on = end < len(whole)
 
     def __len__(self) -> int:
         return self._end - self._begin
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start .. stop - 1 of the piece, compared with their checksums."""
+        """Tokens start .. stop - 1 of the piece, compared with their checksums; if it goes on, one more can be read."""
         begin, end = self._begin + start, self._begin + stop
         if self._checksums is not None:
             self._checksums.check(self._document, self._whole, begin, end)
         return self._whole[begin:end]
 
     def digest(self, crc: int) -> int:
-        """`crc` continued with what this piece is; reads no tokens if there are checksums."""
+        """`crc` continued with what this piece and its labels are; reads no tokens if there are checksums."""
+        last = self._end + self.goes_on
         if self._checksums is None:
-            return zlib.crc32(np.ascontiguousarray(self._whole[self._begin : self._end], dtype=np.int64).data, crc)
+            return zlib.crc32(np.ascontiguousarray(self._whole[self._begin : last], dtype=np.int64).data, crc)
         place = np.array([self._begin, self._end], dtype=np.int64)
-        sums = self._checksums.of(self._document, self._begin, self._end)
+        sums = self._checksums.of(self._document, self._begin, last)
         return zlib.crc32(np.ascontiguousarray(sums).data, zlib.crc32(place.data, crc))
 
 
 def build_row(
     pieces: Sequence[Piece],
-    following: int | None,
     index: int,
     form: RowFormat,
     chunks: Sequence[range] | None = None,
@@ -151,8 +157,8 @@ def build_row(
     """Lay pieces of documents side by side, and cut out what is asked for.
 
     Args:
-        pieces: non-empty, one per document, T tokens in all; fewer only at the end of the held-out rows.
-        following: next token of the last piece's document if the document goes on after the row.
+        pieces: non-empty, one per document, T tokens in all; fewer only at the end of the held-out rows. Only the
+            last one may go on after the row.
         index: number of the row.
         form: see `RowFormat`.
         chunks: positions to read, as `Plan.chunks` gives them; None: all.
@@ -160,9 +166,10 @@ def build_row(
     ends = np.cumsum([len(piece) for piece in pieces])
     used = int(ends[-1])
     assert 0 < used <= form.seq_len
-    assert following is None or used == form.seq_len
+    goes_on = pieces[-1].goes_on
+    assert not goes_on or used == form.seq_len
     wanted = (range(form.seq_len),) if chunks is None else tuple(chunk for chunk in chunks if len(chunk))
-    parts = [_cut(pieces, ends, following, chunk, form) for chunk in wanted]
+    parts = [_cut(pieces, ends, chunk, form) for chunk in wanted]
     tokens, labels = (_joined(found) for found in zip(*parts, strict=True)) if parts else np.empty((2, 0), int)
     starts = [0, *ends.tolist()]
     if used < form.seq_len:
@@ -176,7 +183,7 @@ def build_row(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         documents=torch.tensor(starts, dtype=torch.int32),
-        num_valid=used - len(pieces) + (following is not None),
+        num_valid=used - len(pieces) + goes_on,
         token_bytes=form.token_bytes,
         digest=digest,
         index=index,
@@ -187,9 +194,7 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
 
 
-def _cut(
-    pieces: Sequence[Piece], ends: np.ndarray, following: int | None, chunk: range, form: RowFormat
-) -> tuple[np.ndarray, np.ndarray]:
+def _cut(pieces: Sequence[Piece], ends: np.ndarray, chunk: range, form: RowFormat) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and labels (int64) at the positions of a chunk."""
     start, stop = chunk[0], chunk[-1] + 1
     used = int(ends[-1])
@@ -199,16 +204,15 @@ def _cut(
     position = start
     while position < min(stop + 1, used):
         end = int(ends[place])
-        taken = min(end, stop + 1)
+        taken = min(end + pieces[place].goes_on, stop + 1)
         first = end - len(pieces[place])
         ids[position - start : taken - start] = pieces[place].read(position - first, taken - first)
         position = taken
         place += 1
     labels = ids[1:].copy()
-    labels[ends[(ends > start) & (ends <= stop)] - 1 - start] = IGNORED
+    closed = ends[:-1] if pieces[-1].goes_on else ends
+    labels[closed[(closed > start) & (closed <= stop)] - 1 - start] = IGNORED
     labels[max(0, used - start) :] = IGNORED  # padding
-    if following is not None and stop == form.seq_len:
-        labels[-1] = following
     return ids[: -1 : chunk.step], labels[:: chunk.step]
 
 
@@ -259,12 +263,8 @@ class PackedDocuments:
         self._orders.move_to_end(epoch)
         return self._orders[epoch]
 
-    def pieces(self, position: int, count: int) -> tuple[list[Piece], int | None]:
-        """Tokens position .. position + count - 1 of the stream, one piece per document.
-
-        Returns:
-            The pieces, and the token after them if the last document goes on, else None.
-        """
+    def pieces(self, position: int, count: int) -> list[Piece]:
+        """Tokens position .. position + count - 1 of the stream, one piece per document."""
         epoch, offset = divmod(position, self.num_tokens)
         order = self.order(epoch)
         place = int(np.searchsorted(order.ends, offset, side="right"))
@@ -278,7 +278,7 @@ class PackedDocuments:
             found.append(Piece(whole, begin, begin + taken, document, self._checksums))
             count -= taken
             if not count:
-                return found, int(whole[begin + taken]) if taken < left else None
+                return found
             offset += taken
             place += 1
             if place == len(order.ends):

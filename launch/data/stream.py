@@ -132,11 +132,9 @@ class StreamCorpus(Corpus):
             needed -= len(piece)
             self._place = replace(self._place, offset=offset + len(piece))
             if self._place.offset == len(self._current):
-                last, self._current = None, None
+                self._current = None
                 self._place = replace(self._place, record=self._place.record + 1, kept=self._place.kept + 1, offset=0)
-            else:
-                last = int(self._current[self._place.offset])
-        row = build_row(pieces, last, self._next_index, self._form, chunks)
+        row = build_row(pieces, self._next_index, self._form, chunks)
         self._next_index += 1
         self._marks[self._next_index] = self._place
         if len(self._marks) > _MARKS_KEPT:

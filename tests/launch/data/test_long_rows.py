@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,6 +101,45 @@ def test_tokens_that_changed_on_disk_are_noticed_by_the_rank_that_reads_them(tmp
     with pytest.raises(DataError, match=f"{re.escape(str(tokens))}: {reason}.*delete the folder") as caught:
         corpus.row(1, [range(40, 60)])
     assert caught.value.exit_status == 65
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_the_last_label_is_checked_where_it_is_alone_in_its_block(tmp_path: Path) -> None:
+    """Token 100 is the label of token 99, with which row 0 ends, and the first one of a block."""
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 299])
+    settings = {"source": "json", "paths": [str(path)], "seq_len": 100, "held_out_fraction": 0.0, "shuffle": False}
+    whole = open_here(make_config(**settings), tmp_path / "cache").row(0)
+    assert whole.labels[-1] == ord("x")
+    (tokens,) = (tmp_path / "cache").glob("tokens-*/tokens.bin")
+    data = bytearray(tokens.read_bytes())
+    data[2 * 100] ^= 1
+    tokens.write_bytes(data)
+    corpus = open_here(make_config(**settings), tmp_path / "cache")
+    plan = ringattn.Plan(100, 2, "contiguous")
+    corpus.row(0, plan.chunks(0))  # nothing of it is its own
+    for chunks in (plan.chunks(1), [range(99, 100)], [range(95, 100, 2)], None):
+        with pytest.raises(DataError, match="document 0 is damaged from its token 100 on"):
+            corpus.row(0, chunks)
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_last_label_is_part_of_the_digest(tmp_path: Path, streaming: bool) -> None:
+    """Ranks whose stores differ in nothing else notice it, those too that do not read the label."""
+    found = []
+    for name, text in (("a", "x" * 299), ("b", "x" * 100 + "y" + "x" * 198)):
+        ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
+        if streaming:  # without checksums
+            piece = packing.Piece(ids, 0, 100)
+        else:
+            path = write_jsonl(tmp_path / f"{name}.jsonl", [text])
+            settings = {"source": "json", "seq_len": 100, "held_out_fraction": 0.0, "shuffle": False}
+            corpus = open_here(make_config(paths=[str(path)], **settings), tmp_path / name)
+            (piece,) = corpus._training.pieces(0, 100)  # type: ignore[attr-defined]
+            assert corpus.row(0, [range(10)]).digest == piece.digest(0)
+        found.append((piece.digest(0), piece.read(0, 100).tolist()))
+    assert found[0][1] == found[1][1] == [ord("x")] * 100
+    assert found[0][0] != found[1][0]
 
 
 def test_a_store_without_its_checksums_is_made_again(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def packed(*documents: list[int], seq_len: int, one_document: bool = False) -> t
 def table(stream: PackedDocuments, form: RowFormat, rows: int) -> list[tuple[list[int], list[int], list[int], int]]:
     found = []
     for index in range(rows):
-        row = build_row(*stream.pieces(index * form.seq_len, form.seq_len), index, form)
+        row = build_row(stream.pieces(index * form.seq_len, form.seq_len), index, form)
         found.append((row.tokens.tolist(), row.labels.tolist(), row.documents.tolist(), row.target_bytes))
     return found
 
@@ -69,7 +69,7 @@ def test_cross_document_attention_joins_documents_but_not_labels() -> None:
 
 def test_padding_is_a_document_of_its_own() -> None:
     stream, form = packed([1, 2, END], [3, END], seq_len=8)
-    row = build_row(*stream.pieces(0, 5), 0, form)
+    row = build_row(stream.pieces(0, 5), 0, form)
     assert row.tokens.tolist() == [1, 2, 9, 3, 9, 9, 9, 9]
     assert row.labels.tolist() == [2, 9, X, 9, X, X, X, X]
     assert row.documents.tolist() == [0, 3, 5, 8]
