@@ -244,6 +244,47 @@ def test_a_long_step_beats_at_a_bounded_rate(tmp_path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
+@pytest.mark.parametrize("before", [None, 60.0, 500.0])
+def test_a_heartbeat_tells_the_time_left_by_the_hops_that_are_done(tmp_path, before: float | None) -> None:
+    """Two layers: forward 4 hops of 1/24 of a step each, 10 s every one; backward hops are twice as much work.
+
+    At that pace a step takes 240 s; one that is known to take longer is believed, and a shorter one once its pace is
+    exceeded by more than a twentieth of the step.
+    """
+    clock = Clock()
+    pulse = Pulse(2, clock=clock)
+    if before is not None:
+        pulse.begin(1, 1)
+        clock.now += before
+        pulse.end()
+    with MetricsWriter(tmp_path, MetricsConfig()) as metrics:
+        bar = RunProgress(total_steps=2, enabled=False)
+        beat = Heartbeat(pulse, bar=bar, metrics=metrics, enabled=False, every_seconds=0.0)
+        pulse.begin(2, 1)
+        pulse.row(0)
+        for which, layer, seconds in (("forward", 0, 10), ("forward", 1, 10), ("backward", 1, 20)):
+            pulse.layer(which, layer)
+            for hop in range(4):
+                pulse.hop(hop, 4)
+                beat._look(pulse.now())
+                clock.now += seconds
+        clock.now += 3  # within a hop the time goes on
+        beat._look(pulse.now())
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    elapsed = [*range(0, 80, 10), 80, 100, 120, 140, 163]
+    assert [event["seconds_in_step"] for event in events] == elapsed
+    part = [*(hop / 24 for hop in range(8)), 8 / 24, 10 / 24, 12 / 24, 14 / 24, 14 / 24]
+    assert [event["part_done"] for event in events] == pytest.approx(part, abs=1e-4)
+    own = [240 - seconds for seconds in elapsed]
+    told = {
+        None: [None, *own[1:]],  # before the first hop is done nothing is known
+        # after the first one, too little is done to doubt the step before: 60 s, of which 23/24 are left
+        60.0: [60, 57.5, *own[2:]],
+        500.0: [500 * (1 - done) for done in part[:-1]] + [500 * (1 - part[-1]) - 23],
+    }[before]
+    assert [event["seconds_left"] for event in events] == pytest.approx(told, abs=0.06)
+
+
 def test_what_takes_long_between_steps_is_told_too(tmp_path) -> None:
     _, told, events = run_step(tmp_path, False, every_seconds=0.1, seconds=0.3, after="saving a checkpoint")
     assert told[0] == "after step 3: saving a checkpoint, 0:00 since it ended"
