@@ -134,9 +134,16 @@ def _run(options: argparse.Namespace, command: str) -> int:
             found = f"; the points so far are in {options.out / NAME}.jsonl" if files[0] else " before the first point"
             print(f"scaling_report: stopped{found}", file=sys.stderr)
     files = [[row for row in rows if row.model == model] for rows in files]
-    rows = [row for rows in files for row in one_of_each_case(rows)]
+    shown = [one_of_each_case(rows) for rows in files]
+    rows = [row for found in shown for row in found]
     if rows:
-        _write(options, rows, command, not_shown=sum(map(len, files)) - len(rows))
+        others = [
+            row
+            for found, every in zip(shown, files, strict=True)
+            for row in every
+            if not any(row is one for one in found)
+        ]
+        _write(options, rows, command, others)
     elif not stopped:
         raise ConfigError(f"--preset {model}: no record of this model; nothing to render")
     return 130 if stopped else 0
@@ -150,7 +157,7 @@ def _only_model(rows: Sequence[StepRow]) -> str:
     return models[0]
 
 
-def _write(options: argparse.Namespace, rows: Sequence[StepRow], command: str, not_shown: int) -> None:
+def _write(options: argparse.Namespace, rows: Sequence[StepRow], command: str, not_shown: Sequence[StepRow]) -> None:
     from tools.report.longest import Limits
     from tools.report.model import make_report
     from tools.report.render import write_report
@@ -160,7 +167,7 @@ def _write(options: argparse.Namespace, rows: Sequence[StepRow], command: str, n
         command=command,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         limits=Limits(gpu=options.gpu_gb, host=options.host_gb),
-        not_shown=not_shown,
+        not_shown=tuple(not_shown),
         anew=bool(options.records),
     )
     if report.unknown:

@@ -217,7 +217,8 @@ def test_of_rows_whose_documents_are_kept_no_operations_are_told() -> None:
 
 def test_the_summary_says_what_counts() -> None:
     text = "\n".join(summary_sentences(report(CPU_ROWS)))
-    assert "Cost of cp 2, softmax: 0.0% against cp 1 as long a row (at 4,096 tokens)." in text
+    told = "Cost of cp 2, softmax: 20.0% against cp 1 as long a row (at 1,024 tokens); 0.0% (at 4,096 tokens)."
+    assert told in text
     assert "agree with those of cp 1 to 1.0e-07 (relative)" in text
     assert "1 of 6 points were not measured (1 out of memory): softmax cp 4 at 4,096." in text
     assert "quiet machine" not in text

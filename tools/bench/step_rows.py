@@ -145,8 +145,9 @@ def load_all(folder: Path) -> list[StepRow]:
 def one_of_each_case(rows: Sequence[StepRow]) -> list[StepRow]:
     """The row that stands for its case, in the order the cases first came.
 
-    One that was measured goes before one that failed, then the one with more timings, then the later one: a case that
-    fails is tried again, and a quick look at it on another day takes no median's place.
+    One that was measured goes before one that failed, then the one with more timings, then the later one, whether it is
+    faster or slower: a case that fails is tried again, and a quick look at it on another day takes no median's place.
+    The report tells what the others took.
     """
     kept: dict[tuple[Any, ...], StepRow] = {}
     for row in rows:
@@ -156,8 +157,8 @@ def one_of_each_case(rows: Sequence[StepRow]) -> list[StepRow]:
     return list(kept.values())
 
 
-def _weight(row: StepRow) -> tuple[bool, int]:
-    return row.status == "ok", len(row.step_seconds)
+def _weight(row: StepRow) -> tuple[bool, int, str]:
+    return row.status == "ok", len(row.step_seconds), row.measured_at
 
 
 def read_all(path: Path) -> list[StepRow]:

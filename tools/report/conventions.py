@@ -129,7 +129,7 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             (_ANEW if report.anew else "by the planner before the step, in brackets in the table (on a CPU no times). ")
             + "Memory settings are the planner's choice (memory: auto) unless the settings say otherwise.",
         ),
-        *([("Repeated points", _repeated(report.not_shown))] if report.not_shown else []),
+        *([("Repeated points", _repeated(len(report.not_shown)))] if report.not_shown else []),
         (
             "Longest context",
             "measured: the longest row of this report that trained a step. Planned: the longest row that the planner "
@@ -167,5 +167,8 @@ def _repeated(not_shown: int) -> str:
     rows, are = ("row", "is") if not_shown == 1 else ("rows", "are")
     return (
         f"{not_shown} earlier or shorter {rows} of the same cases {are} not shown: a row that was measured stands "
-        "before one that failed, one of more timings before one of fewer, and else the later one."
+        "before one that failed, one of more timings before one of fewer, and else the later one, whether it is faster "
+        "or slower. All runs: the fastest and the slowest of those that were measured, the one shown included, on "
+        "whatever machine with that GPU and by whatever version of the code. Pictures and comparisons are of the run "
+        "shown; costs of cp in the sentences tell what the other runs would make of them."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from launch.config import MemoryConfig
 from launch.memory_advice import describe
@@ -31,6 +32,8 @@ class Row:
         attention: The same without the rest.
         conditions: Documents and all settings beside kind and memory, in one order. Only rows that have them in common
             are compared with each other.
+        other_runs: Step times of the same case that it stands for, see `one_of_each_case`; of any machine and any
+            version of the code.
         best: The fastest measured of its kind, cp and length: what plots and sums show.
         best_on_gpu: The fastest of those on its GPU: what they show of costs, see `yardsticks.priced`.
         cost_same_tokens: 1 - FLOP/s per unit over those of cp 1 with as many tokens per rank on the same GPU, a ratio.
@@ -57,6 +60,7 @@ class Row:
     best_on_gpu: bool = False
     step_seconds: float | None = None
     step_spread: float | None = None
+    other_runs: tuple[float, ...] = ()
     tokens_per_second_per_unit: float | None = None
     tflops_per_unit_causal: float | None = None
     mfu_causal: float | None = None
@@ -99,6 +103,16 @@ class Row:
         return self.step_seconds is not None
 
     @property
+    def point(self) -> str:
+        """What it is of, in words."""
+        return f"{self.kind} cp {self.cp} at {self.tokens:,}"
+
+    @property
+    def all_runs(self) -> tuple[float, ...] | None:
+        """Step times of all runs of its case, the fastest first; None if there is no other."""
+        return tuple(sorted((self.step_seconds, *self.other_runs))) if self.step_seconds and self.other_runs else None
+
+    @property
     def saves_memory(self) -> bool:
         """Whether its settings take less memory than keeping all on the device would."""
         return bool(self.memory) and self.memory not in _ALL_KEPT
@@ -128,10 +142,14 @@ class Row:
         return any(map(changes_model, self.conditions))
 
 
-def derive_rows(steps: Sequence[StepRow]) -> list[Row]:
-    """Rows by kind (see `kind_order`), cp, length."""
+def derive_rows(steps: Sequence[StepRow], not_shown: Sequence[StepRow] = ()) -> list[Row]:
+    """Rows by kind (see `kind_order`), cp, length; those that are `not_shown` are runs of the same cases."""
     common = common_settings(steps)
-    first = [_measured(step, common) for step in steps]
+    runs: dict[Any, list[float]] = {}
+    for other in not_shown:
+        if other.status == "ok" and other.seconds is not None:
+            runs.setdefault(other.case, []).append(other.seconds)
+    first = [replace(_measured(step, common), other_runs=tuple(runs.get(step.case, ()))) for step in steps]
     measured: dict[_Point, list[Row]] = {}
     for row in first:
         if row.ok:

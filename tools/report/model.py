@@ -21,7 +21,7 @@ class Report:
         date: When.
         machine: What its longest rows are planned for, see `machine_limits`.
         unknown: GPUs whose memory or host no row tells.
-        not_shown: Number of rows of the same cases as `steps` that others stand for.
+        not_shown: Records of the same cases as `steps`, which stand for them.
         anew: Whether predictions are those of today's planner, not of the records.
     """
 
@@ -32,7 +32,7 @@ class Report:
     date: str
     machine: Limits
     unknown: tuple[str, ...] = ()
-    not_shown: int = 0
+    not_shown: tuple[StepRow, ...] = ()
     anew: bool = False
 
     @property
@@ -47,7 +47,7 @@ def make_report(
     command: str,
     date: str,
     limits: Limits,
-    not_shown: int = 0,
+    not_shown: tuple[StepRow, ...] = (),
     anew: bool = False,
 ) -> Report:
     """Derive everything; `limits` are those of the machine, where the records are not to say. See `Report`."""
@@ -56,7 +56,7 @@ def make_report(
         steps = tuple(predicted_anew(steps, limits))
     return Report(
         steps=steps,
-        rows=tuple(judge_yardsticks(derive_rows(steps))),
+        rows=tuple(judge_yardsticks(derive_rows(steps, not_shown))),
         longest=tuple(longest_contexts(steps, limits)),
         command=command,
         date=date,

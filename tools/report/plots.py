@@ -14,7 +14,7 @@ from tools.report.layout import MARKERS, finish, handles_of, heading
 from tools.report.model import Report
 from tools.report.sketches import Sketch, sketches
 from tools.report.style import STYLE, darkened
-from tools.report.summary import point_name, three_digits
+from tools.report.summary import three_digits
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -248,7 +248,7 @@ def _missing(sketch: Sketch, rows: Sequence[Row]) -> list[str]:
         return []
     drawn = {(*line, tokens) for line, points in _lines(sketch, rows).items() for tokens, _ in points}
     unsound = {
-        (row.kind, row.cp, row.tokens): point_name(row)
+        (row.kind, row.cp, row.tokens): row.point
         for row in rows
         if sketch.only in (None, row.cp) and row.told(name) is not None and row.reliable(name) is None
     }

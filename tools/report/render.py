@@ -92,6 +92,7 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
     unit = "GPU" if report.on_gpu else "core"
     columns: list[tuple[str, str, Callable[..., str], str | None]] = [
         ("Step time", "step_seconds", seconds, "predicted_seconds"),
+        ("All runs", "all_runs", _runs, None),
         (f"Tokens/s per {unit}", "tokens_per_second_per_unit", lambda value: f"{value:,.0f}", None),
         ("MFU causal", "mfu_causal", _percent, None),
         ("MFU full", "mfu_full", _percent, None),
@@ -134,6 +135,10 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
 
 def _percent(value: float) -> str:
     return f"{value:.1%}"
+
+
+def _runs(values: Sequence[float]) -> str:
+    return f"{seconds(values[0])} to {seconds(values[-1])}, {len(values)} runs"
 
 
 def _gib(value: float) -> str:

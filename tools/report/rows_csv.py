@@ -25,4 +25,4 @@ def rows_csv(rows: Sequence[Row]) -> str:
 def _in_csv(value: Any) -> Any:
     if isinstance(value, Mapping):
         value = tuple(f"{name}: {what}" for name, what in value.items())
-    return "; ".join(value) if isinstance(value, tuple) else "" if value is None else value
+    return "; ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else value

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from launch.progress import format_duration
 from tools.bench.step_rows import StepRow
-from tools.report.derive import COSTS, Row, is_disturbed
+from tools.report.costs import across, cost_in_short, costs, no_costs
+from tools.report.derive import Row, is_disturbed
 from tools.report.kinds import RIVAL
 from tools.report.longest import Limits
 from tools.report.model import Report
 from tools.report.names import short
-from tools.report.yardsticks import is_no_cost, priced, yardstick_of
 
 _RESTLESS = 0.1  # of a step's timings: from here on it is told beside what is compared with them
 DISTURBED = "*"  # marks a disturbed point, and comparisons with it
@@ -76,16 +76,9 @@ def key_figures(report: Report) -> list[Figure]:
         where = f"{used.tokens:,} tokens, {used.kind}, cp {used.cp}{on(used)}"
         full = f"; {used.mfu_full:.0%} by full attention's count" if used.mfu_full is not None else ""
         figures.append(Figure(value=f"{used.mfu_causal:.1%}", label=f"best MFU, causal count, at {where}{full}"))
-    costs = {name: priced(report.rows, name) for name in COSTS}
-    if any(not row.changed for found in costs.values() for row in found):
-        costs = {name: [row for row in found if not row.changed] for name, found in costs.items()}
-    for name, words in (("cost_same_tokens", "tokens per rank"), ("cost_same_length", "length")):
-        if costs[name]:
-            row = max(costs[name], key=lambda row: (row.attention == "softmax", row.cp, row.tokens))
-            where = f"{row.tokens:,} tokens, {row.kind}{on(row)}{_across(row, name)}"
-            label = f"cost of cp {row.cp} against cp 1 at the same {words}: {where}"
-            figures.append(Figure(value=f"{getattr(row, name):.1%}", label=label))
-            break
+    cost = cost_in_short(report.rows)
+    if cost is not None:
+        figures.append(Figure(value=cost[0], label=cost[1]))
     if most is not None:
         where = f"{most.kind}, cp {most.cp}, {in_gib(report.machine)}"
         label = f"tokens: longest row planned to fit ({where}); computed, not run"
@@ -102,8 +95,9 @@ def summary_sentences(report: Report) -> list[str]:
     sound = [row for row in measured if row.best and not is_disturbed(row)]
     sentences = [
         *_disturbed(measured),
-        *_costs(rows),
-        *_no_costs([row for row in measured if row.best_on_gpu and not is_disturbed(row)]),
+        *_repeated(measured),
+        *costs(rows),
+        *no_costs([row for row in measured if row.best_on_gpu and not is_disturbed(row)]),
         *_kinds(sound),
         *_rival(sound),
         *_predictions([row for row in measured if not is_disturbed(row)], anew=report.anew),
@@ -122,7 +116,7 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
     restless = [row for row in measured if is_disturbed(row)]
     if not restless:
         return []
-    listed = ", ".join(point_name(row) for row in restless)
+    listed = ", ".join(row.point for row in restless)
     return [
         f"Not reliable: other work disturbed {len(restless)} of {len(measured)} measured points ({listed}); the "
         "sentences below and the pictures of comparisons leave them out. Measure them again, in a new folder, on a "
@@ -130,52 +124,21 @@ def _disturbed(measured: Sequence[Row]) -> list[str]:
     ]
 
 
-def _costs(rows: Sequence[Row]) -> list[str]:
-    """Of the first kind that has any: the longest row of each ring that has its yardstick. The table has all."""
-    costs = {name: priced(rows, name) for name in COSTS}
-    every = [row for row in rows if any(row in found for found in costs.values())]
-    kind = every[0].kind if every else ""
-    several = len({row.gpu for row in rows}) > 1
-    sentences = []
-    for cp in sorted({row.cp for row in every if row.kind == kind}):
-        told = []
-        for name, words in COSTS.items():
-            own = [row for row in costs[name] if (row.kind, row.cp) == (kind, cp)]
-            if own:
-                row = max(own, key=lambda row: row.tokens)
-                where = f"at {row.tokens:,} tokens{f' on {short(row.gpu)}' if several else ''}{_across(row, name)}"
-                told.append(f"{getattr(row, name):.1%} against cp 1 {words} ({where})")
-        sentences.append(f"Cost of cp {cp}, {kind}: {'; '.join(told)}.")
-    return sentences
-
-
-def _no_costs(sound: Sequence[Row]) -> list[str]:
-    """What `_costs` and the key figures leave out, and why: a sentence for each row of cp 1 that is no yardstick."""
-    left_out: dict[tuple[int, str], list[tuple[Row, str]]] = {}
-    for row in sound:
-        for name in row.no_yardstick:
-            left_out.setdefault(yardstick_of(row, name), []).append((row, name))
-    sentences = []
-    for (tokens, gpu), costs in left_out.items():
-        shown = ", ".join(
-            f"{getattr(row, name):.1%} for {point_name(row)} against cp 1 {COSTS[name]}"
-            for row, name in costs
-            if is_no_cost(row, name)
-        )
-        sentences.append(
-            f"Left out of the costs of cp, here, in the table and the plots: all {len(costs)} against cp 1 at "
-            f"{tokens:,} tokens on {short(gpu)}. They would be {shown or 'far below 0 for a row that is left out'}: "
-            "something else holds cp 1 back there, its host or settings of memory that it needs. So it is no yardstick "
-            "of what cutting a row costs, and that of other kinds is none either, on whichever side of 0 their costs "
-            "come out."
-        )
-    return sentences
-
-
-def _across(row: Row, name: str) -> str:
-    gpus = f", {short(row.gpu)} against {short(row.across[name])}" if name in row.across else ""
-    memory = f", cp 1 with {row.other_memory[name]}" if name in row.other_memory else ""
-    return f"{gpus}{memory}{', by different commits' if name in row.other_code else ''}"
+def _repeated(measured: Sequence[Row]) -> list[str]:
+    """Rows that stand for runs which took another time."""
+    several = len({row.gpu for row in measured}) > 1
+    told = []
+    for row in measured:
+        runs = row.all_runs
+        if runs and runs[-1] / runs[0] - 1 > _RESTLESS:
+            where = f" on {short(row.gpu)}" if several and row.gpu else ""
+            told.append(f"{row.point}{where}: {seconds(row.step_seconds)}, of {run_range(row)}")
+    if not told:
+        return []
+    return [
+        "Run several times, on other machines or by other versions of the code too, with times that differ by over a "
+        f"tenth; shown and compared is the run of most timings, else the latest: {'; '.join(told)}."
+    ]
 
 
 def _kinds(sound: Sequence[Row]) -> list[str]:
@@ -183,7 +146,7 @@ def _kinds(sound: Sequence[Row]) -> list[str]:
     told = []
     for kind in dict.fromkeys(row.kind for row in compared):
         row = max((row for row in compared if row.kind == kind), key=lambda row: (row.tokens, row.cp))
-        where = f"at {row.tokens:,} tokens, cp {row.cp}{_across(row, 'against_softmax')}"
+        where = f"at {row.tokens:,} tokens, cp {row.cp}{across(row, 'against_softmax')}"
         told.append(f"{kind} {row.against_softmax:.2f} times ({where})")
     return [f"Step time against softmax: {', '.join(told)}."] if told else []
 
@@ -191,7 +154,7 @@ def _kinds(sound: Sequence[Row]) -> list[str]:
 def _rival(sound: Sequence[Row]) -> list[str]:
     name = "against_softmax"
     told = [
-        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{_across(row, name)}{_restless(row)}"
+        f"{row.against_softmax:.2f} times ours at {row.tokens:,} tokens{across(row, name)}{_restless(row)}"
         for row in sound
         if row.kind == RIVAL and row.reliable(name) is not None
     ]
@@ -241,12 +204,8 @@ def _not_measured(rows: Sequence[Row]) -> list[str]:
     if not failed:
         return []
     listed = ", ".join(f"{number} {status}" for status, number in failed.items())
-    where = ", ".join(point_name(row) for row in rows if not row.ok)
+    where = ", ".join(row.point for row in rows if not row.ok)
     return [f"{sum(failed.values())} of {len(rows)} points were not measured ({listed}): {where}."]
-
-
-def point_name(row: Row) -> str:
-    return f"{row.kind} cp {row.cp} at {row.tokens:,}"
 
 
 def failure(row: Row | StepRow) -> str:
@@ -272,6 +231,12 @@ def in_gib(machine: Limits) -> str:
     """Memory of a machine."""
     gpu = [] if machine.gpu is None else [f"{machine.gpu:.1f} GiB per GPU"]
     return ", ".join([*gpu, *([] if machine.host is None else [f"{machine.host:.0f} GiB of host memory"])])
+
+
+def run_range(row: Row) -> str:
+    """Step times of all runs of the row's case; "-" if there is no other."""
+    runs = row.all_runs
+    return f"{seconds(runs[0])} to {seconds(runs[-1])} in {len(runs)} runs" if runs else "-"
 
 
 def seconds(value: float | None) -> str:
