@@ -48,7 +48,7 @@ def test_the_longest_run_is_shown_else_the_latest_not_the_fastest(runs: tuple[St
 
 
 def test_other_runs_of_a_case_stand_beside_the_one_that_is_shown() -> None:
-    made = made_of(ALONE, FIRST, LATER, replace(FIRST, seconds=None, step_seconds=(), status="failed"))
+    made = made_of(ALONE, FIRST, LATER, replace(FIRST, seconds=9.0, status="failed"))
     (ring,) = [row for row in made.rows if row.cp == 4]
     assert (ring.step_seconds, ring.other_runs, ring.all_runs) == (0.1, (0.08,), (0.08, 0.1))
     assert [row.all_runs for row in made.rows if row.cp == 1] == [None]

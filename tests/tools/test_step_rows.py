@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from launch.errors import ConfigError
 from tools.bench.step_cases import Cases, Choices
-from tools.bench.step_rows import StepRow, append_row, load_all, load_rows, one_of_each_case
+from tools.bench.step_rows import StepRow, append_row, load_all, load_rows, one_of_each_case, show
+from tools.report.conventions import conventions
+from tools.report.longest import Limits
+from tools.report.model import make_report
 
 ROW = StepRow(variant="ours", settings="", model="test", num_ranks=2, tokens=64, documents="one", status="ok")
 
@@ -40,6 +45,21 @@ def test_the_better_row_of_a_case_counts(tmp_path: Path) -> None:
         append_row(tmp_path, replace(one, tokens=96))
         append_row(tmp_path, replace(failed, tokens=96))
         assert c.find(replace(ROW, tokens=96)) == replace(one, tokens=96)
+
+
+def test_the_host_s_peak_is_that_of_build_and_steps_in_the_table_and_in_the_report() -> None:
+    """Building the model may need more than a step, and a machine has to have it."""
+    measured = replace(ROW, gpu="NVIDIA H100", seconds=1.0, step_seconds=(1.0,), predicted_host=4.25)
+    for build, steps, peak in ((3.75, 2.0, 3.75), (2.0, 15.5, 15.5), (None, 1.5, 1.5), (1.5, None, 1.5), (None,) * 3):
+        row = replace(measured, host_build=build, host_steps=steps)
+        assert row.host_peak == peak
+        made = make_report((row,), command="", date="", limits=Limits())
+        assert [one.host_peak_gib for one in made.rows] == [peak]
+        told = dict(conventions(made))["Host memory"]
+        assert "the more of what it took while the model was built and warmed up, and what it took in the timed" in told
+        table = io.StringIO()
+        show([row], Console(file=table, width=200))
+        assert ("-" if peak is None else f"{peak:.1f}") + " (4.2)" in table.getvalue()
 
 
 def test_rows_survive_a_torn_line_and_one_that_failed_is_replaced(tmp_path: Path) -> None:

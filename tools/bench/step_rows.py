@@ -105,6 +105,11 @@ class StepRow:
         return (self.variant, self.settings, self.model, self.num_ranks, self.tokens, self.documents, self.gpu)
 
     @property
+    def host_peak(self) -> float | None:
+        """Peak resident memory of a process, largest, GiB: what it needs while the model is built or in a step."""
+        return max((size for size in (self.host_build, self.host_steps) if size is not None), default=None)
+
+    @property
     def is_final(self) -> bool:
         """Whether measuring again would tell nothing new; failures are tried again, refusals judged again."""
         return self.status not in ("failed", "refused", "invalid")
@@ -226,7 +231,7 @@ def show(rows: Sequence[StepRow], console: Console) -> None:
             _beside(row.peak_allocated, row.predicted_allocated, ".1f"),
             _number(row.peak_reserved, ".1f"),
             _beside(row.device_used, row.predicted_device, ".1f"),
-            _beside(row.host_steps, row.predicted_host, ".1f"),
+            _beside(row.host_peak, row.predicted_host, ".1f"),
             _number(row.exposed_seconds, ".3g"),
             _number(row.losses[-1] if row.losses else None, ".4f"),
         ]

@@ -6,6 +6,10 @@ from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
 from tools.report.model import Report
 from tools.report.summary import DISTURBED, OTHER_CODE, OTHER_GPU, OTHER_MEMORY, in_gib
 
+_HOST = (
+    "peak resident memory of the largest process until the last timed step: the more of what it took while the model "
+    "was built and warmed up, and what it took in the timed steps."
+)
 _ANEW = (
     "by today's planner, that of the code which rendered this report, for each row's own machine: in the sentence "
     "above, in brackets in the table, dashed in the plots and in the CSV. The records keep what the planner of the "
@@ -114,11 +118,7 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             else "of the largest process, libraries and the time while the model is built included."
             " Predicted stands beside it.",
         ),
-        *(
-            [("Host memory", "peak resident memory of the largest process, while the model is built or in a step.")]
-            if cuda
-            else []
-        ),
+        *([("Host memory", _HOST)] if cuda else []),
         (
             "Exposed communication",
             "time in which attention stood waiting for a message of the ring, mean over processes; a slower "

@@ -166,7 +166,6 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
     model = model_at(step) if seconds and step.documents == "one" else None
     flops = flops_per_token(model, step.tokens).causal * step.tokens if model is not None else None
     waited = step.exposed_seconds if step.num_ranks > 1 and not step.untimed_hops else None
-    host = [size for size in (step.host_build, step.host_steps) if size is not None]
     return Row(
         kind=kind_name(step, common),
         attention=attention_of(step),
@@ -186,7 +185,7 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
         mfu_full=step.mfu_full,
         gpu_allocated_gib=step.peak_allocated,
         gpu_used_gib=_device_used(step),
-        host_peak_gib=max(host) if host else None,
+        host_peak_gib=step.host_peak,
         exposed_seconds=waited,
         exposed_fraction=waited / seconds if seconds and waited is not None else None,
         hops_per_step=step.hops or None,
