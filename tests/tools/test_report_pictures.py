@@ -246,6 +246,40 @@ def test_a_small_cost_is_drawn_small(seconds: float) -> None:
     assert axes.get_ylim()[1] - axes.get_ylim()[0] >= 0.05
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.0502, "0.4%"), (0.0498, "-0.4%"), (0.0465, "-7.5%"), (0.05, "0.0%"), (0.1, "50.0%")]
+)
+@pytest.mark.parametrize("other", ["", "data.max_documents=20 model.layers=12 engine.name=ddp"])
+def test_a_lone_point_says_what_it_is(seconds: float, told: str, other: str) -> None:
+    """There is no line to read it by, and just below 0 half of its marker was cut."""
+    settings = {"settings": f"memory=auto {other}", "host_total": None}
+    made = report(tuple(gpu_row("softmax", cp, 8192, each, **settings) for cp, each in ((1, 0.2), (4, seconds))))
+    looks = Looks.of(made.rows)
+    drawings = list_drawings(made, looks)
+    drawing = next(one for one in drawings if one.name == "cost_same_length")
+    for figure in (_drawn([drawing], looks), _drawn(drawings, looks)):
+        _check(figure)
+        (axes,) = [axes for axes in figure.axes if any("Cost of cp" in text.get_text() for text in axes.texts)]
+        (words,) = [text for text in axes.texts if text.get_text().startswith(told)]
+        assert words.get_text().replace("\n", " ") == f"{told} {made.rows[1].kind}, cp 4"
+        box, inside = words.get_window_extent(), axes.get_window_extent()
+        assert inside.x0 <= box.x0
+        assert box.x1 <= inside.x1
+        assert box.y1 <= inside.y1
+        (marker,) = [line for line in axes.lines if line.get_marker() == "^"]
+        assert not marker.get_clip_on(), "all of the marker is shown"
+        dotted = axes.transData.transform((8192, 0.0))[1]
+        assert not box.y0 < dotted < box.y1, "the dotted line goes through the words"
+    several = report(
+        (*made.steps, gpu_row("softmax", 1, 32768, 2.0, **settings), gpu_row("softmax", 4, 32768, 0.6, **settings))
+    )
+    looks = Looks.of(several.rows)
+    drawing = next(one for one in list_drawings(several, looks) if one.name == "cost_same_length")
+    (axes,) = _drawn([drawing], looks).axes
+    assert not [text for text in axes.texts if "softmax" in text.get_text()]
+
+
 def test_ten_kinds_have_ten_colours() -> None:
     looks = Looks.of(_report(10).rows)
     assert len(looks.kinds) == 10
@@ -290,7 +324,8 @@ def _told(made: Report, name: str) -> tuple[Drawing, str, str]:
     drawing = next(one for one in list_drawings(made, looks) if one.name == name)
     figure = _drawn([drawing], looks)
     _check(figure)
-    notes = " ".join(text.get_text() for text in reversed(figure.axes[0].texts))
+    above = [text for text in figure.axes[0].texts if text.xycoords == "axes fraction"]  # and not beside a point
+    notes = " ".join(text.get_text() for text in reversed(above))
     return drawing, notes, notes.partition("not drawn, as disturbed: ")[2]
 
 

@@ -63,8 +63,9 @@ def dress(
     log: bool,
     percent: bool,
     reference: tuple[float, str] | None,
+    alone: bool = False,
 ) -> None:
-    """Scales and ticks."""
+    """Scales and ticks; with room above for the words beside a point that is `alone`."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
     lengths = sorted({length for length, _ in points})
@@ -88,12 +89,23 @@ def dress(
     top, low = max(known), min(0.0, *known)
     if percent:
         top = max(top, low + _LEAST_PERCENT)
-    axes.set_ylim(1.15 * low, low + 1.12 * (top - low) if top > low else 1)
+    # Below 0 there is room for a whole marker, however near to it.
+    bottom = low - 0.12 * (top - low) if low < 0 else 0.0
+    axes.set_ylim(bottom, low + (1.35 if alone else 1.12) * (top - low) if top > low else 1)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top - low > 0.06 else 1))
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if top >= 10 else f"{y:.3g}"))
+
+
+def name_point(axes: Axes, point: tuple[int, float], words: str, reference: tuple[float, str] | None) -> None:
+    """Words right of a point, and above the reference if that is just above it. After `dress`."""
+    low, high = axes.get_ylim()
+    place = point[1]
+    if reference is not None and 0 <= reference[0] - place < 0.1 * (high - low):
+        place = reference[0]
+    axes.annotate(words, (point[0], place), (8, 4), textcoords="offset points", va="bottom", fontsize=8.5)
 
 
 def spread_ticks(lengths: Sequence[int], most: int = _MOST_TICKS) -> list[int]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tools.report.axes import Looks, bar_handles, bars, bars_height, dress
+from tools.report.axes import Looks, bar_handles, bars, bars_height, dress, name_point
 from tools.report.derive import Row
 from tools.report.kinds import RIVAL
-from tools.report.layout import MARKERS, finish, handles_of, heading
+from tools.report.layout import MARKERS, finish, handles_of, heading, in_lines
 from tools.report.model import Report
 from tools.report.sketches import Sketch, sketches
 from tools.report.style import STYLE, darkened
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SIZE = (5.6, 3.7)
 _MOST_MISSING = 2  # points that a note names
+_WORDS_CHARACTERS = 26  # in a line beside a point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +209,7 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
                 marker=MARKERS.get(cp, "v"),
                 markersize=6.5,
                 markeredgecolor="white",
+                clip_on=False,  # whole at the ends, too
                 linewidth=2,
             )
         marked = {words: [row for row in rows if holds(row)] for words, holds in sketch.hollow}
@@ -229,9 +231,15 @@ def _drawer(sketch: Sketch, rows: Sequence[Row], looks: Looks) -> Callable[[Axes
                 markeredgecolor=looks.colour(kind, cp),
                 markeredgewidth=1.6,
                 linestyle="",
+                clip_on=False,
             )
         points = [point for line in (*lines.values(), *predicted.values()) for point in line]
-        dress(axes, points, log=sketch.log, percent=sketch.percent, reference=sketch.reference)
+        alone = [(kind, cp, point) for (kind, cp), line in lines.items() for point in line]
+        dress(axes, points, log=sketch.log, percent=sketch.percent, reference=sketch.reference, alone=len(alone) == 1)
+        if len(alone) == 1:  # no line to read it by
+            ((kind, cp, point),) = alone
+            words = f"{_number(sketch, point[1])}\n{in_lines(f'{kind}, cp {cp}', _WORDS_CHARACTERS)}"
+            name_point(axes, point, words, sketch.reference)
         axes.set_xlabel("context length (tokens)")
         heading(axes, sketch.title, sketch.unit, notes)
 
@@ -264,10 +272,13 @@ def _lines(sketch: Sketch, rows: Sequence[Row]) -> dict[tuple[str, int], list[tu
     return lines
 
 
+def _number(sketch: Sketch, value: float) -> str:
+    return f"{value:.1%}" if sketch.percent else three_digits(value)
+
+
 def _said(sketch: Sketch, lines: dict[tuple[str, int], list[tuple[int, float]]]) -> str:
     said = "; ".join(
-        f"{kind}, cp {cp}: "
-        + ", ".join(f"{f'{y:.1%}' if sketch.percent else three_digits(y)} at {x:,}" for x, y in line)
+        f"{kind}, cp {cp}: " + ", ".join(f"{_number(sketch, y)} at {x:,}" for x, y in line)
         for (kind, cp), line in lines.items()
     )
     return f"{sketch.title} ({sketch.unit}) by context length in tokens. {said}."
