@@ -93,7 +93,10 @@ def of_readme() -> list[tuple[str, tuple[float | None, ...]]]:
         ("the same with 131,072 tokens", tuple(row.seconds for row in long_rows)),
         (
             "the same with 32,768 tokens",
-            (*short, runs_of(H200, 32_768)[0].seconds, runs_of(H200, 32_768, BEST_RIVAL)[0].seconds),
+            (
+                *(runs_of(H200, 32_768)[1].seconds, *short),
+                *(runs_of(H200, 32_768)[0].seconds, runs_of(H200, 32_768, BEST_RIVAL)[0].seconds),
+            ),
         ),
     ]
 

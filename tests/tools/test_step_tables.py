@@ -124,6 +124,16 @@ LINES: list[tuple[str, list[Line]]] = [
             line(H200, MILLION, f"{ALL} {EXACT}", against=PLAIN),
         ],
     ),
+    (
+        "Less work for the host, and 0.34 s again",
+        [
+            line(H200, 8_192),
+            line(H200, 32_768, run=1),
+            line(H200, 32_768, "engine.name=ddp"),
+            line(H200, 32_768, SAS),
+            line(H200, 131_072),
+        ],
+    ),
     ("The rival's best form", [line(H200, 32_768), line(H200, 32_768, BEST_RIVAL)]),
 ]
 # Of a row not of the record, or of none.
