@@ -150,7 +150,7 @@ def test_costs_of_cp_are_told_between_equal_gpus_alone() -> None:
     assert "a line may be of several GPUs" in told
     assert "Machines differ beside the GPU" in told
     plain = dict(conventions(report(tuple(replace(step, machine="A") for step in steps if step.gpu != H200["gpu"]))))
-    assert plain["Compared rows"].endswith("between equal GPUs alone.")
+    assert plain["Compared rows"].endswith("most likely of the same machine and code.")
 
 
 def test_another_version_of_the_code_is_said_wherever_two_rows_are_compared() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools.report_records import gpu_row, report
+from tests.tools.step_pages import RIVAL
 from tools.bench.step_rows import StepRow, append_row, one_of_each_case
 from tools.report.conventions import conventions
 from tools.report.derive import derive_rows
@@ -129,3 +130,23 @@ def test_runs_are_those_of_the_same_case() -> None:
     )
     (row,) = derive_rows((LATER,), others)
     assert row.other_runs == ()
+
+
+def test_a_row_is_told_against_the_run_of_its_day_not_the_one_shown_or_the_fastest() -> None:
+    """The rival's second is one of LATER's machine, as far as a date can tell."""
+    rival = gpu_row("softmax", 4, 8192, 0.15, host_total=None, variant="rival", settings=RIVAL)
+    for day, hour, expected in (("01", "02", 0.08), ("02", "02", 0.1), ("03", "01", 0.04)):
+        told = replace(rival, measured_at=f"2026-01-{day}T{hour}:59:00+00:00")
+        last = replace(LATER, seconds=0.04, step_seconds=(0.04,), measured_at="2026-01-03T00:00:00+00:00")
+        rows = [row for row in made_of(FIRST, LATER, last, told).rows if not row.is_ours]
+        assert [row.against_softmax for row in rows] == [pytest.approx(0.15 / expected)]
+    near = replace(LATER, seconds=0.04, step_seconds=(0.04,), measured_at="2026-01-02T05:00:00+00:00")
+    (row,) = [
+        row for row in made_of(LATER, near, replace(rival, measured_at=LATER.measured_at)).rows if not row.is_ours
+    ]
+    assert row.against_softmax == pytest.approx(1.5)  # five hours later it may be another machine
+    near = replace(near, measured_at="2026-01-02T02:00:00+00:00")
+    (row,) = [
+        row for row in made_of(LATER, near, replace(rival, measured_at=LATER.measured_at)).rows if not row.is_ours
+    ]
+    assert row.against_softmax == pytest.approx(0.15 / 0.04)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD
+from tools.report.derive import RESTLESS_CORES, RESTLESS_SPREAD, SESSION_HOURS
 from tools.report.model import Report
 from tools.report.summary import DISTURBED, OTHER_CODE, OTHER_GPU, OTHER_MEMORY, in_gib
 
@@ -75,7 +75,9 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "Compared rows",
             "have in common all settings but those that are compared and those of memory: rows of a model with fewer "
             "layers are compared with each other alone. Where one was measured on several GPUs, the same GPU's "
-            f"is taken, and costs of cp are told between equal GPUs alone.{_mixed(report)}",
+            "is taken, and costs of cp are told between equal GPUs alone. Where it was measured several times, taken "
+            f"is of those within {SESSION_HOURS} hours of the row, else nearest in time to it, the fastest: most "
+            f"likely of the same machine and code.{_mixed(report)}",
         ),
         *(
             [
@@ -169,6 +171,7 @@ def _repeated(not_shown: int) -> str:
         f"{not_shown} earlier or shorter {rows} of the same cases {are} not shown: a row that was measured stands "
         "before one that failed, one of more timings before one of fewer, and else the later one, whether it is faster "
         "or slower. All runs: the fastest and the slowest of those that were measured, the one shown included, on "
-        "whatever machine with that GPU and by whatever version of the code. Pictures and comparisons are of the run "
-        "shown; costs of cp in the sentences tell what the other runs would make of them."
+        "whatever machine with that GPU and by whatever version of the code. Pictures are of the run shown; costs of "
+        "cp in the sentences tell what the other runs would make of them. Another row may be compared with a run that "
+        "is not shown, see Compared rows."
     )

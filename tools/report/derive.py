@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from launch.config import MemoryConfig
@@ -16,6 +17,8 @@ from tools.report.names import KEPT, attention_of, common_settings, conditions_o
 # From here on a number is called disturbed: spread of the timings; share of the used cores that others took.
 RESTLESS_SPREAD = 0.25
 RESTLESS_CORES = 0.1
+# Hours: measurements no farther apart are told against each other whichever comes first.
+SESSION_HOURS = 3
 # Of cp, and how rows of cp 1 are alike that they are told against.
 COSTS = {"cost_same_tokens": "with as many tokens per rank", "cost_same_length": "as long a row"}
 _ALL_KEPT = (describe(MemoryConfig()), "layers kept")  # ours, the rival's
@@ -150,13 +153,19 @@ def derive_rows(steps: Sequence[StepRow], not_shown: Sequence[StepRow] = ()) -> 
         if other.status == "ok" and other.seconds is not None:
             runs.setdefault(other.case, []).append(other.seconds)
     first = [replace(_measured(step, common), other_runs=tuple(runs.get(step.case, ()))) for step in steps]
-    measured: dict[_Point, list[Row]] = {}
-    for row in first:
-        if row.ok:
-            measured.setdefault((row.attention, row.conditions, row.cp, row.tokens), []).append(row)
+    shown = _by_point(first)
+    measured = _by_point([*first, *(_measured(other, common) for other in not_shown)])
     order = kind_order(steps)
-    rows = [_compared(row, measured) for row in first]
+    rows = [_compared(row, shown, measured) for row in first]
     return sorted(rows, key=lambda row: (order[row.kind], row.cp, row.tokens, not row.best))
+
+
+def _by_point(rows: Iterable[Row]) -> dict[_Point, list[Row]]:
+    found: dict[_Point, list[Row]] = {}
+    for row in rows:
+        if row.ok:
+            found.setdefault((row.attention, row.conditions, row.cp, row.tokens), []).append(row)
+    return found
 
 
 def _measured(step: StepRow, common: Sequence[str]) -> Row:
@@ -208,19 +217,26 @@ def _measured(step: StepRow, common: Sequence[str]) -> Row:
     )
 
 
-def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
-    """With what follows from other rows."""
+def _compared(row: Row, shown: Mapping[_Point, Sequence[Row]], measured: Mapping[_Point, Sequence[Row]]) -> Row:
+    """With what follows from other rows, those among them that are not shown."""
     if not row.ok:
         return row
 
     def yardstick(attention: str, cp: int, tokens: int) -> Row | None:
-        """Of those on the same GPU, then of the same commit, if there are any, the fastest.
+        """Of those on the same GPU, then of the same commit, if there are any, then measured within hours of it or
+        else nearest in time, the fastest.
 
-        Runs of one commit were most likely on one machine, whose host is the slow part of short rows.
+        It was most likely on the same machine, whose host is the slow part of short rows, and of the same code.
         """
 
-        def far(other: Row) -> tuple[bool, bool, float]:
-            return other.gpu != row.gpu, not row.commit or other.commit != row.commit, _or_zero(other.step_seconds)
+        def far(other: Row) -> tuple[bool, bool, int, float]:
+            other_code = not row.commit or other.commit != row.commit
+            return (
+                other.gpu != row.gpu,
+                other_code,
+                _hours_apart(row, other) // SESSION_HOURS,
+                _or_zero(other.step_seconds),
+            )
 
         return min(measured.get((attention, row.conditions, cp, tokens), ()), key=far, default=None)
 
@@ -243,7 +259,7 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
     if plain is not None:
         compared["against_softmax"] = (plain, _or_zero(row.step_seconds) / _or_zero(plain.step_seconds))
     others = {name: other for name, (other, value) in compared.items() if other is not None and value is not None}
-    same = measured[row.attention, row.conditions, row.cp, row.tokens]
+    same = shown[row.attention, row.conditions, row.cp, row.tokens]
     return replace(
         row,
         **{name: value for name, (_, value) in compared.items()},  # type: ignore[arg-type]
@@ -262,6 +278,14 @@ def _compared(row: Row, measured: Mapping[_Point, Sequence[Row]]) -> Row:
         },
         unsound=tuple(name for name, other in others.items() if name != "loss_difference" and is_disturbed(other)),
     )
+
+
+def _hours_apart(row: Row, other: Row) -> int:
+    """Whole hours between two measurements; 0 if one has no date."""
+    if not row.measured_at or not other.measured_at:
+        return 0
+    one, two = (datetime.fromisoformat(each.measured_at) for each in (row, other))
+    return int(abs((one - two).total_seconds()) // 3600)
 
 
 def _cost(row: Row, other: Row | None, name: str) -> float | None:

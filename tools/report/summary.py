@@ -137,7 +137,7 @@ def _repeated(measured: Sequence[Row]) -> list[str]:
         return []
     return [
         "Run several times, on other machines or by other versions of the code too, with times that differ by over a "
-        f"tenth; shown and compared is the run of most timings, else the latest: {'; '.join(told)}."
+        f"tenth; shown is the run of most timings, else the latest: {'; '.join(told)}."
     ]
 
 
