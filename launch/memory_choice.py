@@ -10,7 +10,7 @@ from launch.errors import ConfigError, DataError
 from launch.memory_advice import advice, describe, largest_items, ranks
 from launch.memory_items import MemoryCase
 from launch.memory_plan import GIB, MemoryEstimate, case_of, estimate_memory
-from launch.memory_search import DEVICE_PART, HOST_PART, Choice, DeviceFacts, choose, fits, shortfall
+from launch.memory_search import DEVICE_PART, Choice, DeviceFacts, choose, fits, host_room, shortfall
 from launch.meters import host_memory_limit
 from launch.model_shape import LEAST_VOCABULARY, model_of
 from launch.progress import format_bytes
@@ -212,6 +212,7 @@ def _lacking(estimate: MemoryEstimate, facts: DeviceFacts) -> str:
         have = f"{format_bytes(facts.device_bytes)}, of which {DEVICE_PART:.0%} may be planned with"
         parts.append(f"a GPU needs {format_bytes(estimate.device_bytes)} and has {have}")
     if host:
-        have = f"{format_bytes(facts.host_bytes)}, of which {HOST_PART:.0%} may be planned with"
+        room = max(0.0, host_room(facts, estimate.per_node))
+        have = f"{format_bytes(facts.host_bytes)}, of which {format_bytes(room)} may be planned with"
         parts.append(f"a process needs {format_bytes(estimate.host_bytes)} of host memory and has {have}")
     return ", and ".join(parts)

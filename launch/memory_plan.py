@@ -35,6 +35,7 @@ from launch.memory_items import (
 from launch.memory_state import GATHERED, GRADIENTS, own_head, shares_of_gradients, state_items
 from model.config import ModelConfig
 from model.flops import count_parameters
+from model.kinds import attention_shape
 
 GIB = 2**30
 # Beside torch's allocator on a GPU: CUDA context, kernels, NCCL's buffers. And what the allocator reserves over what it
@@ -44,9 +45,15 @@ FRAGMENTATION = 1.05
 # On a CPU torch's tensors are the C library's memory, which keeps much of what smaller ones have let go of. This and
 # the next one are fitted to the quickstart's model over 256 to 8,192 tokens in one process (docs/memory.md).
 FRAGMENTATION_CPU = 1.4
-# Resident memory of a process before it holds any model; with CUDA loaded, as in those steps.
+# Resident memory of a process before it holds any model; with CUDA loaded, and what compiled Triton kernels (the
+# compiler stays in the process) beside those of norms and gates. Fitted: the records have 1.8 to 2.25 GiB without
+# selection and SAS, 2.1 to 2.5 with them (once 2.7), whatever is put away (tests/tools/test_step_records.py).
 LIBRARIES_HOST_BYTES = 0.54 * GIB
-LIBRARIES_HOST_BYTES_CUDA = 2.0 * GIB
+LIBRARIES_HOST_BYTES_CUDA = 2.25 * GIB
+TRITON_HOST_BYTES = 0.25 * GIB
+# Of pinned bytes, what kernel and driver hold for their pages: tables, and lists of addresses. No process's resident
+# memory shows it, but a machine's does: 1.1 to 2 GiB per process beside 68 to 116 GiB (fitted).
+PINNED_PART = 0.02
 _FP32 = 4
 
 
@@ -212,18 +219,25 @@ def estimate_memory(case: MemoryCase, memory: MemoryConfig) -> MemoryEstimate:
     # To lay its part of the weights out in one piece, stage 3 takes it from the GPU to the host, once.
     through_host = case.engine == "zero" and case.zero_stage == 3 and case.on_gpu
     moved = case.element_bytes * parameters / case.num_processes if through_host else 0.0
-    libraries = LIBRARIES_HOST_BYTES_CUDA if case.on_gpu else LIBRARIES_HOST_BYTES
     return MemoryEstimate(
         always=always,
         phases=tuple(_phases(case, memory, *(found.get(name) for name in passing))),
         outside=(
-            Item(name="libraries", device=LIBRARIES_DEVICE_BYTES if case.on_gpu else 0.0, host=libraries),
+            Item(name="libraries", device=LIBRARIES_DEVICE_BYTES if case.on_gpu else 0.0, host=_libraries(case)),
             Item(name="peer memory of the ring", device=peer_bytes(case)),
         ),
         start=(Item(name="DeepSpeed's copy of its weights", host=moved),),
         per_node=case.per_node,
         on_gpu=case.on_gpu,
     )
+
+
+def _libraries(case: MemoryCase) -> float:
+    """Host memory that a process takes before it holds anything."""
+    if not case.on_gpu:
+        return LIBRARIES_HOST_BYTES
+    scored = case.model.selection is not None or attention_shape(case.model).payload_flops > 0
+    return LIBRARIES_HOST_BYTES_CUDA + (TRITON_HOST_BYTES if scored else 0.0)
 
 
 def _phases(
@@ -239,6 +253,9 @@ def _phases(
         )
         at_work = (gathered,)
     kept = (*at_work, *kept_items(case, memory, case.model.layers))
+    if case.on_gpu:  # most is on the host when all layers have put theirs away
+        pages = PINNED_PART * sum(item.host for item in kept)
+        kept = (*kept, Item(name="the system's part of pinned memory", host=pages))
     head = own_head(case.model, case.engine)
     weights = Item(name="the head's weights", device=case.element_bytes * head)
     yield Phase(name="loss", items=(*kept, weights, *loss_items(case)))

@@ -25,11 +25,17 @@ from launch.progress import format_bytes
 
 _log = logging.getLogger(__name__)
 
-# Parts of the host's memory: below the first the run is asked to stop, below the second it ends.
+# Parts of the host's memory: below the first the run is asked to stop, below the second it ends. Nothing is planned
+# that would come to the first, see `stops_below`.
 _ASK_PART, _ASK_LEAST = 0.015, 2**29
 _END_PART, _END_LEAST = 0.005, 2**27
 _POLL_S = 0.5
 _GRACE_S = 3.0
+
+
+def stops_below(limit: float) -> float:
+    """Bytes of available memory, of a host that has `limit`, below which a run is asked to save and stop."""
+    return max(_ASK_PART * limit, _ASK_LEAST)
 
 
 class Watch:
@@ -88,7 +94,7 @@ class Watch:
 
     def _look_at_memory(self, limit: int) -> None:
         left = host_memory_available()
-        ask, end = max(_ASK_PART * limit, _ASK_LEAST), max(_END_PART * limit, _END_LEAST)
+        ask, end = stops_below(limit), max(_END_PART * limit, _END_LEAST)
         state = f"host memory is running out: {format_bytes(left)} of {format_bytes(limit)} left"
         if left < end:
             text = (

@@ -69,6 +69,11 @@ class Decoder(nn.Module):
         # noted now: an engine may shard or empty the parameters before their first values are asked for
         self._full_shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
 
+    def free_host_buffers(self) -> None:
+        """Free the host memory of `offload` between steps: for rows of another length, which need other buffers."""
+        if self._runner.store is not None:
+            self._runner.store.clear()
+
     def forward(
         self, tokens: Tensor, labels: Tensor, positions: Tensor, attention: AttentionFn, loss_tile: int
     ) -> Tensor:

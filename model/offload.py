@@ -54,6 +54,11 @@ class HostStore:
         """The layers are through: nothing on the device is held for copies any more."""
         self._settle(None)
 
+    def clear(self) -> None:
+        """Free the buffers that hold nothing: rows of their shapes will not come again."""
+        self.bytes -= sum(buffer.nbytes for free in self._buffers.values() for buffer in free)
+        self._buffers.clear()
+
     def put(self, tensor: Tensor) -> Held:
         """Start to copy `tensor` out; it must not be written to from here on."""
         kind = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)

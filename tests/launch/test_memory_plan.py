@@ -44,7 +44,7 @@ def gpu_case(seq_len: int, name: str = "qwen3-0.6b", processes: int = 4, **secti
     return case_of(config(seq_len, name, **sections), preset(name), processes, on_gpu=True)
 
 
-def machine(gpu: float = 80, host: float = 500, processes: int = 4) -> DeviceFacts:
+def machine(gpu: float = 80, host: float = 503, processes: int = 4) -> DeviceFacts:
     return DeviceFacts(device_bytes=int(gpu * GIB), host_bytes=int(host * GIB / processes))
 
 

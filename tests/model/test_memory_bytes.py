@@ -194,6 +194,10 @@ def test_buffers_go_from_step_to_step_and_back_when_a_graph_is_dropped() -> None
     gradients = [torch.autograd.grad(x, list(module.parameters())) for x in (first, second)]
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
     assert store.bytes == 2 * LENGTH * 3 * (64 + 8 * 16 + 8) * 4  # two graphs at once
+    module.free_host_buffers()
+    assert free() == store.bytes == 0
+    module(*row, ATTEND, 16).backward()
+    assert free() == store.bytes == LENGTH * 3 * (64 + 8 * 16 + 8) * 4
 
 
 def test_a_retained_graph_is_walked_twice() -> None:

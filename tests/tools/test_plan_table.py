@@ -53,7 +53,7 @@ def test_a_row_of_the_table_is_what_is_predicted_today(row: list[str]) -> None:
     shape, tokens, picked, gpu, host, step, used = row
     name, *overrides = SHAPES[shape]
     loaded = load_config(str(ROOT / "configs" / name), overrides).config
-    facts = DeviceFacts(device_bytes=(50 if "50 GiB" in shape else 80) * GIB, host_bytes=125 * GIB)
+    facts = DeviceFacts(device_bytes=(50 if "50 GiB" in shape else 80) * GIB, host_bytes=503 * GIB // 4)
     question = Question(config=loaded, gpus=4, facts=facts, rates=RatesFile(), grain=4096)
     _, found, _ = question.answer(int(number(tokens)))
     estimate, time = found.estimate, found.time

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.memory_choice import MemoryPlan, plan_memory
+from launch.memory_plan import PINNED_PART
 from launch.memory_search import DeviceFacts
 from tools.bench.step_cases import Case
 from tools.bench.step_rows import GIB, StepRow, one_of_each_case, read_all
@@ -51,6 +52,25 @@ def test_a_whole_device_is_within_a_tenth_or_listed_and_within_a_fifth(row: Step
 
 
 @every_row
+def test_a_process_takes_no_more_host_memory_than_planned_and_not_much_less(row: StepRow, tmp_path: Path) -> None:
+    """Resident memory. What is put away is planned to the byte; what libraries take differs from day to day."""
+    assert row.host_steps is not None
+    estimate, warmup = planned(row, tmp_path).estimate, buffers_of_the_warmup(row, tmp_path)
+    more = row.host_steps - (estimate.host_bytes + warmup) / GIB
+    assert -0.025 * row.host_steps - 0.5 <= more <= 0.2
+    assert more <= (0.0 if put_away(row, tmp_path) > 10 * GIB else 0.2)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.num_ranks == 4 and (row.host_machine or 0) > 40])
+def test_a_machine_loses_no_more_memory_to_a_long_run_than_planned(row: StepRow, tmp_path: Path) -> None:
+    """What the watch looks at: with what the system holds for pinned pages, without pages that processes share."""
+    assert row.host_machine is not None
+    estimate, warmup = planned(row, tmp_path).estimate, buffers_of_the_warmup(row, tmp_path)
+    foreseen = estimate.per_node * (estimate.host_bytes + (1 + PINNED_PART) * warmup) / GIB
+    assert row.host_machine <= foreseen <= 1.05 * row.host_machine
+
+
+@every_row
 def test_times_are_within_their_wide_limits(row: StepRow, tmp_path: Path) -> None:
     assert row.seconds is not None
     if row.documents != "one":
@@ -75,6 +95,18 @@ def planned(row: StepRow, folder: Path) -> MemoryPlan:
     config = case.config(device="cuda", folder=folder, timeout_seconds=60)
     facts = DeviceFacts(device_bytes=int((row.device_total or 79.2) * GIB), host_bytes=int(503 * GIB / row.num_ranks))
     return plan_memory(config, row.num_ranks, facts)
+
+
+def put_away(row: StepRow, folder: Path) -> float:
+    """Bytes of a process's tensors on the host: all that is planned beside libraries and the system's part."""
+    items = planned(row, folder).estimate.host_items
+    return sum(size for name, size in items if name != "libraries" and not name.startswith("the system"))
+
+
+def buffers_of_the_warmup(row: StepRow, folder: Path) -> float:
+    """Bytes that the first, shorter row has put away, and that were still there: today's benchmark frees them."""
+    warmup = int(row.warmup.removesuffix(" tokens"))
+    return 0.0 if warmup == row.tokens else put_away(row, folder) * warmup / row.tokens
 
 
 def place(row: StepRow) -> tuple[str, int, int]:

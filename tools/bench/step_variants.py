@@ -19,6 +19,7 @@ from launch.steps import StepRunner
 from launch.topology import Topology
 from launch.trainer import Trainer
 from model.config import ModelConfig, preset
+from model.decoder import Decoder
 from ringattn.transport.stats import RingTotals
 from tools.bench.rival_step import Rival, torch_context_parallel
 from tools.bench.step_cases import foreseen
@@ -147,6 +148,9 @@ class _Ours:
         return "starting" if self._runner is None else self._runner.pulse.now().text
 
     def at(self, seq_len: int) -> Step:
+        for part in self._engine.module.modules():
+            if isinstance(part, Decoder):
+                part.free_host_buffers()  # a warm-up's are of no use to longer rows, and would count as theirs
         config, corpus = self._data.at(seq_len)
         config = config.model_copy(update={"memory": self._plan.memory})
         runner = StepRunner(config, self._topology, self._engine, corpus, self._carrier, self.model)
