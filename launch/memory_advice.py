@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from launch.config import MemoryConfig
 from launch.config_describe import yaml_spelling
-from launch.memory_items import MemoryCase
+from launch.memory_case import MemoryCase
 from launch.memory_plan import MemoryEstimate, estimate_memory
 from launch.memory_search import DeviceFacts, case_at, choose, fits, longest_row
 from launch.progress import format_bytes

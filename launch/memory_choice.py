@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from launch.config import Config, MemoryConfig
 from launch.errors import ConfigError, DataError
 from launch.memory_advice import advice, describe, largest_items, ranks
-from launch.memory_items import MemoryCase
+from launch.memory_case import MemoryCase
 from launch.memory_plan import GIB, MemoryEstimate, case_of, estimate_memory
 from launch.memory_search import DEVICE_PART, Choice, DeviceFacts, choose, fits, host_room, shortfall
 from launch.meters import host_memory_limit

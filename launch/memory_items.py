@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import ringattn
 from launch.config import MemoryConfig
+from launch.memory_case import Item, MemoryCase
 from launch.memory_state import gradient_flight_items
 from launch.plan_attention import column_state_bytes, expanded_bytes
 from launch.plan_ulysses import expanded_at_home, inner_plan, ulysses_bytes
@@ -22,6 +21,7 @@ from model.flops import (
     votes_bytes_per_token,
 )
 from model.kinds import attention_shape
+from ringattn.kernels.reference import TILES, max_scores
 from ringattn.schedule import head_groups
 from ringattn.scoring.simulated_limits import size_problem
 from ringattn.transport.copy_engine import GRAPH_BYTES
@@ -52,67 +52,6 @@ _SELECTION_PROGRAMS = 264
 _SELECTION_KEYS = 32_768
 _SELECTION_PAIR = 6
 _FP32 = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryCase:
-    """What decides memory beside the `memory` section.
-
-    Attributes:
-        plan: Of a row; the longest shard counts.
-        num_processes: Of the whole run.
-        per_node: Processes on one node, which share its host memory.
-        element_bytes: Of activations: 2 (bf16) or 4 (fp32).
-        ulysses: Degree of the exchange of heads; 1 is none.
-        rows: Of a step, per ring.
-        transport: Of the ring, by its name; "auto" counts as what it takes where GPUs of a node reach each other.
-        documents: Rows may hold several that do not see each other.
-        compiled: Norms, RoPE and gates are, see `engine.compile`.
-        on_gpu: Whether `device` is a GPU; else its items are host memory too.
-    """
-
-    model: ModelConfig
-    plan: ringattn.Plan
-    num_processes: int
-    per_node: int
-    engine: str
-    zero_stage: int
-    element_bytes: int
-    ulysses: int
-    loss_tile: int
-    rows: int
-    transport: str
-    documents: bool
-    asynchronous_saves: bool
-    compiled: bool
-    on_gpu: bool
-
-    @property
-    def tokens(self) -> int:
-        """Of the longest shard."""
-        return self.plan.longest_shard
-
-    @property
-    def autocast(self) -> bool:
-        """Weights are fp32, and products round what they read: `ddp`, and `zero` at stage 0."""
-        return self.element_bytes < _FP32 and (self.engine == "ddp" or (self.engine == "zero" and self.zero_stage == 0))
-
-    @property
-    def hidden(self) -> int:
-        """Bytes of a token's hidden state, what a layer reads and writes: as the embedding made it."""
-        return self.model.dim * (_FP32 if self.autocast else self.element_bytes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One thing that takes memory: bytes on the device and on the host of one process."""
-
-    name: str
-    device: float = 0.0
-    host: float = 0.0
-
-
-Items = tuple[Item, ...]
 
 
 def table_bytes_per_token(model: ModelConfig) -> float:
@@ -269,6 +208,8 @@ def _ring_items(case: MemoryCase, memory: MemoryConfig) -> Iterator[Item]:
         )
     if expanded:
         yield Item(name="expanded keys and values", device=expanded)
+    if _by_definition(case):
+        yield Item(name="tiles of scores", device=_tile_bytes(case))
     if model.selection is None:
         yield Item(name="messages and sums of the ring", device=_ring_working_set(case))
     else:
@@ -284,6 +225,25 @@ def _ring_working_set(case: MemoryCase) -> float:
         return kernel
     under_way = _NEEDED_PART * min(_INBOX_SLOTS, ring - 1)
     return _QUERY_PARTS * queries + (2 * under_way + 1) * payload + kernel
+
+
+def _by_definition(case: MemoryCase) -> bool:
+    """Whether blocks go through `ringattn.kernels.reference`: on CPUs where widths differ, on GPUs for fp32 and masks.
+
+    Selection has kernels of its own.
+    """
+    shape, plan = attention_shape(case.model), case.plan
+    if case.model.selection is not None:
+        return False
+    if not case.on_gpu:
+        return shape.score_dim != shape.value_dim
+    return case.element_bytes == _FP32 or plan.window is not None
+
+
+def _tile_bytes(case: MemoryCase) -> float:
+    inner = inner_plan(case.plan, case.ulysses)
+    pairs = attention_shape(case.model).heads / case.ulysses * inner.longest_shard**2
+    return TILES * _FP32 * min(pairs, max_scores(on_cpu=not case.on_gpu))
 
 
 def _group_bytes(case: MemoryCase) -> tuple[float, float]:

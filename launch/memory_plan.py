@@ -19,10 +19,8 @@ from dataclasses import dataclass, replace
 
 import ringattn
 from launch.config import Config, MemoryConfig
+from launch.memory_case import Item, Items, MemoryCase
 from launch.memory_items import (
-    Item,
-    Items,
-    MemoryCase,
     attention_items,
     end_items,
     feed_forward_items,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import ringattn
 from launch.config import MemoryConfig
 from launch.config_checks import min_seq_len
-from launch.memory_items import MemoryCase
+from launch.memory_case import MemoryCase
 from launch.memory_plan import MemoryEstimate, estimate_memory
 from launch.rates import RatesFile
 from launch.step_time import StepTime, step_time

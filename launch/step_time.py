@@ -13,7 +13,8 @@ from itertools import pairwise
 
 import ringattn
 from launch.config import MemoryConfig
-from launch.memory_items import MemoryCase, expands_in_ring, graph_bytes, layers_keeping, layers_offloading
+from launch.memory_case import MemoryCase
+from launch.memory_items import expands_in_ring, graph_bytes, layers_keeping, layers_offloading
 from launch.plan_ulysses import inner_plan
 from launch.rates import PASSES, RatesFile, StepRates, by_size
 from model.flops import (

@@ -23,7 +23,7 @@ from launch.config_checks import min_seq_len
 from launch.config_load import load_config
 from launch.errors import EXIT_OUT_OF_MEMORY, ConfigError, LaunchError
 from launch.memory_advice import advice, describe
-from launch.memory_items import MemoryCase
+from launch.memory_case import MemoryCase
 from launch.memory_plan import GIB, case_of, estimate_memory
 from launch.memory_search import LADDER, Choice, DeviceFacts, choose, fits, longest_row, shortfall
 from launch.model_shape import model_of

@@ -13,13 +13,27 @@ from tests.launch.runs import write_corpus
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("seq_len", [512, pytest.param(8192, marks=pytest.mark.slow)])
-def test_a_run_on_a_cpu_takes_what_was_predicted(seq_len, tmp_path):
-    """The quickstart over rows of another length, two steps, in processes of its own."""
+LAG = "model.selection_lag=16"
+
+
+@pytest.mark.parametrize(
+    ("name", "seq_len", "more"),
+    [
+        ("quickstart", 512, []),
+        ("sas-quickstart", 4096, []),  # blocks by the reference kernel
+        ("selective-quickstart", 512, [LAG]),
+        pytest.param("quickstart", 8192, [], marks=pytest.mark.slow),
+        pytest.param("sas-quickstart", 2048, [], marks=pytest.mark.slow),
+        pytest.param("sas-quickstart", 2048, ["model.simulated_dim=32"], marks=pytest.mark.slow),
+        pytest.param("selective-quickstart", 2048, [LAG], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_on_a_cpu_takes_what_was_predicted(name, seq_len, more, tmp_path):
+    """A configuration over rows of another length, two steps, in processes of its own."""
     changes = [f"run.dir={tmp_path}/run", "run.device=cpu", f"data.seq_len={seq_len}", "optim.steps=2"]
-    changes += ["optim.warmup_steps=0", "optim.rows_per_step=1", "data.source=json"]
+    changes += ["optim.warmup_steps=0", "optim.rows_per_step=1", "data.source=json", *more]
     changes.append(f"data.paths=[{write_corpus(tmp_path, documents=200)}]")
-    command = [sys.executable, "-m", "launch", "train", "configs/quickstart.yaml", "--nproc", "1", *changes]
+    command = [sys.executable, "-m", "launch", "train", f"configs/{name}.yaml", "--nproc", "1", *changes]
     threads = {"OMP_NUM_THREADS": "2", "MALLOC_ARENA_MAX": "4"}  # or the C library keeps something for each thread
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **threads}

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import ringattn
 from launch.config import Config, MemoryConfig
+from launch.memory_case import MemoryCase
 from launch.memory_choice import layer_memory
-from launch.memory_items import MemoryCase, kept_items
+from launch.memory_items import kept_items
 from launch.memory_plan import GIB, case_of, estimate_memory
 from launch.memory_search import LADDER, DeviceFacts
 from launch.memory_state import state_items

@@ -92,7 +92,7 @@ def test_reference_tiles_rows_without_changing_the_result(monkeypatch):
     arguments = {"causal": True, "mask": None, "scale": 0.3}
     whole = KERNELS["reference"].forward(q, k, v, **arguments)
     gradients = KERNELS["reference"].backward(dout, q, k, v, *whole, **arguments)
-    monkeypatch.setattr("ringattn.kernels.reference._MAX_SCORES", 2 * 4 * 9 * 2)  # two rows at a time
+    monkeypatch.setattr("ringattn.kernels.reference._MAX_SCORES_CPU", 2 * 4 * 9 * 2)  # two rows at a time
     tiled = KERNELS["reference"].forward(q, k, v, **arguments)
     for a, b in zip(whole, tiled, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
