@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.control_groups import kills, memory_limits
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,7 +42,6 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 # Their names contain a name of the table, but their peaks are other ones.
 _UNKNOWN = ("GB200", " MIG ")
 _PROC = Path("/proc/self")
-_CGROUPS = Path("/sys/fs/cgroup")
 _VMSTAT = Path("/proc/vmstat")
 
 
@@ -120,49 +121,25 @@ def host_memory_limit() -> int:
     """Bytes of host memory that this machine, or the container that the process is in, has."""
     import psutil
 
-    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _control_groups())])
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in memory_limits())])
 
 
 def host_memory_available() -> int:
     """Bytes of host memory that can still be taken before the kernel ends processes, in this container too."""
     import psutil
 
-    left = [max(0, limit - used) for limit, used in _control_groups()]
+    left = [max(0, limit - used) for limit, used in memory_limits()]
     return min([int(psutil.virtual_memory().available), *left])
 
 
 def kernel_kills() -> int:
     """Processes that the kernel ended for want of memory, of this control group, else of the machine; 0 if unknown."""
-    for place in (_own_group() / "memory.events", _VMSTAT):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return int(dict(line.split() for line in place.read_text().splitlines())["oom_kill"])
+    killed = kills()
+    if killed is not None:
+        return killed
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return int(dict(line.split() for line in _VMSTAT.read_text().splitlines())["oom_kill"])
     return 0
-
-
-def _control_groups() -> list[tuple[int, int]]:
-    """(limit, used) of the control group (version 2) that this process is in and of those around it.
-
-    What files are cached is not counted as used: the kernel gives it back first.
-    """
-    found = []
-    folder = _own_group()
-    for place in (folder, *folder.parents):
-        if not place.is_relative_to(_CGROUPS):
-            break
-        with contextlib.suppress(OSError, ValueError):
-            limit = int((place / "memory.max").read_text())  # "max" where there is none
-            used = int((place / "memory.current").read_text())
-            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-            found.append((limit, used - int(stat.get("inactive_file", 0)) - int(stat.get("active_file", 0))))
-    return found
-
-
-def _own_group() -> Path:
-    try:
-        own = next(line[3:] for line in (_PROC / "cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        own = "/"
-    return _CGROUPS / own.strip("/")
 
 
 def _proc_status() -> dict[str, int]:

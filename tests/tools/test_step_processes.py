@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from launch import meters
+from launch.control_groups import kills
 from ringattn.errors import PeerError
 from tests.launch.test_out_of_memory import NO_MEMORY, WAYS
 from tests.processes import run_ranks
@@ -170,10 +171,10 @@ def test_who_is_killed_lacked_memory_only_if_the_kernel_did_it(
 def test_what_the_kernel_has_killed_is_counted_in_the_own_group(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_PROC", "_CGROUPS"):
-        monkeypatch.setattr(meters, name, tmp_path)
+    monkeypatch.setattr(meters, "kills", lambda: kills(tmp_path, tmp_path))
     monkeypatch.setattr(meters, "_VMSTAT", tmp_path / "vmstat")
     (tmp_path / "cgroup").write_text("4:memory:/old\n0::/job\n")
+    (tmp_path / "mountinfo").write_text("41 31 0:38 / / rw - cgroup2 cgroup2 rw\n")
     (tmp_path / "job").mkdir()
     if where == "group":
         (tmp_path / "job/memory.events").write_text("oom 9\noom_kill 2\noom_group_kill 0\n")
