@@ -43,4 +43,5 @@ def test_a_run_on_a_cpu_takes_what_was_predicted(name, seq_len, more, tmp_path):
     assert len(steps) == 2
     measured, predicted = (steps[-1][name] for name in ("peak_memory_bytes", "predicted_peak_memory_bytes"))
     print(f"{measured / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f}")
-    assert predicted == pytest.approx(measured, rel=0.25)
+    # with tiles 16 times as large, SAS is a fifth off
+    assert predicted == pytest.approx(measured, rel=0.15 if name == "sas-quickstart" else 0.25)
