@@ -109,8 +109,8 @@ class EngineConfig(Section):
     compile: bool | Literal["auto"] = Field(
         default="auto",
         description="the halves of a layer around its attention (with ZeRO-3, and in MLA, TPA and SAS before it, their "
-        "norms, gates and RoPE alone) and the loss by torch.compile; auto: on GPUs, but not with run.deterministic=true, "
-        "since the order of compiled sums depends on the length that came first",
+        "norms, gates and RoPE alone) and the loss by torch.compile; auto: on GPUs, but not with "
+        "run.deterministic=true, since the order of compiled sums depends on the length that came first",
     )
 
 
