@@ -13,7 +13,7 @@ import ringattn
 from launch.config import Config, MemoryConfig
 from launch.memory_case import MemoryCase
 from launch.memory_choice import layer_memory
-from launch.memory_items import kept_items
+from launch.memory_items import attention_items, kept_items
 from launch.memory_plan import GIB, case_of, estimate_memory
 from launch.memory_search import LADDER, DeviceFacts
 from launch.memory_state import state_items
@@ -237,6 +237,20 @@ def test_layers_in_tiles_keep_what_autograd_keeps(qk_norm: bool) -> None:
     kept = kept_by_autograd(deep, settings, 128)[0] - kept_by_autograd(shallow, settings, 128)[0]
     predicted = predicted_kept(deep, settings, 128)[0] - predicted_kept(shallow, settings, 128)[0]
     assert kept == pytest.approx(predicted, rel=0.01)
+
+
+def test_a_ring_of_more_than_four_needs_no_more() -> None:
+    """Slots are used again (docs/ring.md); a ring of two has one hop, so that less is under way."""
+    model = tiny(attention="gqa", dim=2048, heads=16, kv_heads=16, head_dim=128, ffn_dim=6144, layers=1)
+    two, four, eight, sixteen = (
+        sum(
+            item.device
+            for item in attention_items(case_of(config(32_768 * cp), model, cp, on_gpu=True), MemoryConfig(), layers=1)
+            if item.name == "messages and sums of the ring"
+        )
+        for cp in (2, 4, 8, 16)
+    )
+    assert 0 < two < four == eight == sixteen
 
 
 @pytest.mark.parametrize("settings", [{}, {"tile": 32}, {"recompute": True}], ids=str)

@@ -257,7 +257,6 @@ def lazy_worker(rank, world_size, folder):
     return attend(Case(33, "zigzag"), rank, world_size, transport, torch.float32)
 
 
-@pytest.mark.slow
 def test_sums_let_go_of_inbox_slots_before_they_are_used_again(tmp_path):
     found = run_ranks(lazy_worker, 5, str(tmp_path), timeout=300)[0]
     for name, actual, expected in zip(("out", "dq", "dk", "dv"), found, oracle(Case(33, "zigzag")), strict=True):
