@@ -46,6 +46,20 @@ class RMSNorm(nn.Module):
         return self.pointwise.norm(x, self.weight, self.eps)
 
 
+def _are_weights_alone(*modules: nn.Module) -> bool:
+    """Whether a function of their weights does all that calls of them would: no adapter or other class is in the place
+    of one, and none has a bias or hooks."""
+    return not any(
+        type(module) not in _OWN
+        or (isinstance(module, nn.Linear) and module.bias is not None)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
+    )
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases (arXiv:2002.05202, section 2)."""
 
@@ -59,6 +73,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.pointwise.gate(self.gate_proj(x), self.up_proj(x)))
+
+
+_OWN = (nn.Linear, nn.Identity, RMSNorm, SwiGLU)
 
 
 class Attention(Attending):
@@ -79,16 +96,14 @@ class Attention(Attending):
 
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """See `Attending.project`."""
-        if self.pointwise.halves:
+        products = (self.q_proj, self.k_proj, self.v_proj)
+        if self.pointwise.halves and _are_weights_alone(*products, self.q_norm, self.k_norm):
             weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
             norms: tuple[Tensor | None, ...] = (None, None)
             if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
                 norms = (self.q_norm.weight, self.k_norm.weight)
             return self.pointwise.heads(x, *weights, *norms, self.norm_eps, rotation.cos, rotation.sin)
-        q, k, v = (
-            rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim) for project in products)
         return self._turned(self.q_norm, q, rotation), self._turned(self.k_norm, k, rotation), v
 
     def _turned(self, norm: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
@@ -130,7 +145,7 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, x: Tensor, change: Tensor) -> Tensor:
         """What the layer makes of its input [B, S, E] and the attention's change of it."""
         norm, mlp = self.mlp_norm, self.mlp
-        if mlp.pointwise.halves:
+        if mlp.pointwise.halves and _are_weights_alone(norm, mlp, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
             return mlp.pointwise.feed_forward(x, change, norm.weight, norm.eps, *weights)
         x = x + change

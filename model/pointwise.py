@@ -89,8 +89,10 @@ def heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, S, heads, D] of normed hidden states x [B, S, E], by the weights of projections
     [heads * D, E] and of q/k norms [D], if there are any, and cos and sin [S, D/2]; see `model.layers.Attention`."""
-    split = (*x.shape[:2], -1, 2 * cos.shape[1])
-    queries, keys, values = (F.linear(x, weight).view(split) for weight in (q, k, v))
+    width = 2 * cos.shape[1]
+    queries, keys, values = (  # not -1 heads: S may be 0
+        F.linear(x, weight).view(*x.shape[:2], weight.shape[0] // width, width) for weight in (q, k, v)
+    )
     if q_norm is None or k_norm is None:
         return turn(queries, cos, sin), turn(keys, cos, sin), values
     return norm_and_turn(queries, q_norm, eps, cos, sin), norm_and_turn(keys, k_norm, eps, cos, sin), values
