@@ -65,6 +65,15 @@ def test_a_row_of_the_table_is_what_is_predicted_today(row: list[str]) -> None:
     assert told == pytest.approx(computed, rel=0.02)
 
 
+def test_the_longest_row_of_an_h100_is_told() -> None:
+    loaded = load_config(str(ROOT / "configs" / LLAMA[0]), LLAMA[1:]).config
+    facts = DeviceFacts(device_bytes=int(79.2 * GIB), host_bytes=503 * GIB // 4)
+    question = Question(config=loaded, gpus=4, facts=facts, rates=RatesFile(), grain=4096)
+    longest, _ = question.longest()
+    assert f"{longest:,} tokens, 0.4% short of 2,097,152" in (ROOT / "docs/memory.md").read_text()
+    assert round(100 * (1 - longest / 2_097_152), 1) == 0.4
+
+
 def number(text: str) -> float:
     return float(text.replace(",", ""))
 

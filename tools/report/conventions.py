@@ -49,7 +49,10 @@ def conventions(report: Report) -> list[tuple[str, str]]:
             "the CSV: unsound). The pictures of comparisons draw none with a disturbed point on either side.",
         ),
         ("Lengths", "k is 1,024 tokens and M 1,048,576, on axes and in headlines."),
-        (f"Tokens/s per {'GPU' if cuda else 'core'}", f"length / step time / number of {unit}s."),
+        (
+            f"Tokens/s per {'GPU' if cuda else 'core'}",
+            f"length / step time / number of {'GPUs' if cuda else 'cores in use'}.",
+        ),
         (
             "FLOPs and MFU",
             "multiply and add counted as two; matrix products only; backward twice the forward; nothing for "
@@ -95,7 +98,8 @@ def conventions(report: Report) -> list[tuple[str, str]]:
                 (
                     OTHER_CODE,
                     "the two compared rows were measured with different versions of the code (commits), so that part "
-                    "of the difference may be theirs. Nothing is marked where one of them has no commit recorded.",
+                    "of the difference may be theirs; or one has no commit recorded, and they were measured "
+                    f"{SESSION_HOURS} hours apart or more.",
                 )
             ]
             if any(row.other_code for row in report.rows)

@@ -45,7 +45,7 @@ class Row:
         loss_difference: |first loss - that of cp 1 at the same length| / the latter, where both are of such a row.
         warmed_up_on_itself: Whether the first loss is of a row as long as this one.
         across: GPU of the row it is compared with, by the comparison's name, where that is not its own.
-        other_code: The same of its commit; nothing where one of the two has none.
+        other_code: The same of its commit, where that is another or, if one of the two has none, may be: `unknown`.
         other_memory: The same of its settings of memory, of costs of cp alone.
         unsound: Names of the comparisons with a disturbed row; not the loss, which other work does not change.
         no_yardstick: Names of the costs whose row of cp 1 says nothing of what cutting a row costs; see `yardsticks`.
@@ -266,11 +266,7 @@ def _compared(row: Row, shown: Mapping[_Point, Sequence[Row]], measured: Mapping
         best=min(same, key=_step_seconds) is row,
         best_on_gpu=min((other for other in same if other.gpu == row.gpu), key=_step_seconds) is row,
         across={name: other.gpu for name, other in others.items() if other.gpu != row.gpu},
-        other_code={
-            name: other.commit
-            for name, other in others.items()
-            if row.commit and other.commit and other.commit != row.commit
-        },
+        other_code={name: other.commit or "unknown" for name, other in others.items() if _is_other_code(row, other)},
         other_memory={
             name: other.memory
             for name, other in others.items()
@@ -278,6 +274,13 @@ def _compared(row: Row, shown: Mapping[_Point, Sequence[Row]], measured: Mapping
         },
         unsound=tuple(name for name, other in others.items() if name != "loss_difference" and is_disturbed(other)),
     )
+
+
+def _is_other_code(row: Row, other: Row) -> bool:
+    """Whether different versions of the code measured them, or may have: without commits, and hours apart."""
+    if row.commit and other.commit:
+        return row.commit != other.commit
+    return _hours_apart(row, other) >= SESSION_HOURS
 
 
 def _hours_apart(row: Row, other: Row) -> int:
