@@ -25,7 +25,7 @@ class Pointwise:
 
     Args:
         backend: Of `torch.compile`; None runs them operation by operation.
-        halves: Compile halves of layers as well. Not where weights come by calls of their modules (ZeRO-3).
+        halves: Halves of layers are functions as well. Not where weights come by calls of their modules (ZeRO-3).
 
     Attributes:
         norm, turn, turn_last, norm_and_turn, gate, softmax, heads, feed_forward: See the functions of the file.
@@ -34,7 +34,7 @@ class Pointwise:
     def __init__(self, backend: str | None = None, *, halves: bool = False) -> None:
         wrap: Callable[..., Any] = _same if backend is None else partial(_by_kind, backend=backend)
         self.compiled = backend is not None
-        self.halves = self.compiled and halves
+        self.halves = halves
         self.norm: Callable[..., Tensor] = wrap(norm)
         self.turn: Callable[..., Tensor] = wrap(turn)
         self.turn_last: Callable[..., Tensor] = wrap(turn_last)

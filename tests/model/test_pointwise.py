@@ -1,5 +1,6 @@
 """Norms, RoPE, gates and the loss compiled: the same losses and gradients as operation by operation."""
 
+import collections
 import functools
 import itertools
 
@@ -12,7 +13,8 @@ from model.memory import Memory
 from model.pointwise import PLAIN, Pointwise, softmax, turn_last
 from tests.model.kinds import kind
 
-# Compiling takes seconds, so what compiles is slow; the functions are those that every other test runs uncompiled.
+# Compiling takes seconds, so what compiles is slow; the functions are those that other tests run uncompiled, here also
+# those of halves of layers.
 WAYS = [{}, {"tile": 5}, {"recompute": True}, {"recompute": "keep_attention", "tile": 4}]
 
 
@@ -29,6 +31,10 @@ LENGTHS = (13, 8, 1)
 def losses_and_gradients(config, pointwise, memory, dtype, lengths=LENGTHS):
     module = Decoder(config, memory, pointwise)
     module.init_weights(3)
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in module.named_parameters():
+        if "norm" in name:  # else all are the same, ones
+            parameter.data.normal_(1.0, 0.25, generator=generator)
     module = module.to(dtype)
     found = []
     for tokens in lengths:
@@ -41,6 +47,67 @@ def losses_and_gradients(config, pointwise, memory, dtype, lengths=LENGTHS):
         gradients = torch.autograd.grad(loss, list(module.parameters()))
         found += [loss.detach(), *gradients]
     return found
+
+
+HALVES = [
+    *(("gqa", way, qk_norm) for way in WAYS for qk_norm in (True, False)),
+    ("mha", WAYS[0], True),
+    ("mqa", WAYS[1], False),
+    ("mla", WAYS[1], False),
+    ("tpa", WAYS[0], False),
+    ("sas", WAYS[3], True),
+    ("sas linear", WAYS[0], False),
+]
+
+
+@pytest.mark.parametrize(("name", "way", "qk_norm"), HALVES, ids=str)
+def test_halves_of_layers_as_functions_give_the_same(name, way, qk_norm, monkeypatch):
+    config, calls = kind(name, layers=2, qk_norm=qk_norm), collections.Counter()
+    expected = losses_and_gradients(config, PLAIN, Memory(**way), torch.float64)
+    pointwise = Pointwise(halves=True)
+    for half in ("heads", "feed_forward"):
+        function = getattr(pointwise, half)
+        monkeypatch.setattr(
+            pointwise, half, lambda *rest, half=half, function=function: (calls.update([half]), function(*rest))[1]
+        )
+    found = losses_and_gradients(config, pointwise, Memory(**way), torch.float64)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    assert calls.keys() == ({"heads", "feed_forward"} if name in ("gqa", "mha", "mqa") else {"feed_forward"})
+
+
+def test_the_functions_are_not_halves_of_layers_unless_asked_for():
+    assert not PLAIN.halves
+    assert not Pointwise("eager").halves
+    assert Pointwise("eager", halves=True).halves
+
+
+def test_each_kind_of_call_is_compiled_by_itself(monkeypatch):
+    """What torch.compile would compile a function again for: not lengths, but all else. See `_by_kind`."""
+    kinds = []
+    monkeypatch.setattr("model.pointwise._compiled", lambda function, _, kind: (kinds.append(kind), function)[1])
+    gate = Pointwise("eager").gate
+
+    def call(*size, wanted=(False, False), dtype=torch.float32, grad=True, cached=True):
+        x, y = (torch.ones(size, dtype=dtype, requires_grad=own) for own in wanted)
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=False, cache_enabled=cached):
+            gate(x, y)
+        return kinds[-1]
+
+    usual = call(1, 5, 7)
+    assert call(1, 9, 7) == call(1, 2, 3) == usual
+    others = [
+        call(1, 1, 7),
+        call(2, 5, 7),
+        call(5, 7),
+        call(1, 5, 7, wanted=(True, False)),
+        call(1, 5, 7, wanted=(False, True)),
+        call(1, 5, 7, wanted=(True, True)),
+        call(1, 5, 7, dtype=torch.bfloat16),
+        call(1, 5, 7, grad=False),
+        call(1, 5, 7, cached=False),
+    ]
+    assert len({usual, *others}) == 1 + len(others)
 
 
 @pytest.mark.slow
