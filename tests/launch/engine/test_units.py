@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from launch import memory_state
-from launch.engine import fsdp
 from tests.launch.engine import toy
 from tests.processes import run_ranks
 
@@ -22,7 +21,7 @@ def train(kind: str, layers: int, paired: float) -> Trained:
     config = toy.toy_config(kind, clip_norm=0.6, weight_decay=0.1)  # both steps are clipped
     shape = replace(toy.toy_shape(tied=False), layers=layers)
     engine = toy.build_model(config, shape, toy.Topology.start(config))
-    units = len(fsdp._units(list(engine.module.layers)))
+    units = len({id(layer._get_fsdp_state()) for layer in engine.module.layers})
     history = [toy.engine_step(engine, step, micros=(3, 1)[step]) for step in range(2)]
     state = toy.whole(engine.state())
     engine.close()
