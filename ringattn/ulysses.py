@@ -147,7 +147,8 @@ def make_ulysses(
 
     Raises:
         ValueError: the degree does not divide the size, or there is no such layout or transport.
-        TopologyError: on all ranks, if they do not ask for the same degree, layout and transport, or one was refused.
+        TopologyError: on all ranks, if they do not ask for the same degree, layout and transport, or one was refused,
+            be it by one inner ring only.
     """
     size, rank, degree = dist.get_world_size(group), dist.get_rank(group), as_degree(degree)
     problem = degree_problem(size, degree) or transport_problem(transport)
@@ -161,14 +162,8 @@ def make_ulysses(
         backend, wait = dist.get_backend(group), timeout_of(group) if timeout is None else timeout()
         ring_group = dist.new_group(ranks, timeout=wait, backend=backend, use_local_synchronization=True)
         assert ring_group is not None
-        channel = make_transport(transport, ring_group, timeout, graphs=graphs)
-        if transport == "auto":
-            # Rings beside each other must come to their graphs alike, in step with the exchanges that join them.
-            taken = [""] * size
-            dist.all_gather_object(taken, type(channel).__name__, group=group)
-            if len(set(taken)) > 1:
-                channel = make_transport("p2p", ring_group, timeout, graphs=graphs)
-                channel.description += " (auto: what one ring beside it can have, another cannot)"
+        # Rings beside each other must come to their graphs alike, in step with the exchanges that join them.
+        channel = make_transport(transport, ring_group, timeout, graphs=graphs, beside=group)
     return Ulysses(
         group=group,
         degree=degree,

@@ -140,6 +140,7 @@ def make_transport(
     *,
     graphs: bool = True,
     timed: bool = True,
+    beside: dist.ProcessGroup | None = None,
 ) -> Transport:
     """Build the transport called `name` ("auto" or one of `TRANSPORTS`) for a ring's process group. Collective.
 
@@ -156,6 +157,8 @@ def make_transport(
         graphs: copy_engine only: run passes of short shards as CUDA graphs, since launching takes longer there than
             computing.
         timed: measure how long compute stands waiting, see `RingStats`.
+        beside: All ranks of several rings, each of which makes its own in this call, the same kind as the others: what
+            one of them cannot have none takes. Collective of these, then, who ask for the same one.
 
     Raises:
         ValueError: for an unknown name; a TopologyError on the other ranks.
@@ -171,17 +174,19 @@ def make_transport(
     if name == "p2p":
         return control
     if name == "hybrid":
-        problem = peer_memory_problem(group, inside_hosts=True)
+        problem = _of_any_ring(peer_memory_problem(group, inside_hosts=True), group, beside)
         if problem is None:
             made = _hybrid(group, control, timeout, hosts_of(group))
-            problem = _making_problem(made._near.memory, group)  # later only a host's ranks would be told
+            # Tried: later only a host's ranks would be told.
+            problem = _of_any_ring(_making_problem(made._near.memory, group), group, beside)
             if problem is None:
                 return made
         raise TopologyError(f"transport: hybrid cannot be had: {problem}; use transport='auto' or 'p2p'")
-    problem = peer_memory_problem(group)
+    problem = _of_any_ring(peer_memory_problem(group), group, beside)
     if problem is None:
         memory = CudaPeerMemory(group, torch.device("cuda", torch.cuda.current_device()), timeout)
-        problem = _making_problem(memory, group) if name == "auto" else None
+        # Tried: later only a ring's ranks would be told, and none of those beside it.
+        problem = _of_any_ring(_making_problem(memory, group), group, beside)
         if problem is None:
             direct = CopyEngineTransport(memory, graphs, control.stats, control.ranks)
             if name == "auto":
@@ -189,17 +194,49 @@ def make_transport(
             return direct
     if name == "copy_engine":
         raise TopologyError(f"transport: copy_engine cannot be had: {problem}; use transport='auto' or 'p2p'")
+    return _hybrid_or_messages(group, control, timeout, beside, problem)
+
+
+def _hybrid_or_messages(
+    group: dist.ProcessGroup,
+    control: P2PTransport,
+    timeout: Callable[[], timedelta] | None,
+    beside: dist.ProcessGroup | None,
+    problem: str,
+) -> Transport:
+    """What "auto" takes where there is no copy_engine, because of `problem`."""
     hosts = hosts_of(group)
-    if 1 < hosts_in_order(hosts) < len(hosts) and peer_memory_problem(group, inside_hosts=True) is None:
-        hybrid = _hybrid(group, control, timeout, hosts)
-        not_made = _making_problem(hybrid._near.memory, group)
-        if not_made is not None:
-            control.description += f" (hybrid cannot be had: {not_made})"
-            return control
-        hybrid.description += " (auto: every rank can reach the memory of all of its host)"
-        return hybrid
-    control.description += f" (copy_engine cannot be had: {problem})"
-    return control
+    unfit = None if 1 < hosts_in_order(hosts) < len(hosts) else "no several hosts with equally many neighbours on each"
+    unfit = unfit or peer_memory_problem(group, inside_hosts=True)
+    refused = _of_any_ring(unfit, group, beside)  # before any group is made, for which all ranks must come
+    if refused is not None:
+        reason = problem if unfit is not None else f"{problem}; nor hybrid: {refused}"
+        control.description += f" (copy_engine cannot be had: {reason})"
+        return control
+    hybrid = _hybrid(group, control, timeout, hosts)
+    not_made = _of_any_ring(_making_problem(hybrid._near.memory, group), group, beside)
+    if not_made is not None:
+        control.description += f" (hybrid cannot be had: {not_made})"
+        return control
+    hybrid.description += " (auto: every rank can reach the memory of all of its host)"
+    return hybrid
+
+
+def _of_any_ring(problem: str | None, group: dist.ProcessGroup, beside: dist.ProcessGroup | None) -> str | None:
+    """The problem of a ring, or of the first one of those beside it that has one. A collective of `beside`.
+
+    Args:
+        problem: the same on all ranks of `group`, or None.
+    """
+    if beside is None:
+        return problem
+    mine = (dist.get_process_group_ranks(group), problem)
+    told = [mine] * dist.get_world_size(beside)
+    dist.all_gather_object(told, mine, group=beside)
+    if len({each for _, each in told}) == 1:
+        return problem
+    ranks, first = next((ranks, each) for ranks, each in told if each is not None)
+    return f"the ring of the world's ranks {ranks}, counted from 0 here: {first}"
 
 
 def _making_problem(memory: PeerMemory, group: dist.ProcessGroup) -> str | None:

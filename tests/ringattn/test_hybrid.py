@@ -285,35 +285,6 @@ def test_auto_takes_p2p_on_all_ranks_where_memory_cannot_be_mapped(hosts, tried,
         assert wrong <= 1e-10
 
 
-def beside_worker(rank, world_size, folder, hidden):
-    """What the ring of this rank takes beside the other one, after attention through both has been checked."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ringattn.transport, "peer_memory_problem", lambda group, *, inside_hosts=False: None)
-        kinds = {True: HiddenMemory, False: FilePeerMemory}
-        patch.setattr(
-            ringattn.transport,
-            "CudaPeerMemory",
-            lambda group, device, timeout: kinds[hidden and rank % 2 == 1](group, f"{folder}/{rank % 2}"),
-        )
-        patch.setattr(torch.cuda, "current_device", lambda: 0)
-        made = ringattn.make_ulysses(dist.group.WORLD, 2)
-    ringattn.self_check(heads=4, kv_heads=4, head_dim=8, group=dist.group.WORLD, ulysses=made)
-    return made.transport.description
-
-
-@pytest.mark.parametrize("hidden", [False, True])
-def test_rings_beside_each_other_take_the_same(hidden, tmp_path):
-    """Also where only the memory of one of them cannot be mapped: they come to their graphs in step."""
-    for place in "01":
-        (tmp_path / place).mkdir()
-    told = run_ranks(beside_worker, 4, str(tmp_path), hidden, timeout=60)
-    if hidden:
-        reason = "p2p over gloo (auto: what one ring beside it can have, another cannot)"
-        assert told == [reason] * 4
-    else:
-        assert all(one.startswith("copy_engine: ") for one in told)
-
-
 def asking_worker(rank, world_size, folder):
     """`hybrid` by name, of which one host's ranks cannot map their memory."""
     with pytest.MonkeyPatch.context() as patch:

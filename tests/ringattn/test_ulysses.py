@@ -332,7 +332,7 @@ def inner_worker(rank, world_size):
     """What the inner ring's transport is made of."""
     asked = []
 
-    def make(name, group, timeout, *, graphs):
+    def make(name, group, timeout, *, graphs, beside):
         asked.append((name, graphs))
         return ringattn.make_transport("p2p", group, timeout)
 
