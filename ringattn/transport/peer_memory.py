@@ -132,12 +132,12 @@ class CudaPeerMemory:
                 own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
             CudaPeerMemory._rendezvous, count = _BROKEN, CudaPeerMemory._rendezvous
             with all_or_none(self._group, "map the other ranks' GPU memory", _MAPPED):
-                self._handle = symmetric.rendezvous(own, self._group)
+                handle = symmetric.rendezvous(own, self._group)
                 places = range(dist.get_world_size(self._group))
-                self._regions = [self._handle.get_buffer(place, [size], torch.uint8) for place in places]
+                regions = [handle.get_buffer(place, [size], torch.uint8) for place in places]
             CudaPeerMemory._rendezvous = count + 1
-        self._regions[self._places[self.rank]] = own
-        self._size = size  # not before: making them may fail
+        regions[self._places[self.rank]] = own
+        self._handle, self._regions, self._size = handle, regions, size  # not before: making them may fail on any rank
         return True
 
     def region(self, rank: int) -> Tensor:

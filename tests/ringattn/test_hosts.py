@@ -116,12 +116,12 @@ def test_after_one_that_failed_no_other_is_begun():
     assert "use transport='p2p'" in found[0]
 
 
-def mapping_worker(rank, world_size, fails):
-    """What two regions after each other end with, of which the first cannot be mapped on some rank."""
+def mapping_worker(rank, world_size, fails, number=0):
+    """What two regions after each other end with, of which one cannot be mapped on some rank, and its region's size."""
     numbers = iter(range(2))
 
     def rendezvous(own, group):
-        if next(numbers) == 0 and rank == fails:
+        if next(numbers) == number and rank == fails:
             raise RuntimeError("invalid device ordinal")
         return SimpleNamespace(get_buffer=lambda place, sizes, dtype: torch.empty(sizes, dtype=dtype))
 
@@ -137,14 +137,22 @@ def mapping_worker(rank, world_size, fails):
                 told.append(str(memory.reserve(size)))
             except ringattn.TopologyError as error:
                 told.append(str(error))
-    return told
+    return *told, [len(memory.region(place)) for place in range(world_size)] if memory._size else None
 
 
 def test_a_region_that_could_not_be_mapped_is_the_last_one():
-    for first, second in run_ranks(mapping_worker, 2, 1):
+    for first, second, sizes in run_ranks(mapping_worker, 2, 1):
         assert "cannot map the other ranks' GPU memory: rank 1: RuntimeError: invalid device ordinal" in first
         assert "expected ranks whose peer memory could be mapped so far" in second
-    assert run_ranks(mapping_worker, 2, None) == [["True", "True"]] * 2
+        assert sizes is None
+    assert run_ranks(mapping_worker, 2, None) == [("True", "True", [2**22] * 2)] * 2
+
+
+def test_where_bigger_regions_could_not_be_mapped_on_one_rank_all_keep_the_old_ones():
+    for first, second, sizes in run_ranks(mapping_worker, 2, 1, 1):
+        assert first == "True"
+        assert "cannot map the other ranks' GPU memory: rank 1" in second
+        assert sizes == [2**21] * 2
 
 
 class Own:
