@@ -34,7 +34,7 @@ from ringattn.arguments import (
 )
 from ringattn.errors import raise_alone
 from ringattn.exchanged import Exchanged, ExchangedAttention, ExchangedSelection, ExchangedSelectiveAttention
-from ringattn.groups import device_problem, timeout_of
+from ringattn.groups import device_problem, timeout_of, without_multicast
 from ringattn.head_exchange import HeadExchange
 from ringattn.kernels import accumulator_dtype
 from ringattn.layout import LAYOUTS
@@ -154,6 +154,7 @@ def make_ulysses(
     problem = degree_problem(size, degree) or transport_problem(transport)
     if problem is None and layout not in LAYOUTS:
         problem = f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}"
+    without_multicast()  # before the group's first message, at which NCCL may make its communicator
     agree_on_making("make_ulysses", group, Asked(degree, transport), layout, problem)
     channel, ring_group = None, None
     if degree < size:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ringattn.agreement import TRANSPORTS, Asked, agree_on_making, transport_problem
 from ringattn.errors import TopologyError
-from ringattn.groups import timeout_of
+from ringattn.groups import timeout_of, without_multicast
 from ringattn.merge import RowSum
 from ringattn.plan import Plan
 from ringattn.schedule import Stop
@@ -168,6 +168,7 @@ def make_transport(
     problem = transport_problem(name)
     if problem is not None and group is None:
         raise ValueError(problem)
+    without_multicast()  # before the group's first message, at which NCCL may make its communicator
     agree_on_making("make_transport", group, Asked(1, name), problem=problem)
     control = P2PTransport(group, timeout)
     control.stats.timed = timed

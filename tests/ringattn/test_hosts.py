@@ -207,6 +207,29 @@ def test_peer_memory_is_made_without_multicast():
     assert run_ranks(reserving_worker, 1) == [{SWITCHES[0]: "1", SWITCHES[1]: "1"}]
 
 
+def first_message_worker(rank, world_size, step):
+    """Which switches of multicast are set at the first message of what makes a transport."""
+    found = {}
+    arguments = ("auto", dist.group.WORLD) if step == "make_transport" else (dist.group.WORLD, 1)
+
+    def note(*given, **options):
+        found.update({name: os.environ.get(name) for name in SWITCHES})
+        raise RuntimeError("no NCCL")
+
+    for name in SWITCHES:
+        os.environ.pop(name, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", note)
+        with pytest.raises(ringattn.PeerError, match="no NCCL"):
+            getattr(ringattn, step)(*arguments)
+    return found
+
+
+@pytest.mark.parametrize("step", ["make_transport", "make_ulysses"])
+def test_multicast_is_off_before_the_first_message(step):
+    assert run_ranks(first_message_worker, 1, step) == [{SWITCHES[0]: "0", SWITCHES[1]: "1"}]
+
+
 def failing_worker(rank, world_size, failures):
     """What each rank raises when a step fails on some."""
     try:
