@@ -108,6 +108,7 @@ def self_check(
         ValueError, TopologyError, PeerError: as `ring_attention`.
     """
     began, ulysses = time.perf_counter(), as_degree(ulysses)
+    _check_sizes({"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}, device)
     parts = Parts(
         group=group,
         device=torch.device(device),
@@ -166,6 +167,18 @@ def self_check(
         errors=_worst(found[0][1].names, [errors.errors.amax(dim=0) for _, errors in found]),
         tolerances=_worst(found[0][1].names, [errors.tolerances for _, errors in found]),
     )
+
+
+def _check_sizes(sizes: dict[str, int | None], device: torch.device | str) -> None:
+    """Refuse what no problem can be made of: the same on all ranks, who describe one run."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"self_check: {name}: expected 1 or more, got {size}; give that of the run's model")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"self_check: device: expected one that this process has, got {str(device)!r} where torch sees no CUDA; "
+            "give device='cpu', or look at nvidia-smi, CUDA_VISIBLE_DEVICES and the build of torch"
+        )
 
 
 def _fewer_heads(heads: int, kv_heads: int, parts: Parts) -> tuple[int, int]:
