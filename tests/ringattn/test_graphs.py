@@ -4,6 +4,9 @@ The graphs are recorded launches (tests/recorded_graphs.py): like CUDA's they re
 were captured, with the numbers of that time.
 """
 
+import inspect
+import textwrap
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -298,3 +301,39 @@ def test_the_self_check_looks_at_what_graphs_give(tmp_path):
         assert right == "right, 2 graphs of one document, 2 of several"
         assert "attention as this run would compute it is wrong: out on rank" in wrong
         assert "try transport='p2p'" in wrong
+
+
+def without_dtypes():
+    """A graph is found by shapes alone."""
+    source = inspect.getsource(graphs.PassGraphs.run)
+    assert "(x.shape, x.dtype)" in source
+    exec(textwrap.dedent(source).replace("(x.shape, x.dtype)", "x.shape"), vars(graphs))
+    graphs.PassGraphs.run = graphs.run
+
+
+def dtypes_worker(rank, world_size, folder, fault):
+    """Whether results are those of passes without graphs, and how many graphs there are."""
+    if fault:
+        without_dtypes()
+    transport, generator = recording_transport(folder), torch.Generator().manual_seed(0)
+    plans = {dtype: ringattn.Plan(TOKENS, world_size) for dtype in (torch.float16, torch.bfloat16)}  # alike
+    whole = [torch.randn(1, TOKENS, 2, 8, generator=generator) for _ in range(4)]
+    same = True
+    for dtype, plan in [*plans.items()] * 4:
+        *leaves, dout = (ringattn.shard(x.to(dtype), plan, rank) for x in whole)
+        leaves = [x.requires_grad_() for x in leaves]
+        found = []
+        for channel in ("p2p", transport):
+            out = ringattn.ring_attention(*leaves, plan, dist.group.WORLD, transport=channel, kernel="reference")
+            found.append((out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))))
+        same &= all(
+            x.dtype == y.dtype and error(x, y) <= 2 * torch.finfo(dtype).eps for x, y in zip(*found, strict=True)
+        )
+    return same, len(transport._graphs._captured)
+
+
+@pytest.mark.parametrize("fault", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_graph_serves_the_dtype_that_it_was_captured_for(fault, tmp_path):
+    for same, graphs_made in run_ranks(dtypes_worker, 2, str(tmp_path), fault, timeout=60):
+        assert same == (not fault)
+        assert graphs_made == (2 if fault else 4)  # forward and backward, of either dtype

@@ -337,13 +337,15 @@ def test_bad_arguments_are_refused_as_by_ring_attention():
 
 @pytest.mark.parametrize("name", ["heads", "kv_heads", "head_dim", "value_dim"])
 def test_sizes_of_nothing_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"self_check: {name}: expected 1 or more, got 0; give that of the run's model"):
+    with pytest.raises(
+        ValueError, match=f"self_check: {name}: expected 1 or more, got 0; give that of the run's model"
+    ):
         ringattn.self_check(**{"heads": 2, "kv_heads": 2, "head_dim": 8, name: 0})
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="self_check: device: expected one that .* got 'cuda:0' .*give device='cpu'"):
+    with pytest.raises(ValueError, match=r"self_check: device: expected one that .* got 'cuda:0' .*give device='cpu'"):
         ringattn.self_check(heads=2, kv_heads=2, head_dim=8, device="cuda:0")
 
 
