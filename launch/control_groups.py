@@ -87,7 +87,7 @@ def _places(proc: Path, root: Path) -> Iterator[_Place]:
         mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
     except OSError:
         return
-    paths = {2 if number == "0" else 1: path for number, names, path in groups if names in ("",) or _memory(names)}
+    paths = {1 if names else 2: path for _, names, path in groups if not names or _memory(names)}
     for fields in mounts:
         with contextlib.suppress(ValueError, IndexError):
             kind, _, options = fields[fields.index("-") + 1 :][:3]

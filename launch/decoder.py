@@ -30,7 +30,7 @@ def build_model(config: Config, model: ModelConfig, topology: Topology) -> Engin
     device, name = topology.device, config.engine.name
     compiled = config.compiles(on_gpu=device.type == "cuda")
     with torch.device("meta"):
-        halves = not (name == "zero" and config.engine.zero_stage == 3)  # its weights come by calls of modules
+        halves = not (name == "zero" and config.engine.zero_stage == 3)  # not tried on GPUs there
         decoder = Decoder(model, layer_memory(config), Pointwise("inductor", halves=halves) if compiled else PLAIN)
     assert not list(decoder.buffers()), "first values are known for parameters only"
     engine = build_engine(name, decoder, topology=topology, config=config)

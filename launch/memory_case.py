@@ -23,7 +23,7 @@ class MemoryCase:
         rows: Of a step, per ring.
         transport: Of the ring, by its name; "auto" counts as what it takes where GPUs of a node reach each other.
         documents: Rows may hold several that do not see each other.
-        compiled: Norms, RoPE and gates are, see `engine.compile`.
+        compiled: What is around the attention is, see `engine.compile`.
         on_gpu: Whether `device` is a GPU; else its items are host memory too.
     """
 

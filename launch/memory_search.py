@@ -10,14 +10,14 @@ from launch.config import MemoryConfig
 from launch.config_checks import min_seq_len
 from launch.memory_case import MemoryCase
 from launch.memory_plan import MemoryEstimate, estimate_memory
+from launch.meters import stops_below
 from launch.rates import RatesFile
 from launch.step_time import StepTime, step_time
-from launch.watch import stops_below
 
 # Tokens of a tile where tiles are chosen: its scratch is small beside a shard, and its products are still large.
 TILE = 4096
 # Part of a host's memory that is left to the system and its other processes, beside that at which a run is stopped
-# (`launch.watch`). Long runs that were measured took less of their machines than is planned, by up to 3%.
+# (`launch.watch`). Long runs that were measured took less of their machines than is planned, by up to 4%.
 SYSTEM_PART = 0.025
 # Of a GPU: predictions have been up to 5% too low (more only where the allocator had room to keep what it did not need,
 # see docs/memory.md), and running out costs a run.

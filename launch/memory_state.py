@@ -11,7 +11,7 @@ GRADIENTS = "gradients"
 GATHERED = "gathered weights"
 # Elements of DeepSpeed's buffers for reducing and gathering, as launch/engine/zero.py sets them.
 _ZERO_BUCKET_ELEMENTS = 50_000_000
-# Layers of up to so many parameters are gathered and reduced in pairs by `fsdp`: on H100 the host's work for a unit is
+# Layers of up to so many parameters are gathered and reduced in pairs by `fsdp`: on H200 the host's work for a unit is
 # the slow part then.
 _PAIRED = 32_000_000
 _FP32 = 4

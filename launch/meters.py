@@ -42,6 +42,7 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 # Their names contain a name of the table, but their peaks are other ones.
 _UNKNOWN = ("GB200", " MIG ")
 _PROC = Path("/proc/self")
+_ASK_PART, _ASK_LEAST = 0.015, 2**29  # of a host's memory, see `stops_below`
 _VMSTAT = Path("/proc/vmstat")
 
 
@@ -122,6 +123,11 @@ def host_memory_limit() -> int:
     import psutil
 
     return min([int(psutil.virtual_memory().total), *(limit for limit, _ in memory_limits())])
+
+
+def stops_below(limit: float) -> float:
+    """Bytes of available memory, of a host that has `limit`, below which a run is asked to save and stop."""
+    return max(_ASK_PART * limit, _ASK_LEAST)
 
 
 def host_memory_available() -> int:

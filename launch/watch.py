@@ -20,22 +20,16 @@ import psutil
 
 from launch.causes import first_cause
 from launch.errors import EXIT_OUT_OF_MEMORY, EXIT_PEER
-from launch.meters import host_memory_available, host_memory_limit
+from launch.meters import host_memory_available, host_memory_limit, stops_below
 from launch.progress import format_bytes
 
 _log = logging.getLogger(__name__)
 
-# Parts of the host's memory: below the first the run is asked to stop, below the second it ends. Nothing is planned
-# that would come to the first, see `stops_below`.
-_ASK_PART, _ASK_LEAST = 0.015, 2**29
+# Parts of the host's memory below which the run ends; it is asked to stop below `stops_below`, which nothing that is
+# planned would come to.
 _END_PART, _END_LEAST = 0.005, 2**27
 _POLL_S = 0.5
 _GRACE_S = 3.0
-
-
-def stops_below(limit: float) -> float:
-    """Bytes of available memory, of a host that has `limit`, below which a run is asked to save and stop."""
-    return max(_ASK_PART * limit, _ASK_LEAST)
 
 
 class Watch:

@@ -49,7 +49,7 @@ class Decoder(nn.Module):
     Args:
         config: The shape.
         memory: What is kept for the backward, and where; None: everything, as it is.
-        pointwise: What norms, RoPE, gates and the loss are computed by; see `model.pointwise`.
+        pointwise: What norms, RoPE, gates, the loss and halves of layers are computed by; see `model.pointwise`.
     """
 
     def __init__(self, config: ModelConfig, memory: Memory | None = None, pointwise: Pointwise = PLAIN) -> None:

@@ -1,4 +1,5 @@
-"""The parts of a decoder that are no matrix product: norms, RoPE, the gate and the softmax of the loss.
+"""The parts of a decoder that are no matrix product: norms, RoPE, the gate and the softmax of the loss; and the halves
+of a layer around its attention.
 
 Run operation by operation, as PyTorch does, they read and write every tensor several times, in fp32 in part; on an H100
 they took as long as all products together. `torch.compile` makes one or two kernels of each, forward and backward. They
@@ -25,7 +26,7 @@ class Pointwise:
 
     Args:
         backend: Of `torch.compile`; None runs them operation by operation.
-        halves: Halves of layers are functions as well. Not where weights come by calls of their modules (ZeRO-3).
+        halves: Halves of layers are functions as well. With ZeRO-3 it is not tried on GPUs.
 
     Attributes:
         norm, turn, turn_last, norm_and_turn, gate, softmax, heads, feed_forward: See the functions of the file.

@@ -170,7 +170,11 @@ def self_check(
 
 
 def _check_sizes(sizes: dict[str, int | None], device: torch.device | str) -> None:
-    """Refuse what no problem can be made of: the same on all ranks, who describe one run."""
+    """Refuse what no problem can be made of.
+
+    Told to this rank alone: sizes are those of one run on all of them, but CUDA may be hidden from one, and the others
+    wait for it as long as their group does.
+    """
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"self_check: {name}: expected 1 or more, got {size}; give that of the run's model")

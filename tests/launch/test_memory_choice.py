@@ -24,9 +24,9 @@ from launch.memory_search import (
     host_room,
     longest_row,
 )
+from launch.meters import stops_below
 from launch.rates import RatesFile
 from launch.step_time import step_time
-from launch.watch import stops_below
 from model.config import preset
 from tests.launch.test_memory_plan import RATES, SAS, config, gpu_case, machine
 

@@ -117,9 +117,9 @@ def test_without_selection_graphs_are_the_row_s_where_there_are_documents(kind: 
 def test_where_heads_are_exchanged_the_ring_expands_nothing() -> None:
     ring = kind_case(8_192, 4, SAS)
     step = RATES.step()
-    for ulysses, expected in ((1, "expanding"), (2, "plain"), (4, "plain")):
+    for ulysses, expected, near in ((1, "expanding", 5e-3), (2, "plain", 0.02), (4, "plain", 0.02)):
         found = step_time(replace(ring, ulysses=ulysses), MemoryConfig(), RATES)
-        assert found.seconds == pytest.approx(ring.model.layers * step.host_layer[expected], rel=0.03)
+        assert found.seconds == pytest.approx(ring.model.layers * step.host_layer[expected], rel=near)
     # Without graphs: guided, and between hosts.
     guided = kind_case(8_192, 4, {**LAGGED, "selection_guide": True})
     for case in (guided, kind_case(8_192, 4, {**SAS, **LAGGED, "selection_guide": True}), replace(ring, per_node=2)):

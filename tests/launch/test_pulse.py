@@ -137,14 +137,20 @@ def test_what_is_told_is_what_the_device_has_reached() -> None:
     assert pulse.now().seconds_left == pytest.approx(80)  # as long as the step before
 
 
-@pytest.mark.parametrize("before", [None, 60.0])
-def test_the_time_left_falls_within_a_place_and_never_below_0(before: float | None) -> None:
+def after_a_step_of(seconds: float | None) -> tuple[Pulse, Clock]:
+    """Two layers and a clock by hand; None: no step came before."""
     clock = Clock()
     pulse = Pulse(2, clock=clock)
-    if before is not None:
+    if seconds is not None:
         pulse.begin(1, 1)
-        clock.now += before
+        clock.now += seconds
         pulse.end()
+    return pulse, clock
+
+
+@pytest.mark.parametrize("before", [None, 60.0])
+def test_the_time_left_falls_within_a_place_and_never_below_0(before: float | None) -> None:
+    pulse, clock = after_a_step_of(before)
 
     def left(*waited: float) -> list[float]:
         told = [pulse.now().seconds_left]
@@ -251,12 +257,7 @@ def test_a_heartbeat_tells_the_time_left_by_the_hops_that_are_done(tmp_path, bef
     At that pace a step takes 240 s; one that is known to take longer is believed, and a shorter one once its pace is
     exceeded by more than a twentieth of the step.
     """
-    clock = Clock()
-    pulse = Pulse(2, clock=clock)
-    if before is not None:
-        pulse.begin(1, 1)
-        clock.now += before
-        pulse.end()
+    pulse, clock = after_a_step_of(before)
     with MetricsWriter(tmp_path, MetricsConfig()) as metrics:
         bar = RunProgress(total_steps=2, enabled=False)
         beat = Heartbeat(pulse, bar=bar, metrics=metrics, enabled=False, every_seconds=0.0)

@@ -10,7 +10,8 @@ import pytest
 
 import launch.watch
 from launch.errors import EXIT_OUT_OF_MEMORY
-from launch.watch import Watch, stops_below
+from launch.meters import stops_below
+from launch.watch import Watch
 
 GIB = 2**30
 

@@ -59,7 +59,7 @@ def test_other_runs_of_a_case_stand_beside_the_one_that_is_shown() -> None:
     assert "| 100 ms (72.0 ms) | 80.0 ms to 100 ms, 2 runs | 20,480 |" in text
     assert "| 240 ms (216 ms) | - | 34,133 |" in text
     sentence = next(one for one in summary_sentences(made) if one.startswith("Run several times"))
-    assert sentence.endswith("else the latest: softmax cp 4 at 8,192: 100 ms, of 80.0 ms to 100 ms in 2 runs.")
+    assert sentence.endswith("else the latest: softmax cp 4 at 8,192: 100 ms, of 80.0 ms to 100 ms, 2 runs.")
     told = dict(conventions(made))["Repeated points"]
     assert told.startswith("2 earlier or shorter rows of the same cases are not shown")
     assert "one of more timings before one of fewer, and else the later one, whether it is faster or slower" in told

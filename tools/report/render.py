@@ -26,6 +26,7 @@ from tools.report.summary import (
     failure,
     in_gib,
     key_figures,
+    run_range,
     seconds,
     summary_sentences,
     three_digits,
@@ -92,7 +93,7 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
     unit = "GPU" if report.on_gpu else "core"
     columns: list[tuple[str, str, Callable[..., str], str | None]] = [
         ("Step time", "step_seconds", seconds, "predicted_seconds"),
-        ("All runs", "all_runs", _runs, None),
+        ("All runs", "all_runs", run_range, None),
         (f"Tokens/s per {unit}", "tokens_per_second_per_unit", lambda value: f"{value:,.0f}", None),
         ("MFU causal", "mfu_causal", _percent, None),
         ("MFU full", "mfu_full", _percent, None),
@@ -135,10 +136,6 @@ def table_columns(report: Report) -> list[tuple[str, _Cell]]:
 
 def _percent(value: float) -> str:
     return f"{value:.1%}"
-
-
-def _runs(values: Sequence[float]) -> str:
-    return f"{seconds(values[0])} to {seconds(values[-1])}, {len(values)} runs"
 
 
 def _gib(value: float) -> str:

@@ -132,7 +132,7 @@ def _repeated(measured: Sequence[Row]) -> list[str]:
         runs = row.all_runs
         if runs and runs[-1] / runs[0] - 1 > _RESTLESS:
             where = f" on {short(row.gpu)}" if several and row.gpu else ""
-            told.append(f"{row.point}{where}: {seconds(row.step_seconds)}, of {run_range(row)}")
+            told.append(f"{row.point}{where}: {seconds(row.step_seconds)}, of {run_range(runs)}")
     if not told:
         return []
     return [
@@ -233,10 +233,9 @@ def in_gib(machine: Limits) -> str:
     return ", ".join([*gpu, *([] if machine.host is None else [f"{machine.host:.0f} GiB of host memory"])])
 
 
-def run_range(row: Row) -> str:
-    """Step times of all runs of the row's case; "-" if there is no other."""
-    runs = row.all_runs
-    return f"{seconds(runs[0])} to {seconds(runs[-1])} in {len(runs)} runs" if runs else "-"
+def run_range(runs: Sequence[float]) -> str:
+    """Step times of all runs of a case, the fastest first."""
+    return f"{seconds(runs[0])} to {seconds(runs[-1])}, {len(runs)} runs"
 
 
 def seconds(value: float | None) -> str:
